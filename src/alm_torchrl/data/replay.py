@@ -1,0 +1,352 @@
+"""A replay buffer that returns masked windows of consecutive transitions.
+
+The parts are TorchRL's: a :class:`~torchrl.data.ReplayBuffer` on a memory or memory-mapped storage,
+a :class:`~torchrl.data.RandomSampler` that draws every stored transition with the same probability,
+and a :class:`~torchrl.data.Sequence` sample unit that turns each draw into the window that starts
+there. What is added here is small: which keys are stored, the ``[B, T]`` shape of a sample with its
+mask, and the end of an episode where a restored buffer goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    RandomSampler,
+    ReplayBuffer,
+    Sequence,
+)
+
+__all__ = ["WindowReplayBuffer", "bytes_per_transition", "make_replay_buffer"]
+
+#: Entries of the next state that every transition needs, beside its observations.
+OUTCOME_KEYS = ("reward", "done", "terminated", "truncated")
+#: Entries that are no observation although an environment writes them before and after a step.
+BOOKKEEPING_KEYS = (*OUTCOME_KEYS, "episode_reward", "step_count", "is_init")
+
+
+def transition_keys(
+    data: TensorDictBase, action_key: NestedKey = "action"
+) -> list[tuple[str, ...]]:
+    """Names what a transition needs: observations, action, next observations, reward and flags.
+
+    An observation is an entry found both at the root and under ``"next"``, so that an observation
+    of any name is kept, and what a policy writes on its way to an action (latents, means) is not.
+
+    Args:
+        data: a batch as a collector returns it, of any batch size.
+        action_key: the entry that holds the action.
+
+    Returns:
+        The keys in tuple form, sorted.
+
+    Raises:
+        KeyError: if the action, the next state or its ``"done"`` flag is missing.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> step = {"pixels": torch.zeros(3), "done": torch.zeros(1, dtype=torch.bool)}
+        >>> root = {**step, "action": torch.zeros(2), "latent": torch.zeros(5)}
+        >>> transition_keys(TensorDict({**root, "next": {**step, "reward": torch.zeros(1)}}))
+        [('action',), ('next', 'done'), ('next', 'pixels'), ('next', 'reward'), ('pixels',)]
+    """
+    leaves = {_tuple_key(key) for key in data.keys(include_nested=True, leaves_only=True)}
+    action = _tuple_key(action_key)
+    for needed in (action, ("next", "done")):
+        if not any(key[: len(needed)] == needed for key in leaves):
+            raise KeyError(f"a batch for the replay buffer lacks {needed}; it has {sorted(leaves)}")
+    observations = {
+        key for key in leaves if ("next", *key) in leaves and key[-1] not in BOOKKEEPING_KEYS
+    }
+    kept = observations | {("next", *key) for key in observations}
+    kept |= {key for key in leaves if key[0] == "next" and key[-1] in OUTCOME_KEYS}
+    return sorted(kept | {key for key in leaves if key[: len(action)] == action})
+
+
+class WindowReplayBuffer(ReplayBuffer):
+    """A :class:`~torchrl.data.ReplayBuffer` of transitions that samples ``[B, T]`` windows.
+
+    Build it with :func:`make_replay_buffer`, which documents the arguments.
+
+    Args:
+        num_envs: lanes of the storage, one for each environment that is stepped in parallel.
+        keys: the entries to store; ``None`` keeps what :func:`transition_keys` finds.
+        action_key: the entry that holds the action.
+        **kwargs: as for :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be a
+            :class:`~torchrl.data.Sequence`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_envs: int = 1,
+        keys: Iterable[NestedKey] | None = None,
+        action_key: NestedKey = "action",
+        **kwargs: Any,
+    ) -> None:
+        self.num_envs = num_envs
+        self.action_key = action_key
+        self.stored_keys = None if keys is None else [_tuple_key(key) for key in keys]
+        self.sample_device: torch.device | None = None
+        super().__init__(**kwargs)
+
+    @property
+    def window_length(self) -> int:
+        """Transitions in a window, ``T``."""
+        return self._sample_unit.length
+
+    @property
+    def max_steps(self) -> int:
+        """Time steps that one lane holds before it overwrites its oldest."""
+        return self.storage.max_size // self.num_envs
+
+    def extend(self, data: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
+        """Stores a batch of transitions, oldest first.
+
+        Args:
+            data: a collector's batch. With one environment ``[T]`` or ``[1, T]``. With several
+                ``[num_envs, T]`` (leading dimensions are flattened into lanes, so the ``[workers,
+                envs, T]`` of a multi-process collector fits) or ``[num_envs]``, one step of each.
+            update_priority: as in TorchRL; without use here.
+
+        Returns:
+            The storage indices written.
+
+        Raises:
+            ValueError: if the batch does not have ``num_envs`` lanes, or is longer than a lane.
+            KeyError: if an entry to store is missing from the batch.
+        """
+        return super().extend(self._transitions(data), update_priority=update_priority)
+
+    def add(self, data: TensorDictBase) -> torch.Tensor:
+        """Stores one step: ``[]`` with one environment, ``[num_envs]`` with several."""
+        return self.extend(data)
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """Draws windows, their first transitions uniformly from everything stored.
+
+        Args:
+            batch_size: windows to draw, ``B``; the buffer's own when left out.
+            return_info: also return TorchRL's information about the draw, flat ``[B * T]``.
+
+        Returns:
+            A TensorDict ``[B, T]`` with the stored entries and ``"validity_mask"``, bool ``[B, T]``:
+            True where the transition belongs to the window, False past an episode's end or the
+            newest transition, where the last valid transition is repeated. Index 0 is always True.
+
+        Raises:
+            RuntimeError: if nothing is stored yet.
+        """
+        if not len(self):
+            raise RuntimeError("cannot sample from an empty replay buffer: extend it first")
+        data, info = super().sample(batch_size, return_info=True)
+        windows = data.reshape(-1, self.window_length)
+        windows.set("validity_mask", info["validity_mask"].reshape(windows.shape))
+        if self.sample_device is not None and windows.device != self.sample_device:
+            windows = windows.to(self.sample_device, non_blocking=True)
+        return (windows, info) if return_info else windows
+
+    def close_episodes(self) -> None:
+        """Marks the newest transition of every lane as the end of its episode (truncated).
+
+        For when the next transition stored will not follow it: the environments are reset, or the
+        buffer is restored in another process. ``terminated`` is left alone, so a value function
+        still bootstraps there.
+        """
+        if not len(self):
+            return
+        newest = (self.writer.state_dict()["_cursor"] - 1) % self.max_steps
+        row = self[newest]
+        closing = ~row["next", "done"]
+        for name in ("done", "truncated"):
+            if ("next", name) in row.keys(include_nested=True):
+                self.set_at_(("next", name), row["next", name] | closing, newest)
+
+    def loads(self, path: str | Path) -> None:
+        """Restores what ``dumps`` saved, and closes the episodes that were running then."""
+        super().loads(path)
+        self.close_episodes()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a ``state_dict``, and closes the episodes that were running then."""
+        super().load_state_dict(state_dict)
+        self.close_episodes()
+
+    def _transitions(self, data: TensorDictBase) -> TensorDictBase:
+        """Selects the stored entries, in the shape ``[num_envs, T]``, or ``[T]``."""
+        if self.stored_keys is None:
+            self.stored_keys = transition_keys(data, self.action_key)
+        try:
+            data = data.select(*self.stored_keys)
+        except KeyError as error:
+            raise KeyError(
+                f"a batch for the replay buffer lacks one of {self.stored_keys}: {error}"
+            ) from None
+        shape = data.shape
+        steps = shape[-1] if len(shape) > 1 or (shape and self.num_envs == 1) else 1
+        if prod(shape) != self.num_envs * steps:
+            raise ValueError(
+                f"a batch of shape {list(shape)} holds {prod(shape) // max(steps, 1)} environments "
+                f"of {steps} steps, but the replay buffer was made for num_envs={self.num_envs}"
+            )
+        if steps > self.max_steps:
+            raise ValueError(
+                f"a batch of {steps} steps for each environment does not fit into the replay "
+                f"buffer, which holds {self.max_steps}"
+            )
+        return data.reshape(steps) if self.num_envs == 1 else data.reshape(self.num_envs, steps)
+
+
+def make_replay_buffer(
+    capacity: int,
+    *,
+    batch_size: int,
+    window_length: int = 3,
+    num_envs: int = 1,
+    storage: Literal["memory", "memmap"] = "memory",
+    scratch_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+    keys: Iterable[NestedKey] | None = None,
+    action_key: NestedKey = "action",
+) -> WindowReplayBuffer:
+    """Makes the replay buffer of the ALM objective.
+
+    Sampling is uniform over everything stored: each transition, terminal ones included, is as
+    likely as any other to be at index 0 of a window. A window never crosses the end of an episode
+    (a termination or a time limit) or the seam between the newest and the oldest transition; what
+    would lie beyond is padding, False in ``"validity_mask"``.
+
+    Memory is taken when the first batch arrives, for the whole capacity:
+    :func:`bytes_per_transition` of that batch, times ``capacity``. Vector observations of size
+    ``o`` and actions of size ``a`` in float32 take ``8 o + 4 a + 7`` bytes (next observations are
+    stored too): 0.17 kB for HalfCheetah-v5, 2.9 kB for Humanoid-v5, whose paper-sized buffer of
+    1,000,000 transitions thus takes 2.9 GB.
+
+    Args:
+        capacity: transitions to hold, over all environments.
+        batch_size: windows in a sample, ``B``.
+        window_length: transitions in a window, ``T``.
+        num_envs: environments that are stepped in parallel (workers times environments for a
+            ``"multi_sync"`` collector); each keeps its own lane.
+        storage: ``"memory"``, or ``"memmap"`` for files.
+        scratch_dir: folder of those files; a temporary one if left out. Only for ``"memmap"``.
+        device: where samples are wanted. A memory storage lives there too; files stay on the CPU.
+        seed: seed of the draws; TorchRL's global generator if left out.
+        keys: entries to store, where the rule of :func:`transition_keys` does not fit. They must
+            include ``("next", "done")``.
+        action_key: the entry that holds the action.
+
+    Returns:
+        A buffer whose ``extend(batch)`` stores a collector's batch and whose ``sample()`` returns
+        windows ``[B, T]``.
+
+    Raises:
+        ValueError: if the sizes do not fit each other, or the storage is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> buffer = make_replay_buffer(100, batch_size=4, window_length=3, seed=0)
+        >>> step = {"observation": torch.zeros(20, 5)}
+        >>> outcome = {"reward": torch.zeros(20, 1), "done": torch.zeros(20, 1, dtype=torch.bool)}
+        >>> batch = {**step, "action": torch.zeros(20, 2), "next": {**step, **outcome}}
+        >>> indices = buffer.extend(TensorDict(batch, [20]))
+        >>> sample = buffer.sample()
+        >>> sample.shape, sample["next", "observation"].shape
+        (torch.Size([4, 3]), torch.Size([4, 3, 5]))
+        >>> sample["validity_mask"][:, 0].all()
+        tensor(True)
+    """
+    keys = None if keys is None else [_tuple_key(key) for key in keys]
+    _check_sizes(capacity, batch_size, window_length, num_envs)
+    if keys is not None and ("next", "done") not in keys:
+        raise ValueError(f"keys must include ('next', 'done'), which bounds the windows: {keys}")
+    if storage not in ("memory", "memmap"):
+        raise ValueError(f"storage must be 'memory' or 'memmap', not {storage!r}")
+    if scratch_dir is not None and storage != "memmap":
+        raise ValueError("scratch_dir is only of use with storage='memmap'")
+    device, ndim = torch.device(device), 1 if num_envs == 1 else 2
+    if storage == "memmap":
+        store = LazyMemmapStorage(capacity, scratch_dir=scratch_dir, ndim=ndim)
+    else:
+        store = LazyTensorStorage(capacity, device=device, ndim=ndim)
+    buffer = WindowReplayBuffer(
+        storage=store,
+        sampler=RandomSampler(),
+        sample_unit=Sequence(length=window_length, episode_boundary="pad"),
+        batch_size=batch_size,
+        dim_extend=ndim - 1,
+        generator=_generator(seed, store.device),
+        num_envs=num_envs,
+        keys=keys,
+        action_key=action_key,
+    )
+    buffer.sample_device = device
+    return buffer
+
+
+def bytes_per_transition(
+    data: TensorDictBase,
+    *,
+    keys: Iterable[NestedKey] | None = None,
+    action_key: NestedKey = "action",
+) -> int:
+    """Bytes that one transition of a batch takes in a replay buffer.
+
+    Args:
+        data: a batch as a collector returns it, of any batch size with at least one transition.
+        keys: the entries stored; ``None`` for what :func:`transition_keys` finds.
+        action_key: the entry that holds the action.
+
+    Returns:
+        Bytes; times a buffer's capacity, the memory it takes.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> step = {"observation": torch.zeros(20, 5)}
+        >>> outcome = {"reward": torch.zeros(20, 1), "done": torch.zeros(20, 1, dtype=torch.bool)}
+        >>> batch = {**step, "action": torch.zeros(20, 2), "next": {**step, **outcome}}
+        >>> bytes_per_transition(TensorDict(batch, [20]))  # 4 * (2 * 5 + 2 + 1) + 1
+        53
+    """
+    stored = transition_keys(data, action_key) if keys is None else keys
+    leaves = [data.get(key) for key in stored]
+    return sum(leaf.element_size() * leaf.numel() for leaf in leaves) // data.numel()
+
+
+def _check_sizes(capacity: int, batch_size: int, window_length: int, num_envs: int) -> None:
+    sizes = {"capacity": capacity, "batch_size": batch_size, "window_length": window_length}
+    for name, value in {**sizes, "num_envs": num_envs}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if capacity % num_envs:
+        raise ValueError(
+            f"capacity {capacity} is not a multiple of num_envs={num_envs}: each environment keeps "
+            f"the same share, so take {capacity // num_envs * num_envs or num_envs}"
+        )
+    if capacity < batch_size:
+        raise ValueError(f"capacity {capacity} is smaller than batch_size {batch_size}")
+    if capacity // num_envs < window_length:
+        raise ValueError(
+            f"capacity {capacity} leaves {capacity // num_envs} steps for each of {num_envs} "
+            f"environments, fewer than window_length {window_length}"
+        )
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(seed)
+
+
+def _tuple_key(key: NestedKey) -> tuple[str, ...]:
+    key = unravel_key(key)
+    return (key,) if isinstance(key, str) else key

@@ -1,0 +1,103 @@
+"""The project's checks: `nox` runs lint, types, tests, docs and smoke; `nox -l` lists them all.
+
+Everything but `lint` needs the whole stack (torch, TorchRL, Lightning, MuJoCo), which is large, so
+those sessions share one environment, `stack`, that is installed once and again only when
+pyproject.toml or constraints.txt change. Every installation is held to constraints.txt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+CONSTRAINTS = ROOT / "constraints.txt"
+EXTRAS = "recipes,docs,dev"
+LINTERS = ["ruff", "import-linter"]
+
+nox.needs_version = ">=2026.10.20"
+# pip and venv, not uv: uv reads neither pip's configuration nor its local wheels.
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "types", "tests", "docs", "smoke"]
+
+
+def _fingerprint() -> str:
+    """Return a digest of all that decides what `stack` holds."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in (ROOT / "pyproject.toml", CONSTRAINTS):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _run_in_stack(session: nox.Session, *command: str, **env: str) -> None:
+    """Run a program of the shared environment, e.g. `_run_in_stack(session, "pytest", "-q")`."""
+    scripts = "Scripts" if sys.platform == "win32" else "bin"
+    program = session.cache_dir.parent / "stack" / scripts / command[0]
+    session.run(str(program), *command[1:], external=True, env=env)
+
+
+@nox.session(reuse_venv=True, default=False)
+def stack(session: nox.Session) -> None:
+    """Install the package with every extra into the environment that the others share."""
+    stamp = Path(session.virtualenv.location) / "installed.sha256"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == _fingerprint():
+        session.log("up to date with pyproject.toml and constraints.txt")
+        return
+    session.install("-c", str(CONSTRAINTS), "-e", f".[{EXTRAS}]")
+    stamp.write_text(_fingerprint(), encoding="utf-8")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting, the floors between modules and the length limits (no torch)."""
+    session.install("-c", str(CONSTRAINTS), *LINTERS)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", env={"PYTHONPATH": "src"})
+    session.run("python", "tools/check_lengths.py")
+
+
+@nox.session(venv_backend="none", requires=["stack"])
+def types(session: nox.Session) -> None:
+    """Check the types of the package and the recipes."""
+    _run_in_stack(session, "mypy", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["stack"])
+def tests(session: nox.Session) -> None:
+    """Run the tests and every docstring example, with coverage; arguments go to pytest."""
+    # A selection of tests cannot reach the coverage that the whole suite owes.
+    coverage = [] if session.posargs else ["--cov", "--cov-report=term"]
+    # The tests' tensors are tiny: a second thread only gets in the way of the first.
+    _run_in_stack(session, "pytest", *coverage, *session.posargs, OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none", requires=["stack"])
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build/html; a warning is an error."""
+    _run_in_stack(
+        session, "sphinx-build", "-W", "--keep-going", "-E", "-q", "-b", "html",
+        "docs", "docs/_build/html", *session.posargs,
+    )  # fmt: skip
+
+
+@nox.session(venv_backend="none", requires=["stack"])
+def smoke(session: nox.Session) -> None:
+    """Train the quickstart recipe for a few steps into a temporary folder."""
+    overrides = session.posargs or ["preset=quickstart", "total_steps=200"]
+    _run_in_stack(
+        session, "python", "recipes/mujoco.py", *overrides,
+        f"hydra.run.dir={Path(session.create_tmp()).resolve() / 'run'}",
+    )  # fmt: skip
+
+
+@nox.session(venv_backend="none", requires=["stack"], default=False)
+def bench(session: nox.Session) -> None:
+    """Run one benchmark: `nox -s bench -- benchmarks/NAME.py [arguments]`."""
+    if not session.posargs:
+        session.error("name a script: nox -s bench -- benchmarks/NAME.py [arguments]")
+    _run_in_stack(session, "python", *session.posargs)

@@ -1,0 +1,1 @@
+"""Aligned Latent Models for TorchRL."""

@@ -1,0 +1,207 @@
+"""The two distributions of Aligned Latent Models.
+
+* The latent is a diagonal Normal (:class:`torchrl.modules.IndependentNormal`) whose parameters are
+  softly bounded by :class:`BoundedNormalParamExtractor`.
+* The action is a Normal around the actor's output, with optional clipping of the noise and a
+  straight-through clamp to the action range: :class:`ClampedNormal`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch import distributions as D
+from torch.distributions import constraints
+from torch.nn import functional as F
+
+__all__ = ["BoundedNormalParamExtractor", "ClampedNormal"]
+
+
+class BoundedNormalParamExtractor(nn.Module):
+    r"""Splits a tensor into the location and the scale of a Normal, both softly bounded.
+
+    .. math::
+        \mu &= b \tanh(x_\mu / b) \\
+        \sigma' &= \sigma_{max} - \mathrm{softplus}(\sigma_{max} - x_\sigma) \\
+        \sigma &= \sigma_{min} + \mathrm{softplus}(\sigma' - \sigma_{min})
+
+    The bounds keep the KL divergence between encoder and latent dynamics finite throughout
+    training while the gradient never vanishes entirely. Half-precision inputs are raised to
+    float32 first, because the KL divergence needs it.
+
+    Args:
+        loc_bound: bound :math:`b` of the location, in latent units.
+        scale_min: lower bound of the scale, in latent units.
+        scale_max: upper bound of the scale, in latent units.
+
+    Raises:
+        ValueError: if the bounds are not ordered or not positive.
+
+    Examples:
+        >>> import torch
+        >>> loc, scale = BoundedNormalParamExtractor()(torch.tensor([1e3, -1e3, 1e3, -1e3]))
+        >>> loc.tolist()
+        [30.0, -30.0]
+        >>> [round(s, 3) for s in scale.tolist()]
+        [10.0, 0.1]
+    """
+
+    def __init__(
+        self, loc_bound: float = 30.0, scale_min: float = 0.1, scale_max: float = 10.0
+    ) -> None:
+        super().__init__()
+        if loc_bound <= 0 or not 0 < scale_min < scale_max:
+            raise ValueError(
+                "expected loc_bound > 0 and 0 < scale_min < scale_max, got "
+                f"loc_bound={loc_bound}, scale_min={scale_min}, scale_max={scale_max}"
+            )
+        self.loc_bound = loc_bound
+        self.scale_min = scale_min
+        self.scale_max = scale_max
+
+    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds the two halves of the last dimension.
+
+        Args:
+            raw: unbounded parameters, ``[..., 2 * D]``.
+
+        Returns:
+            The location and the scale, each ``[..., D]``.
+
+        Raises:
+            ValueError: if the last dimension is odd.
+        """
+        if raw.shape[-1] % 2:
+            raise ValueError(
+                "the last dimension holds location and scale side by side and must be even, "
+                f"got shape {tuple(raw.shape)}"
+            )
+        raw = full_precision(raw)
+        loc, scale = raw.chunk(2, dim=-1)
+        loc = self.loc_bound * torch.tanh(loc / self.loc_bound)
+        scale = self.scale_max - F.softplus(self.scale_max - scale)
+        scale = self.scale_min + F.softplus(scale - self.scale_min)
+        return loc, scale
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return f"loc_bound={self.loc_bound}, scale=[{self.scale_min}, {self.scale_max}]"
+
+
+class ClampedNormal(D.Independent):
+    r"""A Normal whose noise is clipped and whose sample is clamped to a box.
+
+    .. math:: a = \mathrm{clamp}(\mu + \mathrm{clip}(\sigma\epsilon, -c, c),\;
+              low + \delta,\; high - \delta), \quad \epsilon \sim N(0, I)
+
+    The clamp is straight-through: backwards it is the identity, so that an action at the border
+    still receives a gradient. This is the "truncated normal" of DrQ-v2 (Yarats et al., 2021) that
+    ALM uses; it is not :class:`torchrl.modules.TruncatedNormal`, which renormalises the density.
+
+    The clamp puts probability mass on the border, so there is no density: ``log_prob`` and
+    ``entropy`` raise.
+
+    Args:
+        loc: centre of the noise, ``[..., A]``, in action units.
+        scale: standard deviation of the noise before clipping, broadcastable to ``loc``.
+        low: lower end of the action range; a float, or a tensor broadcastable to ``[A]``.
+        high: upper end of the action range, like ``low``.
+        noise_clip: largest absolute noise (a float or a tensor like ``low``), or ``None`` for no
+            clipping. ALM clips at 0.3 inside its losses and does not clip when acting.
+        margin: :math:`\delta`, the distance kept from the ends of the range.
+
+    Examples:
+        >>> import torch
+        >>> loc = torch.tensor([0.9, -2.0])
+        >>> dist = ClampedNormal(loc, torch.ones(2), noise_clip=0.3)
+        >>> a = dist.rsample((1000,))
+        >>> bool((a[:, 0] >= 0.6 - 1e-6).all() and (a <= 1).all() and (a >= -1).all())
+        True
+        >>> dist.deterministic_sample
+        tensor([ 0.9000, -1.0000])
+    """
+
+    num_params: int = 2
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor | float,
+        low: Tensor | float = -1.0,
+        high: Tensor | float = 1.0,
+        *,
+        noise_clip: Tensor | float | None = None,
+        margin: float = 1e-6,
+    ) -> None:
+        if not isinstance(scale, Tensor):
+            scale = torch.full_like(loc, scale)
+        self._low = _match(low, loc) + margin
+        self._high = _match(high, loc) - margin
+        self.noise_clip = None if noise_clip is None else _match(noise_clip, loc)
+        super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+    @property
+    def loc(self) -> Tensor:
+        """The centre of the noise, ``[..., A]``."""
+        return self.base_dist.loc
+
+    @property
+    def scale(self) -> Tensor:
+        """The standard deviation of the noise before clipping, ``[..., A]``."""
+        return self.base_dist.scale
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The box that samples lie in."""
+        return constraints.independent(constraints.interval(self._low, self._high), 1)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The action without noise, clamped like a sample, ``[..., A]``."""
+        return self._clamp(self.loc)
+
+    mode = deterministic_sample
+    mean = deterministic_sample
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws actions with a straight-through gradient.
+
+        Args:
+            sample_shape: leading shape of the draws.
+
+        Returns:
+            Actions, ``[*sample_shape, ..., A]``.
+        """
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        if self.noise_clip is not None:
+            noise = torch.clamp(noise, -self.noise_clip, self.noise_clip)
+        return self._clamp(self.loc + noise)
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws actions without a gradient; see :meth:`rsample`."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raises, because the clamp leaves no density."""
+        raise NotImplementedError("ClampedNormal has mass on its borders and so no density")
+
+    def entropy(self) -> Tensor:
+        """Raises, because the clamp leaves no density."""
+        raise NotImplementedError("ClampedNormal has mass on its borders and so no entropy")
+
+    def _clamp(self, action: Tensor) -> Tensor:
+        clamped = torch.clamp(action, self._low, self._high)
+        return action + (clamped - action).detach()
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Raises half-precision values to float32 and leaves every other dtype as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _match(bound: Tensor | float, like: Tensor) -> Tensor | float:
+    if isinstance(bound, Tensor):
+        return bound.to(device=like.device, dtype=like.dtype)
+    return bound

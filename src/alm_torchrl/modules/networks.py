@@ -1,0 +1,90 @@
+"""The building blocks that ALM's networks are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrl.modules import MLP
+
+from alm_torchrl.distributions import full_precision
+
+__all__ = ["FullPrecision", "TrunkMLP", "orthogonal_init", "plain_mlp"]
+
+
+class FullPrecision(nn.Module):
+    """Raises the output of a network run under bfloat16 or float16 autocast to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x``, as float32 where it was half precision; any shape."""
+        return full_precision(x)
+
+
+def orthogonal_init(module: nn.Module) -> nn.Module:
+    """Initialises every linear layer orthogonally (gain 1) with zero biases, as ALM does.
+
+    Convolutions are initialised orthogonally with the gain of a ReLU.
+
+    Args:
+        module: the network, changed in place.
+
+    Returns:
+        The same module.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight)
+        elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.orthogonal_(layer.weight, nn.init.calculate_gain("relu"))
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+def plain_mlp(in_features: int, out_features: int, hidden_dim: int) -> nn.Module:
+    """Linear-ELU-Linear-ELU-Linear, the network of encoder, latent dynamics and actor.
+
+    Args:
+        in_features: size of the (concatenated) inputs.
+        out_features: size of the output.
+        hidden_dim: width of both hidden layers.
+
+    Returns:
+        A module from one or several ``[..., D_i]`` tensors to ``[..., out_features]``.
+    """
+    mlp = MLP(
+        in_features=in_features,
+        out_features=out_features,
+        num_cells=[hidden_dim, hidden_dim],
+        activation_class=nn.ELU,
+    )
+    return orthogonal_init(mlp)
+
+
+class TrunkMLP(nn.Sequential):
+    """Linear-LayerNorm-Tanh-Linear-ELU-Linear, the network of reward, classifier and values.
+
+    The normalised and squashed first layer keeps these heads stable on latents that reach +-30.
+
+    Args:
+        in_features: size of the concatenated inputs.
+        out_features: size of the output.
+        hidden_dim: width of both hidden layers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, hidden_dim: int) -> None:
+        super().__init__(
+            nn.Linear(in_features, hidden_dim),
+            nn.LayerNorm(hidden_dim),
+            nn.Tanh(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ELU(),
+            nn.Linear(hidden_dim, out_features),
+            FullPrecision(),
+        )
+        orthogonal_init(self)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Concatenates ``[..., D_i]`` inputs and maps them to ``[..., out_features]``."""
+        return super().forward(torch.cat(inputs, dim=-1))

@@ -1,0 +1,180 @@
+r"""The mathematics of Aligned Latent Models as pure functions of tensors.
+
+Notation, as in Ghugare et al. (2023), arXiv 2209.08466: observation :math:`s`, latent :math:`z`,
+action :math:`a`, encoder :math:`e`, latent dynamics :math:`m`, policy :math:`\pi`, reward
+:math:`r`, discount :math:`\gamma`, horizon :math:`K`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import distributions as D
+
+__all__ = [
+    "discounts",
+    "episode_mask",
+    "gaussian_kl",
+    "k_step_bound",
+    "kl_divergence",
+    "log_ratio",
+    "td_target",
+]
+
+
+def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) -> Tensor:
+    r"""The KL divergence of two diagonal Normals, summed over their dimensions.
+
+    .. math:: KL(p \| q) = \sum_d \log\frac{\sigma_q}{\sigma_p}
+              + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{2 \sigma_q^2} - \frac{1}{2}
+
+    Args:
+        loc_p: location of the first distribution, ``[..., D]``.
+        scale_p: scale of the first distribution, ``[..., D]``.
+        loc_q: location of the second distribution, ``[..., D]``.
+        scale_q: scale of the second distribution, ``[..., D]``.
+
+    Returns:
+        The divergence in nats, ``[...]``.
+
+    Examples:
+        >>> one = torch.ones(2)
+        >>> gaussian_kl(0 * one, one, one, one)
+        tensor(1.)
+    """
+    variance_ratio = (scale_p / scale_q).square()
+    distance = ((loc_p - loc_q) / scale_q).square()
+    return 0.5 * (variance_ratio + distance - 1 - variance_ratio.log()).sum(-1)
+
+
+def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
+    r""":math:`KL(p \| q)` of two latent distributions.
+
+    Diagonal Normals take the closed form above, which ``torch.compile`` traces without a graph
+    break; every other pair goes through :func:`torch.distributions.kl_divergence`.
+
+    Args:
+        p: first distribution, batch shape ``[...]``.
+        q: second distribution, batch shape ``[...]``.
+
+    Returns:
+        The divergence in nats, ``[...]``.
+
+    Raises:
+        NotImplementedError: if torch knows no divergence for this pair; register one with
+            :func:`torch.distributions.register_kl`.
+
+    Examples:
+        >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
+        >>> kl_divergence(p, p).shape
+        torch.Size([3])
+    """
+    if _is_diagonal_normal(p) and _is_diagonal_normal(q):
+        p, q = p.base_dist, q.base_dist
+        return gaussian_kl(p.loc, p.scale, q.loc, q.scale)
+    return D.kl_divergence(p, q)
+
+
+def _is_diagonal_normal(dist: D.Distribution) -> bool:
+    return (
+        isinstance(dist, D.Independent)
+        and isinstance(dist.base_dist, D.Normal)
+        and dist.reinterpreted_batch_ndims == 1
+    )
+
+
+def log_ratio(logits: Tensor) -> Tensor:
+    r"""The classifier's estimate of :math:`\log e(z' \mid s') - \log m(z' \mid z, a)`.
+
+    Args:
+        logits: the classifier's output, ``[..., 2]``; class 1 is an encoded next latent.
+
+    Returns:
+        The log-ratio in nats, ``[..., 1]``.
+
+    Examples:
+        >>> log_ratio(torch.tensor([[0.5, 2.0]]))
+        tensor([[1.5000]])
+    """
+    return logits[..., 1:2] - logits[..., 0:1]
+
+
+def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Tensor) -> Tensor:
+    r"""The one-step target :math:`y = r + \gamma (1 - \mathrm{terminated}) Q(z', a')`.
+
+    A time limit is no termination: pass ``terminated``, never ``done``.
+
+    Args:
+        reward: ``[..., 1]``.
+        terminated: whether the next state is terminal, bool ``[..., 1]``.
+        next_value: value of the next state, ``[..., 1]``.
+        gamma: discount, a scalar.
+
+    Returns:
+        The target, ``[..., 1]``.
+
+    Examples:
+        >>> r, end = torch.ones(2, 1), torch.tensor([[False], [True]])
+        >>> td_target(r, end, 10 * r, torch.tensor(0.9)).flatten()
+        tensor([10.,  1.])
+    """
+    return reward + gamma * torch.where(terminated, torch.zeros_like(next_value), next_value)
+
+
+def discounts(gamma: Tensor, steps: int) -> Tensor:
+    r"""The weights :math:`1, \gamma, \gamma^2, \dots` of a rollout.
+
+    Args:
+        gamma: discount, a scalar.
+        steps: how many.
+
+    Returns:
+        The weights, ``[steps, 1]``, to broadcast against ``[..., steps, 1]``.
+
+    Examples:
+        >>> discounts(torch.tensor(0.5), 3).flatten()
+        tensor([1.0000, 0.5000, 0.2500])
+    """
+    return gamma ** torch.arange(steps, device=gamma.device).unsqueeze(-1)
+
+
+def k_step_bound(reward: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
+    r"""The K-step lower bound of a rollout, as ALM uses it in practice.
+
+    .. math:: L^K = \sum_{t<K} \gamma^t \tilde r_t + \gamma^K Q(z_K, a_K)
+
+    Args:
+        reward: augmented rewards :math:`\tilde r_t` (reward plus weighted log-ratio),
+            ``[..., K, 1]``.
+        value: value of the last state, ``[..., 1]``.
+        gamma: discount, a scalar.
+
+    Returns:
+        The bound, ``[..., 1]``.
+
+    Examples:
+        >>> k_step_bound(torch.ones(4, 3, 1), torch.zeros(4, 1), torch.tensor(0.5)).flatten()
+        tensor([1.7500, 1.7500, 1.7500, 1.7500])
+    """
+    steps = reward.shape[-2]
+    return (discounts(gamma, steps) * reward).sum(-2) + gamma**steps * value
+
+
+def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Which steps of a window belong to the episode that its first step is in.
+
+    Args:
+        done: whether the episode ended with a step, bool ``[B, T]``.
+        valid: which steps hold data at all, bool ``[B, T]``; all of them by default.
+
+    Returns:
+        bool ``[B, T]``: true up to the episode's last step or the first invalid one.
+
+    Examples:
+        >>> episode_mask(torch.tensor([[False, True, False]]))
+        tensor([[ True,  True, False]])
+    """
+    inside = torch.cat([torch.ones_like(done[:, :1]), ~done[:, :-1]], dim=1)
+    if valid is not None:
+        inside = inside & valid
+    return inside.int().cumprod(1).bool()

@@ -138,9 +138,9 @@ class WindowReplayBuffer(ReplayBuffer):
             return_info: also return TorchRL's information about the draw, flat ``[B * T]``.
 
         Returns:
-            A TensorDict ``[B, T]`` with the stored entries and ``"validity_mask"``, bool ``[B, T]``:
-            True where the transition belongs to the window, False past an episode's end or the
-            newest transition, where the last valid transition is repeated. Index 0 is always True.
+            The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``: True where the
+            transition belongs to the window, False past an episode's end or the newest transition,
+            where the last valid transition is repeated. Index 0 is always True.
 
         Raises:
             RuntimeError: if nothing is stored yet.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -13,7 +16,7 @@ from torchrl.envs import (
     Compose,
     DoubleToFloat,
     EnvBase,
-    GymEnv,
+    GymWrapper,
     ParallelEnv,
     RewardSum,
     SerialEnv,
@@ -38,15 +41,16 @@ def make_env(
     """Makes a Gymnasium task with float32 observations and the return of the running episode.
 
     A time limit sets ``truncated`` and ``done``, never ``terminated``. The action range is the
-    task's own and stands in ``env.action_spec`` (Humanoid-v5: +-0.4).
+    task's own and stands in ``env.action_spec`` (Humanoid-v5: -0.4 to 0.4).
 
     Args:
         task: a Gymnasium id, such as ``"HalfCheetah-v5"``.
-        seed: seed of the environment; environment ``i`` of several derives its own from it.
+        seed: seed of the environment; each of several environments derives its own from it.
         num_envs: environments stepped together; the batch size is ``[num_envs]`` if more than 1.
-        parallel: step them in processes of their own rather than one after the other.
-        from_pixels: add rendered frames (uint8 ``[height, width, 3]``) as ``"pixels"``, beside the
-            observation, for videos. Where rendering is impossible, a warning, and no frames.
+        parallel: step them in processes of their own rather than one after the other. The script
+            then needs an ``if __name__ == "__main__":`` guard.
+        from_pixels: add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"`` beside the
+            observation, for videos. Where rendering is impossible, a warning and no frames.
         device: where the tensors live.
         **gym_kwargs: passed to ``gymnasium.make``. Ant-v5 with
             ``include_cfrc_ext_in_observation=False`` is the 27-d truncated Ant; Humanoid-v5 with
@@ -55,12 +59,13 @@ def make_env(
             False is the 45-d truncated Humanoid.
 
     Returns:
-        The environment. ``"observation"`` is float32; ``"episode_reward"`` (``[..., 1]``) is the
-        sum of the rewards of the episode so far.
+        The environment. ``"observation"`` is float32 ``[..., size]``; ``"episode_reward"``, float32
+        ``[..., 1]``, is the sum of the episode's rewards so far.
 
     Raises:
-        ImportError: if Gymnasium, or the simulator the task needs, is not installed.
-        ValueError: if the task is unknown, or does not take one of ``gym_kwargs``.
+        ImportError: if Gymnasium, or the simulator that the task needs, is not installed.
+        ValueError: if the task is unknown or does not take one of ``gym_kwargs``, or if
+            ``num_envs`` is less than 1.
 
     Examples:
         >>> env = make_env("HalfCheetah-v5", seed=0)
@@ -72,12 +77,11 @@ def make_env(
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, not {num_envs}")
     _check_task(task)
-    if from_pixels and not _can_render(task, gym_kwargs):
-        from_pixels = False
-    make = partial(_make_single, task, from_pixels, device, gym_kwargs)
-    if num_envs == 1:
-        env = make()
-    else:
+    render = from_pixels and _can_render(task, gym_kwargs)
+    make = partial(_make_one, task, gym_kwargs, device=device, from_pixels=render)
+    env = make()
+    if num_envs > 1:
+        env.close()  # made above so that an error is raised in this process, before any worker
         env = (ParallelEnv if parallel else SerialEnv)(num_envs, make, device=device)
     env = TransformedEnv(env, Compose(DoubleToFloat(), RewardSum()))
     if seed is not None:
@@ -85,40 +89,101 @@ def make_env(
     return env
 
 
-def _make_single(
-    task: str, from_pixels: bool, device: torch.device | str, gym_kwargs: dict[str, Any]
+def _make_one(
+    task: str, gym_kwargs: dict[str, Any], *, device: torch.device | str, from_pixels: bool
 ) -> EnvBase:
+    """One environment, without transforms."""
+    # GymWrapper and not GymEnv, which keeps arguments such as frame_skip from gymnasium.make
+    env = _gym_make(task, gym_kwargs, render_mode="rgb_array" if from_pixels else None)
+    return GymWrapper(env, from_pixels=from_pixels, pixels_only=False, device=device)
+
+
+def _gym_make(task: str, gym_kwargs: dict[str, Any], render_mode: str | None) -> Any:
+    """``gymnasium.make`` with errors of one line."""
+    import gymnasium
+
+    options = {"disable_env_checker": True, **gym_kwargs}
+    if render_mode is not None:
+        options["render_mode"] = render_mode
     try:
-        return GymEnv(task, from_pixels=from_pixels, pixels_only=False, device=device, **gym_kwargs)
+        with _quiet_mujoco():
+            return gymnasium.make(task, **options)
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise ImportError(
+            f"{task} cannot be made here: {_one_line(error)} (MuJoCo tasks: {_INSTALL})"
+        ) from None
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
             raise
-        raise ValueError(f"{task} does not take one of {sorted(gym_kwargs)}: {error}") from None
+        raise ValueError(f"{task} does not take the argument {unknown[1]!r}") from None
 
 
 def _check_task(task: str) -> None:
+    """Raises unless Gymnasium is installed and knows the task."""
     if find_spec("gymnasium") is None:
         raise ImportError(f"make_env needs Gymnasium: {_INSTALL}")
     import gymnasium
 
     try:
         gymnasium.spec(task)
-    except gymnasium.error.Error as error:
-        close = difflib.get_close_matches(task, list(gymnasium.registry), n=4, cutoff=0.6)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        reason = " ".join(str(error).split())
-        raise ValueError(f"unknown Gymnasium task {task!r}{hint} ({reason})") from None
+    except (gymnasium.error.Error, ImportError) as error:
+        close = difflib.get_close_matches(task, _newest_ids(gymnasium.registry), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else _one_line(error)
+        raise ValueError(f"Gymnasium knows no task {task!r}: {hint}") from None
+
+
+def _newest_ids(registry: dict[str, Any]) -> list[str]:
+    """The ids of the newest version of every task."""
+    newest: dict[tuple[str | None, str], Any] = {}
+    for spec in registry.values():
+        known = newest.setdefault((spec.namespace, spec.name), spec)
+        if (spec.version or 0) > (known.version or 0):
+            newest[spec.namespace, spec.name] = spec
+    return [spec.id for spec in newest.values()]
 
 
 def _can_render(task: str, gym_kwargs: dict[str, Any]) -> bool:
-    import gymnasium
-
+    """Renders one frame, and warns where that fails."""
+    env = _gym_make(task, gym_kwargs, render_mode="rgb_array")
     try:
-        env = gymnasium.make(task, render_mode="rgb_array", **gym_kwargs)
         env.reset()
         env.render()
-        env.close()
-    except Exception as error:  # noqa: BLE001 - drivers fail in ways of their own
-        warnings.warn(f"no video: {task} cannot be rendered here ({error})", stacklevel=3)
+    except Exception as error:  # noqa: BLE001 - every driver fails in its own way
+        warnings.warn(
+            f"no frames of {task}: it cannot be rendered here ({_one_line(error)}). On a machine "
+            "without a display, set the environment variable MUJOCO_GL to egl or osmesa",
+            stacklevel=3,
+        )
         return False
+    finally:
+        env.close()
     return True
+
+
+@contextmanager
+def _quiet_mujoco() -> Iterator[None]:
+    """Keeps MuJoCo's notices on outdated model files from the terminal and from MUJOCO_LOG.TXT.
+
+    MuJoCo 4 writes them for every model that Gymnasium 1.4 loads. Its other warnings are passed on
+    as Python warnings.
+    """
+    try:
+        import mujoco
+    except ImportError:
+        yield
+        return
+    messages: list[str] = []
+    previous = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(messages.append)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(previous)
+        for message in messages:
+            if "deprecated" not in message:
+                warnings.warn(f"MuJoCo: {message}", stacklevel=4)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

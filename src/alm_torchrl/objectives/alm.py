@@ -545,7 +545,7 @@ class ALMLoss(LossModule):
     def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The output of a deterministic network with the given parameters."""
         network = getattr(self, name)
-        with params.to_module(network):
+        with params.to_module(network, preserve_module_state=False):
             return network(tensordict.copy()).get(network.out_keys[-1])
 
     def _dist_params(
@@ -553,7 +553,7 @@ class ALMLoss(LossModule):
     ) -> TensorDictBase:
         """The parameters of a network's distribution, to be stacked or indexed."""
         network = getattr(self, name)
-        with params.to_module(network):
+        with params.to_module(network, preserve_module_state=False):
             return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
 
     def _distribution(

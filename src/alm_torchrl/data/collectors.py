@@ -82,6 +82,7 @@ def make_collector(
         "init_random_frames": init_random_frames,
         "exploration_type": ExplorationType.RANDOM,
         "use_buffers": False,
+        "auto_register_policy_transforms": False,
         "device": device,
     }
     collector: BaseCollector

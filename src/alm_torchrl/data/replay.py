@@ -164,7 +164,7 @@ class WindowReplayBuffer(ReplayBuffer):
         if not len(self):
             return
         newest = (self.writer.state_dict()["_cursor"] - 1) % self.max_steps
-        row = self[newest]
+        row = self.storage[newest]
         closing = ~row["next", "done"]
         for name in ("done", "truncated"):
             if ("next", name) in row.keys(include_nested=True):
@@ -348,5 +348,5 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
 
 
 def _tuple_key(key: NestedKey) -> tuple[str, ...]:
-    key = unravel_key(key)
+    key = unravel_key(key if isinstance(key, str) else tuple(key))
     return (key,) if isinstance(key, str) else key

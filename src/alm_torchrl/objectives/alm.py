@@ -263,17 +263,19 @@ class ALMLoss(LossModule):
             The loss itself.
 
         Raises:
-            ValueError: for any other estimator.
+            NotImplementedError: for any other estimator.
         """
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is None:
             return self
+        if value_type is ValueEstimators.TDLambda:
+            # The vectorised form is silently wrong under torch.compile.
+            hyperparams.setdefault("vectorized", False)
         dispatch_value_estimator(
             self,
             value_type,
             supported=(ValueEstimators.TDLambda, ValueEstimators.TD0, ValueEstimators.TD1),
             value_network=None,
-            vectorized=False,
             **hyperparams,
         )
         return self

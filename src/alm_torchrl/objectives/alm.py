@@ -220,7 +220,8 @@ class ALMLoss(LossModule):
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
         self._latent_key = encoder.dist_sample_keys[-1]
         self._next_latent_key = dynamics.dist_sample_keys[-1]
-        self.set_keys(action=actor.dist_sample_keys[-1])
+        self._action_key = actor.dist_sample_keys[-1]
+        self.set_keys(action=self._action_key)
         self.make_value_estimator()
 
     # ---------------------------------------------------------------- keys and estimators
@@ -241,11 +242,14 @@ class ALMLoss(LossModule):
         """Renames the entries read from the input; see :class:`ALMLoss._AcceptedKeys`.
 
         Args:
-            **kwargs: new keys by name; ``None`` restores the default.
+            **kwargs: new keys by name; ``None`` restores the default. The networks keep the keys
+                that they were built with: ``action`` says where the batch holds it.
 
         Raises:
             ValueError: for a name that is none of the accepted keys.
         """
+        if kwargs.get("action", self._action_key) is None:
+            kwargs["action"] = self._action_key
         super().set_keys(**kwargs)
         self.loss_mask_key = self.tensor_keys.validity_mask
 
@@ -510,7 +514,7 @@ class ALMLoss(LossModule):
         return TensorDict(
             {
                 "latent": current.get(self._latent_key),
-                "action": current.get(self.tensor_keys.action),
+                "action": current.get(self._action_key),
                 "reward": self._output("reward_model", current, self.reward_model_params.data),
                 "log_ratio": log_ratio(logits),
                 "next": {
@@ -579,7 +583,7 @@ class ALMLoss(LossModule):
         return values.amin(-1, keepdim=True)
 
     def _step(self, latent: Tensor, action: Tensor) -> TensorDictBase:
-        entries = {self._latent_key: latent, self.tensor_keys.action: action}
+        entries = {self._latent_key: latent, self._action_key: action}
         return TensorDict(entries, batch_size=latent.shape[:-1])
 
     def _draw(self, dist: D.Distribution) -> Tensor:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    dispatch,
+)
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch import distributions as D
@@ -603,7 +609,7 @@ class ALMLoss(LossModule):
         """Checks the input and encodes its observations with the target encoder, in one pass."""
         windows = self._windows(tensordict, steps)
         done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
-        mask = episode_mask(done, windows.get("mask", None))
+        mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
         observations = self.encoder.in_keys
         current = windows[:, :1].select(*observations)
         following = windows.get("next").select(*observations)
@@ -625,16 +631,19 @@ class ALMLoss(LossModule):
             )
         shape = shape[:-1]
         entries = {key: _read(tensordict, key) for key in self.in_keys}
+        for key in (keys.action, *self.encoder.in_keys):
+            _check_shape(key, entries[key], (*shape, "..."))
+        for key in self.encoder.in_keys:
+            following = unravel_key(("next", key))
+            _check_shape(following, entries[following], entries[key].shape)
+        for name in (keys.done, keys.terminated):
+            key = unravel_key(("next", name))
+            _check_shape(key, entries[key], (*shape, 1), torch.bool)
         mask = tensordict.get(keys.validity_mask, None)
         if mask is not None:
-            entries["mask"] = mask.reshape(shape) if mask.numel() == shape.numel() else mask
-        for key, value in entries.items():
-            if value.shape[: len(shape)] != shape:
-                name = keys.validity_mask if key == "mask" else key
-                raise ValueError(
-                    f"entry {name!r} has shape {tuple(value.shape)}; wanted "
-                    f"{(*shape, '...')} as entry {reward_key!r} has"
-                )
+            mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask
+            _check_shape(keys.validity_mask, mask, shape, torch.bool)
+            entries[keys.validity_mask] = mask
         windows = TensorDict(entries, batch_size=shape)
         if len(shape) == 1:
             return windows.unsqueeze(1)
@@ -670,6 +679,24 @@ def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     return value
 
 
+def _check_shape(
+    key: NestedKey, value: Tensor, wanted: Sequence[int | str], dtype: torch.dtype | None = None
+) -> None:
+    """Refuses an entry of another shape (where ``"..."`` stands for any further sizes) or dtype."""
+    if wanted[-1] == "...":
+        matches = value.ndim >= len(wanted) and value.shape[: len(wanted) - 1] == wanted[:-1]
+    else:
+        matches = value.shape == wanted
+    if not matches:
+        sizes = ", ".join(map(str, wanted))
+        raise ValueError(
+            f"entry {key!r} has shape {tuple(value.shape)}; wanted [{sizes}] to go with the "
+            "reward and the other entries"
+        )
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"entry {key!r} has dtype {value.dtype}; wanted {dtype}")
+
+
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
 
@@ -697,6 +724,17 @@ def _check_networks(
             raise ValueError(
                 f"{name} must end in a distribution: wrap it in a "
                 "ProbabilisticTensorDictSequential (or a GaussianLatentModule for a latent), got "
+                f"{type(module).__name__}"
+            )
+    plain = {
+        "reward_model": reward_model,
+        "classifier": classifier,
+        "qvalue_network": qvalue_network,
+    }
+    for name, module in plain.items():
+        if not isinstance(module, TensorDictModuleBase):
+            raise ValueError(
+                f"{name} must read and write a TensorDict: wrap it in a TensorDictModule, got "
                 f"{type(module).__name__}"
             )
     latent, action = encoder.dist_sample_keys[-1], actor.dist_sample_keys[-1]

@@ -610,6 +610,9 @@ class ALMLoss(LossModule):
         windows = self._windows(tensordict, steps)
         done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
+        # What lies past the episode's end may be anything, NaN included, which no product with a
+        # mask would take out of the gradient.
+        windows = windows.apply(lambda value: _blank(value, mask))
         observations = self.encoder.in_keys
         current = windows[:, :1].select(*observations)
         following = windows.get("next").select(*observations)
@@ -695,6 +698,13 @@ def _check_shape(
         )
     if dtype is not None and value.dtype != dtype:
         raise ValueError(f"entry {key!r} has dtype {value.dtype}; wanted {dtype}")
+
+
+def _blank(value: Tensor, mask: Tensor) -> Tensor:
+    """Floating-point values with zeros where the mask is false."""
+    if not value.is_floating_point():
+        return value
+    return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -384,7 +384,7 @@ class ALMLoss(LossModule):
             "kl": _masked_mean(rollout["kl"].squeeze(-1), batch.mask),
             "prior_entropy": _masked_mean(rollout["prior_entropy"], batch.mask),
             "posterior_entropy": rollout["posterior_entropy"].mean(),
-            "latent_spread": rollout["latent"].std(0).mean(),
+            "latent_spread": rollout["latent"].std(0, correction=0).mean(),
         }
         return self._reduce(loss, mask), _detached(metrics)
 

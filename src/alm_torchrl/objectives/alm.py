@@ -278,7 +278,7 @@ class ALMLoss(LossModule):
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is None:
             return self
-        if value_type is ValueEstimators.TDLambda:
+        if "lmbda" in hyperparams:
             # The vectorised form is silently wrong under torch.compile.
             hyperparams.setdefault("vectorized", False)
         dispatch_value_estimator(

@@ -1,0 +1,99 @@
+"""Sphinx configuration; build with `nox -s docs`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from importlib.metadata import version as installed_version
+from typing import Any
+
+from sphinx.util.inspect import stringify_signature
+
+project = "alm_torchrl"
+author = "alm_torchrl contributors"
+copyright = f"2026, {author}"
+release = version = installed_version("alm-torchrl")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+# Links into the documentation of torch and Python need the network, which a build must not.
+if os.environ.get("DOCS_INTERSPHINX"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "torchrl": ("https://docs.pytorch.org/rl/stable", None),
+        "tensordict": ("https://docs.pytorch.org/tensordict/stable", None),
+    }
+
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+# The API pages come from the docstrings alone; types come from the signatures.
+autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+# A reference to a public name of this package must resolve; names of other packages need not.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(?!alm_torchrl).*|.*\._.*")]
+
+html_theme = "furo"
+html_title = "alm_torchrl"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_show_sphinx = False
+
+
+def _public_name(target: str) -> str | None:
+    """Find the documented name of an object that was named by the module that defines it."""
+    package, _, name = target.rpartition(".")
+    while package.count("."):
+        package = package.rpartition(".")[0]
+        if name in getattr(importlib.import_module(package), "__all__", ()):
+            return f"{package}.{name}"
+    return None
+
+
+def _resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """Resolve `alm_torchrl.modules.latent.X` to the `alm_torchrl.modules.X` that is documented."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("alm_torchrl."):
+        return None
+    public = _public_name(target)
+    if public is None:
+        return None
+    domain = env.get_domain("py")
+    return domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], public, node, contnode
+    )
+
+
+def _signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Show the constructor of a class whose metaclass takes `(*args, **kwargs)`."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    return stringify_signature(inspect.Signature(parameters), show_annotation=False), returns
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("missing-reference", _resolve)

@@ -279,7 +279,7 @@ class ALMLoss(LossModule):
         if value_type is None:
             return self
         if "lmbda" in hyperparams:
-            # The vectorised form is silently wrong under torch.compile.
+            # TorchRL's vectorised form is silently wrong under torch.compile.
             hyperparams.setdefault("vectorized", False)
         dispatch_value_estimator(
             self,
@@ -288,7 +288,29 @@ class ALMLoss(LossModule):
             value_network=None,
             **hyperparams,
         )
+        if self.value_type is ValueEstimators.TD1:  # always vectorised there
+            return self.make_value_estimator(ValueEstimators.TDLambda, lmbda=1.0, **hyperparams)
         return self
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by the losses that move them.
+
+        ALM clips the gradient norm of each group apart, and may give each its own learning rate.
+
+        Returns:
+            ``world_model`` (encoder and dynamics), ``reward`` (reward model and classifier),
+            ``value`` and ``actor``.
+        """
+        members = {
+            "world_model": (self.encoder_params, self.dynamics_params),
+            "reward": (self.reward_model_params, self.classifier_params),
+            "value": (self.qvalue_network_params,),
+            "actor": (self.actor_params,),
+        }
+        return {
+            name: [p for params in group for p in params.parameters() if p.requires_grad]
+            for name, group in members.items()
+        }
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Does nothing: the estimator reads imagined rollouts, whose keys are the loss's own."""

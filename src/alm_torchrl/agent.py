@@ -1,0 +1,304 @@
+"""Every component of Aligned Latent Models, built from an environment's specs."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
+from tensordict.utils import NestedKey, unravel_key
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from alm_torchrl.modules import (
+    Actor,
+    LatentDynamics,
+    MLPEncoder,
+    NoiseSchedule,
+    QValueEnsemble,
+    RewardModel,
+    TransitionClassifier,
+)
+
+__all__ = ["ALMAgent", "AgentConfig"]
+
+_FORMAT = "alm_torchrl.ALMAgent"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What an :class:`ALMAgent` is built from; the defaults are the paper's.
+
+    Attributes:
+        observation_dims: size of each vector observation by key, in the order of concatenation.
+        action_low: lower end of the action range, one entry per dimension.
+        action_high: upper end of the action range.
+        latent_dim: size of the latent.
+        hidden_dim: width of encoder, reward, classifier, values and actor.
+        dynamics_hidden_dim: width of the latent dynamics.
+        scale_to_range: whether the actor's mean spans the action range (see
+            :class:`~alm_torchrl.modules.Actor`); the authors leave it in +-1.
+        noise_clip: largest action noise inside the losses.
+        noise_start: scale of the action noise at the first step.
+        noise_end: scale of the action noise after ``noise_steps``.
+        noise_steps: steps over which the noise is annealed.
+    """
+
+    observation_dims: dict[NestedKey, int]
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    latent_dim: int = 50
+    hidden_dim: int = 512
+    dynamics_hidden_dim: int = 1024
+    scale_to_range: bool = True
+    noise_clip: float | None = 0.3
+    noise_start: float = 1.0
+    noise_end: float = 0.1
+    noise_steps: int = 100_000
+
+
+class ALMAgent(nn.Module):
+    """The six networks of Aligned Latent Models and the policies made from them.
+
+    Any component can be replaced by one of your own; an agent with such components is loaded by
+    passing them to :meth:`load` again.
+
+    Args:
+        config: sizes and action range; see :meth:`from_env` to read them off an environment.
+        encoder: in place of :class:`~alm_torchrl.modules.MLPEncoder`.
+        dynamics: in place of :class:`~alm_torchrl.modules.LatentDynamics`.
+        reward_model: in place of :class:`~alm_torchrl.modules.RewardModel`.
+        classifier: in place of :class:`~alm_torchrl.modules.TransitionClassifier`.
+        qvalue_network: in place of :class:`~alm_torchrl.modules.QValueEnsemble`.
+        actor: in place of :class:`~alm_torchrl.modules.Actor`.
+
+    Examples:
+        >>> config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
+        >>> agent = ALMAgent(config)
+        >>> agent.policy()(observation=torch.randn(2, 3)).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        encoder: ProbabilisticTensorDictSequential | None = None,
+        dynamics: ProbabilisticTensorDictSequential | None = None,
+        reward_model: TensorDictModule | None = None,
+        classifier: TensorDictModule | None = None,
+        qvalue_network: TensorDictModule | None = None,
+        actor: ProbabilisticTensorDictSequential | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        latent, action = config.latent_dim, len(config.action_low)
+        hidden = config.hidden_dim
+        self.encoder = encoder or _make_encoder(config)
+        self.dynamics = dynamics or LatentDynamics(latent, action, config.dynamics_hidden_dim)
+        self.reward_model = reward_model or RewardModel(latent, action, hidden)
+        self.classifier = classifier or TransitionClassifier(latent, action, hidden)
+        self.qvalue_network = qvalue_network or QValueEnsemble(latent, action, hidden)
+        self.actor = actor or _make_actor(config)
+
+    @classmethod
+    def from_env(cls, env: EnvBase, **options: Any) -> ALMAgent:
+        """Builds an agent whose sizes fit an environment.
+
+        Args:
+            env: any TorchRL environment with a bounded continuous action. Its vector observations
+                are concatenated; with an ``encoder`` of your own they can be anything.
+            **options: fields of :class:`AgentConfig`, and components by name.
+
+        Returns:
+            The agent, on the environment's device.
+
+        Raises:
+            TypeError: for an unknown option, or an action that is not bounded and continuous.
+            ValueError: if no vector observation is found and no encoder is given.
+
+        Examples:
+            >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+            >>> env = ContinuousActionVecMockEnv()
+            >>> agent = ALMAgent.from_env(env, latent_dim=8, hidden_dim=16)
+            >>> env.rollout(3, agent.policy()).batch_size
+            torch.Size([3])
+        """
+        names = {field.name for field in fields(AgentConfig)}
+        unknown = options.keys() - names - set(COMPONENTS)
+        if unknown:
+            known = ", ".join(sorted(names | set(COMPONENTS)))
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; choose from {known}")
+        components = {name: options.pop(name) for name in COMPONENTS if name in options}
+        low, high = _action_range(env)
+        if "observation_dims" not in options:
+            options["observation_dims"] = {} if "encoder" in components else _vector_keys(env)
+        config = AgentConfig(action_low=low, action_high=high, **options)
+        return cls(config, **components).to(env.device or "cpu")
+
+    @property
+    def noise(self) -> NoiseSchedule:
+        """The schedule of the action noise, shared by acting and the losses."""
+        return self.actor.noise
+
+    def networks(self) -> dict[str, TensorDictModuleBase]:
+        """The six components by the names of :class:`~alm_torchrl.objectives.ALMLoss`."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    def policy(self) -> TensorDictModuleBase:
+        """The policy from observation to action, for collectors, rollouts and evaluation.
+
+        It encodes with a sample of the latent whatever the exploration type, as the authors do.
+        Under ``ExplorationType.RANDOM`` the action carries the scheduled noise, unclipped; under
+        ``DETERMINISTIC`` it is the actor's mean.
+
+        Returns:
+            A module that shares the agent's parameters and writes the action alone.
+        """
+        acting = self.actor.acting() if isinstance(self.actor, Actor) else self.actor
+        sequence = TensorDictSequential(_Sampled(self.encoder), acting)
+        return sequence.select_out_keys(self.actor.dist_sample_keys[-1])
+
+    def save(self, path: str | Path) -> None:
+        """Writes configuration and weights for acting (or for looking into the model).
+
+        Args:
+            path: the file; an existing one is replaced only once the new one is whole.
+        """
+        path = Path(path)
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "config": asdict(self.config),
+            "custom": [name for name in COMPONENTS if type(getattr(self, name)) not in _OWN],
+            "state_dict": self.state_dict(),
+        }
+        partial = path.with_name(path.name + ".partial")
+        torch.save(content, partial)
+        partial.replace(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", **components: nn.Module
+    ) -> ALMAgent:
+        """Reads what :meth:`save` wrote, without running any code stored in it.
+
+        Args:
+            path: the file.
+            device: where the agent goes.
+            **components: the components of your own that the agent was saved with.
+
+        Returns:
+            The agent.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not an agent, is damaged, comes from a newer version, or needs
+                components that were not given or that do not fit.
+        """
+        content = _read_checkpoint(Path(path))
+        missing = [name for name in content["custom"] if name not in components]
+        if missing:
+            needed = ", ".join(f"{name}=..." for name in missing)
+            raise ValueError(f"{path} was saved with components of your own; pass {needed} to load")
+        agent = cls(AgentConfig(**content["config"]), **components)
+        try:
+            agent.load_state_dict(content["state_dict"])
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {path} do not fit the components: {error}") from error
+        return agent.to(device)
+
+
+class _Sampled(TensorDictModuleBase):
+    """Runs an encoder so that it always draws its latent."""
+
+    def __init__(self, encoder: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.in_keys = encoder.in_keys
+        self.out_keys = encoder.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        with set_exploration_type(ExplorationType.RANDOM):
+            return self.encoder(tensordict)
+
+
+COMPONENTS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
+_OWN = (MLPEncoder, LatentDynamics, RewardModel, TransitionClassifier, QValueEnsemble, Actor)
+
+
+def _make_encoder(config: AgentConfig) -> MLPEncoder:
+    return MLPEncoder(
+        sum(config.observation_dims.values()),
+        config.latent_dim,
+        config.hidden_dim,
+        in_keys=list(config.observation_dims),
+    )
+
+
+def _make_actor(config: AgentConfig) -> Actor:
+    return Actor(
+        config.latent_dim,
+        config.action_low,
+        config.action_high,
+        config.hidden_dim,
+        noise=NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
+        noise_clip=config.noise_clip,
+        scale_to_range=config.scale_to_range,
+    )
+
+
+def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    spec = env.action_spec_unbatched
+    if not isinstance(spec, Bounded) or spec.ndim != 1 or not spec.dtype.is_floating_point:
+        raise TypeError(
+            "ALM needs one bounded continuous action vector; this environment's action is "
+            f"{type(spec).__name__} of shape {tuple(spec.shape)}"
+        )
+    return tuple(spec.space.low.tolist()), tuple(spec.space.high.tolist())
+
+
+def _vector_keys(env: EnvBase) -> dict[NestedKey, int]:
+    spec = env.observation_spec_unbatched
+    reserved = {unravel_key(key) for key in (*env.reward_keys, *env.state_spec.keys(True, True))}
+    dims = {
+        unravel_key(key): leaf.shape[-1]
+        for key, leaf in spec.items(True, True)
+        if leaf.ndim == 1 and leaf.dtype.is_floating_point and unravel_key(key) not in reserved
+    }
+    dims.pop("episode_reward", None)
+    if not dims:
+        found = {str(key): tuple(leaf.shape) for key, leaf in spec.items(True, True)}
+        raise ValueError(
+            f"no vector observation among {found}; pass an `encoder` that reads what there is"
+        )
+    return dims
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or is not a file that ALMAgent.save wrote") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a file that ALMAgent.save wrote")
+    if content["version"] > _VERSION:
+        raise ValueError(
+            f"{path} has format version {content['version']}, this release reads up to {_VERSION}; "
+            "upgrade alm-torchrl"
+        )
+    return content

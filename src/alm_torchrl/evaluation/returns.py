@@ -1,0 +1,63 @@
+"""Returns of whole episodes."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+__all__ = ["evaluate_policy"]
+
+
+@torch.no_grad()
+def evaluate_policy(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    episodes: int = 5,
+    *,
+    max_steps: int = 1000,
+    exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
+    reward_key: NestedKey = "reward",
+    done_key: NestedKey = "done",
+) -> Tensor:
+    """Undiscounted returns of a policy, by default with its mean action.
+
+    Args:
+        env: one environment, or several stepped together (batch size ``[N]``), each of which
+            plays one episode at a time. Use environments apart from those that are learnt from.
+        policy: the policy, such as :meth:`alm_torchrl.agent.ALMAgent.policy`.
+        episodes: how many episodes.
+        max_steps: steps after which an episode is cut off.
+        exploration_type: how the policy draws its action.
+        reward_key: the reward, read under ``"next"``.
+        done_key: the end of an episode, read under ``"next"``.
+
+    Returns:
+        One return per episode, ``[episodes]``, in the environment's units.
+
+    Raises:
+        ValueError: if ``episodes`` is less than 1.
+
+    Examples:
+        >>> from torchrl.testing.mocking_classes import CountingEnv
+        >>> from torchrl.modules import RandomPolicy
+        >>> env = CountingEnv(max_steps=4)
+        >>> evaluate_policy(env, RandomPolicy(env.action_spec), episodes=2).shape
+        torch.Size([2])
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    returns: list[Tensor] = []
+    with set_exploration_type(exploration_type):
+        while sum(r.numel() for r in returns) < episodes:
+            rollout = env.rollout(
+                max_steps, policy, break_when_any_done=not env.batch_size, auto_cast_to_device=True
+            )
+            reward = rollout[unravel_key(("next", reward_key))].squeeze(-1)
+            done = rollout[unravel_key(("next", done_key))].squeeze(-1).int()
+            first_episode = (done.cumsum(-1) - done) == 0
+            returns.append((reward * first_episode).sum(-1).reshape(-1).cpu())
+    return torch.cat(returns)[:episodes]

@@ -1,0 +1,12 @@
+"""Training on Lightning; needs ``pip install 'alm-torchrl[recipes]'``."""
+
+from importlib.util import find_spec
+
+if find_spec("lightning") is None:
+    raise ImportError("alm_torchrl.training needs Lightning: pip install 'alm-torchrl[recipes]'")
+
+from alm_torchrl.training.callbacks import LearningCurve, SaveAgent, Video
+from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.module import ALMModule
+
+__all__ = ["ALMModule", "Experience", "LearningCurve", "SaveAgent", "Video"]

@@ -1,0 +1,145 @@
+"""What a training run leaves behind: the learning curve, the agent, a video."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from alm_torchrl.training.module import ALMModule
+
+__all__ = ["LearningCurve", "SaveAgent", "Video"]
+
+
+class LearningCurve(L.Callback):
+    """Keeps the evaluations as ``curve.csv`` and draws them as ``curve.png``.
+
+    Both are rewritten after every evaluation, so that they stand whenever a run ends. A row holds
+    the step (the authors' counter, without the warm-up), the seed, the mean return, its standard
+    deviation over episodes, all frames, and the seconds since the start.
+
+    Args:
+        folder: where the two files go.
+        seed: the seed to note in the curve.
+        title: the title of the plot.
+    """
+
+    FIELDS = ("step", "seed", "return", "return_std", "frames", "seconds")
+
+    def __init__(self, folder: str | Path, *, seed: int, title: str = "") -> None:
+        self.folder = Path(folder)
+        self.seed = seed
+        self.title = title
+        self.rows: list[dict[str, float]] = []
+        self._start = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Starts the clock."""
+        self._start = time.monotonic()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
+    ) -> None:
+        """Adds the evaluation to both files."""
+        experience = pl_module.experience
+        self.rows.append(
+            {
+                "step": experience.steps,
+                "seed": self.seed,
+                "return": round(outputs.mean().item(), 2),
+                "return_std": round(outputs.std(correction=0).item(), 2),
+                "frames": experience.frames,
+                "seconds": round(time.monotonic() - self._start, 1),
+            }
+        )
+        with (self.folder / "curve.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.FIELDS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self._draw()
+
+    def _draw(self) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        steps, mean, std = (
+            torch.tensor([row[key] for row in self.rows])
+            for key in ("step", "return", "return_std")
+        )
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.plot(steps, mean, marker="o", markersize=3)
+        axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
+        axes.set(xlabel="environment steps after the warm-up", ylabel="return", title=self.title)
+        axes.grid(alpha=0.3)
+        figure.savefig(self.folder / "curve.png", dpi=150)
+
+
+class SaveAgent(L.Callback):
+    """Keeps the agent for acting: ``agent_last.pt``, and ``agent_best.pt`` by its return.
+
+    Args:
+        folder: where the files go; see :meth:`alm_torchrl.agent.ALMAgent.load`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.best = float("-inf")
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
+    ) -> None:
+        """Saves the agent after an evaluation."""
+        pl_module.agent.save(self.folder / "agent_last.pt")
+        if outputs.mean() > self.best:
+            self.best = outputs.mean().item()
+            pl_module.agent.save(self.folder / "agent_best.pt")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
+    ) -> None:
+        """Saves the agent when a run is interrupted."""
+        pl_module.agent.save(self.folder / "agent_last.pt")
+
+
+class Video(L.Callback):
+    """Records one episode of the trained policy as ``video.gif`` when training ends.
+
+    Args:
+        folder: where the file goes.
+        env: an environment that writes frames ``[H, W, 3]`` (uint8) to ``"pixels"``, such as
+            ``make_env(..., from_pixels=True)``; without frames nothing is recorded.
+        every: steps between two frames kept.
+        fps: frames per second of the file.
+    """
+
+    def __init__(self, folder: str | Path, env: EnvBase, *, every: int = 4, fps: int = 20) -> None:
+        self.folder = Path(folder)
+        self.env = env
+        self.every = every
+        self.fps = fps
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Plays the episode and writes the file."""
+        from PIL import Image
+
+        if "pixels" not in self.env.observation_spec.keys():
+            return
+        with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+            rollout = self.env.rollout(1000, pl_module.agent.policy(), auto_cast_to_device=True)
+        frames = [Image.fromarray(frame.numpy()) for frame in rollout["pixels"][:: self.every]]
+        frames[0].save(
+            self.folder / "video.gif",
+            save_all=True,
+            append_images=frames[1:],
+            duration=1000 // self.fps,
+            loop=0,
+        )

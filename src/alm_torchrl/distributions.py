@@ -192,8 +192,9 @@ class ClampedNormal(D.Independent):
         raise NotImplementedError("ClampedNormal has mass on its borders and so no entropy")
 
     def _clamp(self, action: Tensor) -> Tensor:
-        clamped = torch.clamp(action, self._low, self._high)
-        return action + (clamped - action).detach()
+        clamped = action.detach().clamp(min=self._low).clamp(max=self._high)
+        # In this order the sum adds an exact zero and cannot round an action out of the range.
+        return clamped + (action - action.detach())
 
 
 def full_precision(x: Tensor) -> Tensor:

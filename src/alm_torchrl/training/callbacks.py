@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
@@ -131,7 +131,7 @@ class Video(L.Callback):
         """Plays the episode and writes the file."""
         from PIL import Image
 
-        if "pixels" not in self.env.observation_spec.keys():
+        if "pixels" not in self.env.observation_spec:
             return
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             rollout = self.env.rollout(1000, pl_module.agent.policy(), auto_cast_to_device=True)

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 
 from tensordict import TensorDictBase
-from torch.utils.data import DataLoader, IterableDataset
 from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 
@@ -15,7 +14,7 @@ from alm_torchrl.modules import NoiseSchedule
 __all__ = ["Experience"]
 
 
-class Experience(IterableDataset):
+class Experience:
     """Steps the environment, stores what happened, and yields the batches to learn from.
 
     Warm-up frames are stored without an update. After them every collected batch is stored first,
@@ -44,7 +43,6 @@ class Experience(IterableDataset):
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | None = None,
     ) -> None:
-        super().__init__()
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
             raise ValueError(
                 "expected total_steps >= 1, warmup_steps >= 0 and updates_per_step > 0, got "
@@ -85,10 +83,6 @@ class Experience(IterableDataset):
                 return
             if self.noise is not None and self.steps > 0:
                 self.noise.advance(data.numel())
-
-    def loader(self) -> DataLoader:
-        """The source as a loader for Lightning, in this process and without batching."""
-        return DataLoader(self, batch_size=None, num_workers=0)
 
     def _store(self, data: TensorDictBase) -> None:
         self.replay.extend(data)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
+import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
@@ -42,7 +41,6 @@ class ALMModule(L.LightningModule):
         target_tau: weight of the new value in the targets' moving average.
         eval_episodes: episodes of an evaluation.
         log_every: updates between two entries in the loggers.
-        compile_loss: run the losses through ``torch.compile``.
 
     Raises:
         ValueError: if the loss was not built on the agent, or a learning rate names no group.
@@ -60,7 +58,6 @@ class ALMModule(L.LightningModule):
         target_tau: float = 0.005,
         eval_episodes: int = 5,
         log_every: int = 100,
-        compile_loss: bool = False,
     ) -> None:
         super().__init__()
         self.agent = agent
@@ -72,7 +69,6 @@ class ALMModule(L.LightningModule):
         self.eval_episodes = eval_episodes
         self.log_every = log_every
         self.target_update = SoftUpdate(loss, tau=target_tau)
-        self._losses = torch.compile(loss) if compile_loss else loss
         self._check_sharing()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -87,18 +83,20 @@ class ALMModule(L.LightningModule):
             [{"name": n, "params": p, "lr": rates[n]} for n, p in groups.items()], fused=True
         )
 
-    def train_dataloader(self) -> DataLoader:
-        """The experience."""
-        return self.experience.loader()
+    def train_dataloader(self) -> Experience:
+        """The experience, which is iterated in this process."""
+        return self.experience
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
         """The sum of the five losses."""
-        losses = self._losses(batch)
+        losses = self.loss(batch)
         if batch_idx % self.log_every == 0:
             self._log_metrics({f"train/{k}": v for k, v in losses.items()})
         return torch.stack([losses[key] for key in self.loss.out_keys]).sum()
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
+    ) -> None:
         """Clips each group apart; a norm that is not finite raises ``FloatingPointError``."""
         for group in optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
@@ -114,15 +112,15 @@ class ALMModule(L.LightningModule):
         """Moves the target networks."""
         self.target_update.step()
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> list[int]:
         """One evaluation."""
-        return DataLoader([0], batch_size=None)
+        return [0]
 
     def validation_step(self, *_: Any) -> Tensor:
         """Plays whole episodes with the mean action and returns their returns, ``[episodes]``."""
         returns = evaluate_policy(self.eval_env, self.agent.policy(), self.eval_episodes)
         metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std(correction=0)}
-        self.log("return", returns.mean(), prog_bar=True, logger=False)
+        self.log("return", returns.mean(), prog_bar=True, logger=False, batch_size=1)
         self._log_metrics(metrics)
         return returns
 

@@ -1,0 +1,145 @@
+"""The options of recipes/mujoco.py: their types. The YAML files beside this one give the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+
+@dataclass
+class Task:
+    """A Gymnasium task."""
+
+    name: str = MISSING  # how folders and plots call it
+    id: str = MISSING  # what gymnasium.make is given
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of gymnasium.make
+    replay_capacity: int = MISSING  # transitions that the authors keep for this task
+    paper_steps: int = MISSING  # length of the authors' curve, in steps after the warm-up
+
+
+@dataclass
+class Agent:
+    """Sizes of the networks and the schedule of the noise (alm_torchrl.agent.AgentConfig)."""
+
+    latent_dim: int = MISSING  # size of the latent
+    hidden_dim: int = MISSING  # width of encoder, reward, classifier, values and actor
+    dynamics_hidden_dim: int = MISSING  # width of the latent dynamics
+    scale_to_range: bool = MISSING  # the actor's mean spans the action range
+    noise_clip: float | None = MISSING  # largest action noise inside the losses
+    noise_start: float = MISSING  # scale of the noise at the first step
+    noise_end: float = MISSING  # scale of the noise after noise_steps
+    noise_steps: int = MISSING  # steps to anneal over
+
+
+@dataclass
+class Objective:
+    """The losses (alm_torchrl.objectives.ALMLoss)."""
+
+    horizon: int = MISSING  # imagined steps, and the length of the windows
+    gamma: float = MISSING  # discount
+    lmbda: float = MISSING  # lambda of the imagined returns
+    consistency_coeff: float = MISSING  # weight of the log-ratio in the actor's reward
+    bootstrap_terminated: bool = MISSING  # keep the value term after a terminal state
+    short_windows: str = MISSING  # windows cut short by an episode's end: mask or drop
+
+
+@dataclass
+class LearningRates:
+    """Adam's learning rate for each parameter group."""
+
+    world_model: float = MISSING  # encoder and latent dynamics
+    reward: float = MISSING  # reward model and classifier
+    value: float = MISSING  # action values
+    actor: float = MISSING  # actor
+
+
+@dataclass
+class Training:
+    """How much is collected and learnt."""
+
+    total_steps: int = MISSING  # environment steps after the warm-up (the authors' counter)
+    warmup_steps: int = MISSING  # uniformly random steps before them
+    num_envs: int = MISSING  # environments stepped together
+    updates_per_step: float = MISSING  # updates for each environment step
+    batch_size: int = MISSING  # windows in an update
+    replay_capacity: int = MISSING  # transitions kept
+    max_grad_norm: float = MISSING  # largest gradient norm of a parameter group
+    target_tau: float = MISSING  # weight of the new value in the targets' moving average
+
+
+@dataclass
+class Evaluation:
+    """Evaluation in environments of its own."""
+
+    every: int = MISSING  # steps between two evaluations
+    episodes: int = MISSING  # episodes of each
+    video: bool = MISSING  # record an episode at the end
+
+
+@dataclass
+class Run:
+    """The machine, the folder and the loggers."""
+
+    folder: str = MISSING  # where everything goes
+    accelerator: str = MISSING  # cpu, gpu, or auto
+    compile: bool = MISSING  # run the losses through torch.compile
+    matmul_precision: str = MISSING  # torch.set_float32_matmul_precision: highest, high or medium
+    log_every: int = MISSING  # updates between two log entries
+    tensorboard: bool = MISSING  # write TensorBoard logs
+    wandb: bool = MISSING  # write to Weights & Biases (pip install wandb)
+
+
+@dataclass
+class Config:
+    """All options."""
+
+    seed: int = MISSING
+    task: Task = field(default_factory=Task)
+    agent: Agent = field(default_factory=Agent)
+    objective: Objective = field(default_factory=Objective)
+    learning_rates: LearningRates = field(default_factory=LearningRates)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: Run = field(default_factory=Run)
+
+
+def prepare(config: Config) -> Path:
+    """Refuses values that contradict each other, and makes the run's folder with its config.yaml.
+
+    Raises:
+        ValueError: naming the option and why its value will not do.
+        ImportError: if an option needs a package that is not installed.
+        OSError: if the folder cannot be written.
+    """
+    training, every = config.training, config.evaluation.every
+    if training.total_steps < 1 or every < 1 or training.total_steps % every:
+        raise ValueError(
+            f"training.total_steps={training.total_steps} is no multiple of evaluation.every="
+            f"{every}, so the last steps would never be evaluated"
+        )
+    updates = every * training.updates_per_step
+    if updates < 1 or updates % 1:
+        raise ValueError(
+            f"evaluation.every={every} at training.updates_per_step={training.updates_per_step} "
+            "is no whole number of updates"
+        )
+    for name in ("warmup_steps", "total_steps"):
+        if getattr(training, name) % training.num_envs:
+            raise ValueError(
+                f"training.{name}={getattr(training, name)} is no multiple of training.num_envs="
+                f"{training.num_envs}"
+            )
+    if config.run.wandb and find_spec("wandb") is None:
+        raise ImportError("run.wandb=true needs Weights & Biases: pip install wandb")
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder
+
+
+ConfigStore.instance().store(name="schema", node=Config)

@@ -1,0 +1,151 @@
+"""Trains ALM on a MuJoCo task: ``python recipes/mujoco.py [preset=...] [task=...] [option=...]``.
+
+The options stand in conf/mujoco.yaml. A run leaves in its folder the configuration, the learning
+curve (curve.csv, curve.png), metrics, checkpoints and the agent for acting.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.append(sys.path.pop(0))  # this file bears the simulator's name: import from here last
+
+import torch
+
+try:
+    import hydra
+    import lightning as L  # noqa: N812 - Lightning's own convention
+    from conf.schema import Config, prepare
+    from hydra.errors import HydraException
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+except ImportError as error:
+    sys.exit(f"{error}: the recipes need more packages, pip install 'alm-torchrl[recipes]'")
+
+from torchrl.envs import EnvBase
+from torchrl.objectives.utils import ValueEstimators
+
+from alm_torchrl.agent import ALMAgent
+from alm_torchrl.data import make_collector, make_replay_buffer
+from alm_torchrl.envs import make_env
+from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training import ALMModule, Experience, LearningCurve, SaveAgent, Video
+
+
+def make_task_env(config: Config, seed: int, num_envs: int = 1, pixels: bool = False) -> EnvBase:
+    """The task's environment."""
+    task = config.task
+    return make_env(task.id, seed=seed, num_envs=num_envs, from_pixels=pixels, **task.kwargs)
+
+
+def make_module(config: Config, device: torch.device) -> ALMModule:
+    """Environment, agent, loss and data, in this order."""
+    training = config.training
+    env = make_task_env(config, config.seed, training.num_envs)
+    agent = ALMAgent.from_env(env, **vars(config.agent)).to(device)
+
+    objective = dict(vars(config.objective))
+    estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
+    loss = ALMLoss(**agent.networks(), **objective)
+    loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
+    if config.run.compile:
+        loss.compile()
+
+    collector = make_collector(
+        env,
+        agent.policy(),
+        frames_per_batch=training.num_envs,
+        init_random_frames=training.warmup_steps,
+        policy_device=device,
+    )
+    replay = make_replay_buffer(
+        training.replay_capacity,
+        batch_size=training.batch_size,
+        window_length=objective["horizon"],
+        num_envs=training.num_envs,
+        device=device,
+    )
+    experience = Experience(
+        collector,
+        replay,
+        total_steps=training.total_steps,
+        warmup_steps=training.warmup_steps,
+        updates_per_step=training.updates_per_step,
+        noise=agent.noise,
+    )
+    return ALMModule(
+        agent,
+        loss,
+        experience,
+        make_task_env(config, config.seed + 1000, config.evaluation.episodes),
+        learning_rates=vars(config.learning_rates),
+        max_grad_norm=training.max_grad_norm,
+        target_tau=training.target_tau,
+        eval_episodes=config.evaluation.episodes,
+        log_every=config.run.log_every,
+    )
+
+
+def make_trainer(config: Config, folder: Path) -> L.Trainer:
+    """Loggers, checkpoints, plots and the progress bar."""
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    if config.run.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    if config.run.wandb:
+        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
+    callbacks: list[Callback] = [
+        LearningCurve(folder, seed=config.seed, title=f"ALM on {config.task.name}"),
+        SaveAgent(folder),
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="best",
+            monitor="return",
+            mode="max",
+            save_last=True,
+            save_on_exception=True,
+        ),
+        TQDMProgressBar(refresh_rate=20),
+    ]
+    if config.evaluation.video:
+        callbacks.append(Video(folder, make_task_env(config, config.seed + 2000, pixels=True)))
+    return L.Trainer(
+        accelerator=config.run.accelerator,
+        devices=1,
+        max_epochs=1,
+        val_check_interval=int(config.evaluation.every * config.training.updates_per_step),
+        num_sanity_val_steps=0,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_model_summary=False,
+        inference_mode=False,
+    )
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
+def main(options: DictConfig) -> None:
+    """One run."""
+    config: Config = OmegaConf.to_object(options)
+    try:
+        folder = prepare(config)
+        torch.set_float32_matmul_precision(config.run.matmul_precision)
+        L.seed_everything(config.seed, verbose=False)
+        trainer = make_trainer(config, folder)
+        module = make_module(config, trainer.strategy.root_device)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(f"{config.task.id}: {config.training.warmup_steps} random steps, then learning -> {folder}")
+    trainer.fit(module)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that an error in an option arrives here
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(" ".join(str(error).split()))

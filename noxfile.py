@@ -8,6 +8,7 @@ pyproject.toml or constraints.txt change. Every installation is held to constrai
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -19,8 +20,7 @@ EXTRAS = "recipes,docs,dev"
 LINTERS = ["ruff", "import-linter"]
 
 nox.needs_version = ">=2026.10.20"
-# pip and venv, not uv: uv reads neither pip's configuration nor its local wheels.
-nox.options.default_venv_backend = "venv"
+nox.options.envdir = os.environ.get("NOX_ENVDIR", ".nox")
 nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "tests", "docs", "smoke"]
 
@@ -40,7 +40,8 @@ def _run_in_stack(session: nox.Session, *command: str, **env: str) -> None:
     session.run(str(program), *command[1:], external=True, env=env)
 
 
-@nox.session(reuse_venv=True, default=False)
+# pip and venv, not uv: uv reads neither pip's configuration nor its local wheels.
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
 def stack(session: nox.Session) -> None:
     """Install the package with every extra into the environment that the others share."""
     stamp = Path(session.virtualenv.location) / "installed.sha256"
@@ -51,7 +52,7 @@ def stack(session: nox.Session) -> None:
     stamp.write_text(_fingerprint(), encoding="utf-8")
 
 
-@nox.session
+@nox.session(venv_backend="venv", reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Check style, formatting, the floors between modules and the length limits (no torch)."""
     session.install("-c", str(CONSTRAINTS), *LINTERS)

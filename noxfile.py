@@ -88,12 +88,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["stack"])
 def smoke(session: nox.Session) -> None:
-    """Train the quickstart recipe for a few steps into a temporary folder."""
-    overrides = session.posargs or ["preset=quickstart", "total_steps=200"]
-    _run_in_stack(
-        session, "python", "recipes/mujoco.py", *overrides,
-        f"hydra.run.dir={Path(session.create_tmp()).resolve() / 'run'}",
-    )  # fmt: skip
+    """Train the quickstart recipe for a few small updates; arguments go to the recipe."""
+    folder = Path(session.create_tmp()).resolve() / "run"
+    few = [
+        "training.warmup_steps=200", "training.total_steps=100", "training.batch_size=32",
+        "agent.hidden_dim=32", "agent.dynamics_hidden_dim=32",
+        "evaluation.every=50", "evaluation.episodes=1",
+    ]  # fmt: skip
+    command = ["recipes/mujoco.py", *few, f"run.folder={folder}", *session.posargs]
+    _run_in_stack(session, "python", *command, OMP_NUM_THREADS="1")
+    for name in ("curve.csv", "curve.png", "agent_last.pt"):
+        if not (folder / name).is_file():
+            session.error(f"the run left no {name}")
 
 
 @nox.session(venv_backend="none", requires=["stack"], default=False)

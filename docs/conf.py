@@ -94,6 +94,15 @@ def _signature(
     return stringify_signature(inspect.Signature(parameters), show_annotation=False), returns
 
 
+def _no_inline_type(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Keep napoleon from reading the words before a colon in a property's summary as its type."""
+    if what in ("property", "attribute"):
+        lines.insert(0, "")
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _no_inline_type, priority=400)
     app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _resolve)

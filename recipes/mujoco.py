@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from pathlib import Path
 
 sys.path.append(sys.path.pop(0))  # this file bears the simulator's name: import from here last
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen
 
 import torch
 
@@ -20,8 +20,7 @@ try:
     import lightning as L  # noqa: N812 - Lightning's own convention
     from conf.schema import Config, prepare
     from hydra.errors import HydraException
-    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 except ImportError as error:
@@ -34,7 +33,7 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, LearningCurve, SaveAgent, Video
+from alm_torchrl.training import ALMModule, Experience, make_trainer, quiet_notices
 
 
 def make_task_env(config: Config, seed: int, num_envs: int = 1, pixels: bool = False) -> EnvBase:
@@ -91,41 +90,6 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
     )
 
 
-def make_trainer(config: Config, folder: Path) -> L.Trainer:
-    """Loggers, checkpoints, plots and the progress bar."""
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
-    if config.run.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-    if config.run.wandb:
-        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
-    callbacks: list[Callback] = [
-        LearningCurve(folder, seed=config.seed, title=f"ALM on {config.task.name}"),
-        SaveAgent(folder),
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="best",
-            monitor="return",
-            mode="max",
-            save_last=True,
-            save_on_exception=True,
-        ),
-        TQDMProgressBar(refresh_rate=20),
-    ]
-    if config.evaluation.video:
-        callbacks.append(Video(folder, make_task_env(config, config.seed + 2000, pixels=True)))
-    return L.Trainer(
-        accelerator=config.run.accelerator,
-        devices=1,
-        max_epochs=1,
-        val_check_interval=int(config.evaluation.every * config.training.updates_per_step),
-        num_sanity_val_steps=0,
-        logger=loggers,
-        callbacks=callbacks,
-        enable_model_summary=False,
-        inference_mode=False,
-    )
-
-
 @hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
 def main(options: DictConfig) -> None:
     """One run."""
@@ -134,16 +98,34 @@ def main(options: DictConfig) -> None:
         folder = prepare(config)
         torch.set_float32_matmul_precision(config.run.matmul_precision)
         L.seed_everything(config.seed, verbose=False)
-        trainer = make_trainer(config, folder)
+        video = config.evaluation.video
+        trainer = make_trainer(
+            folder,
+            seed=config.seed,
+            title=f"ALM on {config.task.name}",
+            eval_every=int(config.evaluation.every * config.training.updates_per_step),
+            accelerator=config.run.accelerator,
+            tensorboard=config.run.tensorboard,
+            wandb=config.run.wandb,
+            video_env=make_task_env(config, config.seed + 2000, pixels=True) if video else None,
+        )
         module = make_module(config, trainer.strategy.root_device)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(f"{config.task.id}: {config.training.warmup_steps} random steps, then learning -> {folder}")
-    trainer.fit(module)
+    print(f"{config.task.id}: {config.training.warmup_steps} random steps, then learning; {folder}")
+    try:
+        trainer.fit(module)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        sys.exit(
+            f"interrupted after {module.experience.steps} steps; checkpoint and curve: {folder}"
+        )
+    print(
+        f"return {trainer.callback_metrics['return']:.0f}; curve, agent and checkpoints: {folder}"
+    )
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    quiet_notices()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that an error in an option arrives here
     try:
         main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,6 @@ def prepare(config: Config) -> Path:
 
     Raises:
         ValueError: naming the option and why its value will not do.
-        ImportError: if an option needs a package that is not installed.
         OSError: if the folder cannot be written.
     """
     training, every = config.training, config.evaluation.every
@@ -134,8 +132,6 @@ def prepare(config: Config) -> Path:
                 f"training.{name}={getattr(training, name)} is no multiple of training.num_envs="
                 f"{training.num_envs}"
             )
-    if config.run.wandb and find_spec("wandb") is None:
-        raise ImportError("run.wandb=true needs Weights & Biases: pip install wandb")
     folder = Path(config.run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml")

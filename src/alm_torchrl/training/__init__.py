@@ -8,5 +8,16 @@ if find_spec("lightning") is None:
 from alm_torchrl.training.callbacks import LearningCurve, SaveAgent, Video
 from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
+from alm_torchrl.training.progress import ProgressBar, quiet_notices
+from alm_torchrl.training.trainer import make_trainer
 
-__all__ = ["ALMModule", "Experience", "LearningCurve", "SaveAgent", "Video"]
+__all__ = [
+    "ALMModule",
+    "Experience",
+    "LearningCurve",
+    "ProgressBar",
+    "SaveAgent",
+    "Video",
+    "make_trainer",
+    "quiet_notices",
+]

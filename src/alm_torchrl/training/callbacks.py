@@ -59,6 +59,15 @@ class LearningCurve(L.Callback):
                 "seconds": round(time.monotonic() - self._start, 1),
             }
         )
+        self._write()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
+    ) -> None:
+        """Leaves both files behind when a run is interrupted before its first evaluation."""
+        self._write()
+
+    def _write(self) -> None:
         with (self.folder / "curve.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, self.FIELDS)
             writer.writeheader()

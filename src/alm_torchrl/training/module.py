@@ -91,7 +91,7 @@ class ALMModule(L.LightningModule):
         """The sum of the five losses."""
         losses = self.loss(batch)
         if batch_idx % self.log_every == 0:
-            self._log_metrics({f"train/{k}": v for k, v in losses.items()})
+            self._log_metrics({f"train/{k}": v for k, v in losses.detach().items()})
         return torch.stack([losses[key] for key in self.loss.out_keys]).sum()
 
     def configure_gradient_clipping(

@@ -1,0 +1,79 @@
+"""A Lightning trainer with everything a run should leave behind."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import lightning as L  # noqa: N812 - Lightning's own convention
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torchrl.envs import EnvBase
+
+from alm_torchrl.training.callbacks import LearningCurve, SaveAgent, Video
+from alm_torchrl.training.progress import ProgressBar
+
+__all__ = ["make_trainer"]
+
+
+def make_trainer(
+    folder: str | Path,
+    *,
+    seed: int,
+    title: str,
+    eval_every: int,
+    accelerator: str = "auto",
+    tensorboard: bool = True,
+    wandb: bool = False,
+    video_env: EnvBase | None = None,
+) -> L.Trainer:
+    """Makes a trainer that evaluates, logs, plots and keeps the best and the last state.
+
+    The folder holds ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
+    ``checkpoints/`` and ``logs/`` afterwards, also when the run is interrupted.
+
+    Args:
+        folder: where everything goes; it must exist.
+        seed: noted in the curve.
+        title: of the plot.
+        eval_every: updates between two evaluations.
+        accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
+        tensorboard: write TensorBoard logs beside the CSV file.
+        wandb: write to Weights & Biases too.
+        video_env: an environment with frames to record an episode in at the end.
+
+    Returns:
+        The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.Experience`.
+
+    Raises:
+        ImportError: if ``wandb`` is asked for and not installed.
+    """
+    folder = Path(folder)
+    loggers: list[Logger] = [CSVLogger(folder, name="logs", version="csv")]
+    if tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
+    if wandb:
+        if find_spec("wandb") is None:
+            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
+        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
+    checkpoints = folder / "checkpoints"
+    callbacks: list[Callback] = [
+        LearningCurve(folder, seed=seed, title=title),
+        SaveAgent(folder),
+        ModelCheckpoint(checkpoints, filename="best", monitor="return", mode="max"),
+        ModelCheckpoint(checkpoints, filename="last", save_on_exception=True),
+        ProgressBar(),
+    ]
+    if video_env is not None:
+        callbacks.append(Video(folder, video_env))
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=1,
+        val_check_interval=eval_every,
+        num_sanity_val_steps=0,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_model_summary=False,
+        inference_mode=False,
+    )

@@ -1,0 +1,84 @@
+"""Returns of whole episodes, from environments whose returns are known."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+from alm_torchrl.evaluation import evaluate_policy
+
+
+class Countdown(EnvBase):
+    """Rewards 1, 2, 3, ... until `length` steps are done; each reset lengthens the episode."""
+
+    def __init__(self, length: int = 3, growth: int = 0) -> None:
+        super().__init__()
+        self.length, self.growth, self.count = length, growth, 0
+        self.observation_spec = Composite(observation=Unbounded((1,)))
+        self.action_spec = Bounded(-1, 1, (1,))
+        self.reward_spec = Unbounded((1,))
+        self.resets = 0
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.count = 0
+        self.resets += 1
+        return self._state()
+
+    def _step(self, tensordict):
+        self.count += 1
+        done = torch.tensor([self.count >= self.length + self.growth * (self.resets - 1)])
+        return self._state().update(
+            {"reward": torch.tensor([float(self.count)]), "done": done, "terminated": done}
+        )
+
+    def _state(self) -> TensorDict:
+        return TensorDict({"observation": torch.tensor([float(self.count)])})
+
+    def _set_seed(self, seed):
+        pass
+
+
+POLICY = TensorDictModule(torch.zeros_like, in_keys=["observation"], out_keys=["action"])
+
+
+def test_returns_are_sums_of_an_episodes_rewards() -> None:
+    returns = evaluate_policy(Countdown(3, growth=1), POLICY, episodes=3)
+    assert returns.tolist() == [1 + 2 + 3, 1 + 2 + 3 + 4, 1 + 2 + 3 + 4 + 5]
+
+
+def test_each_of_several_environments_plays_its_first_episode() -> None:
+    env = SerialEnv(3, [lambda: Countdown(2), lambda: Countdown(5), lambda: Countdown(3)])
+    returns = evaluate_policy(env, POLICY, episodes=3)
+    assert returns.tolist() == [3, 15, 6]
+
+
+def test_more_episodes_than_environments_and_fewer() -> None:
+    env = SerialEnv(2, [lambda: Countdown(2), lambda: Countdown(3)])
+    assert evaluate_policy(env, POLICY, episodes=3).tolist() == [3, 6, 3]
+    assert evaluate_policy(env, POLICY, episodes=1).tolist() == [3]
+
+
+def test_an_episode_is_cut_at_max_steps() -> None:
+    assert evaluate_policy(Countdown(10), POLICY, episodes=1, max_steps=4).tolist() == [10]
+
+
+@pytest.mark.parametrize("mode", [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM])
+def test_the_policy_sees_the_exploration_type(mode: ExplorationType) -> None:
+    seen = set()
+
+    def act(observation):
+        seen.add(exploration_type())
+        assert not torch.is_grad_enabled()
+        return torch.zeros_like(observation)
+
+    policy = TensorDictModule(act, in_keys=["observation"], out_keys=["action"])
+    evaluate_policy(Countdown(2), policy, episodes=1, exploration_type=mode)
+    assert seen == {mode}
+
+
+def test_no_episodes_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        evaluate_policy(Countdown(), POLICY, episodes=0)

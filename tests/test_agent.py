@@ -1,0 +1,237 @@
+"""The agent: built from specs, its policy, saved and loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from alm_torchrl.agent import AgentConfig, ALMAgent
+from alm_torchrl.envs import make_env
+from alm_torchrl.modules import GaussianLatentModule, MLPEncoder
+from alm_torchrl.objectives import ALMLoss
+
+SIZES = {"latent_dim": 4, "hidden_dim": 8, "dynamics_hidden_dim": 12}
+
+
+class Body(EnvBase):
+    """Two vector observations, an image, and an action range that is not symmetric."""
+
+    def __init__(self, action_spec=None) -> None:
+        super().__init__()
+        self.observation_spec = Composite(
+            position=Unbounded((3,)), velocity=Unbounded((2,)), image=Unbounded((3, 8, 8))
+        )
+        self.action_spec = action_spec or Bounded(
+            low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,)
+        )
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self.observation_spec.rand()
+
+    def _step(self, tensordict):
+        ends = {"reward": torch.zeros(1), "done": torch.zeros(1, dtype=torch.bool)}
+        return self.observation_spec.rand().update(ends)
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+def observations(batch: int = 6) -> TensorDict:
+    return TensorDict(
+        position=torch.randn(batch, 3), velocity=torch.randn(batch, 2), batch_size=[batch]
+    )
+
+
+@pytest.fixture
+def agent() -> ALMAgent:
+    torch.manual_seed(0)
+    return ALMAgent.from_env(Body(), **SIZES)
+
+
+def test_sizes_and_ranges_come_from_the_specs(agent: ALMAgent) -> None:
+    assert agent.config.observation_dims == {"position": 3, "velocity": 2}
+    assert agent.config.action_low == (-1.0, 0.0)
+    assert agent.config.action_high == (1.0, 4.0)
+    assert agent.encoder(observations())["latent"].shape == (6, 4)
+    rollout = Body().rollout(200, agent.policy())
+    assert (rollout["action"] >= torch.tensor([-1.0, 0.0])).all()
+    assert (rollout["action"] <= torch.tensor([1.0, 4.0])).all()
+    assert rollout["action"][:, 1].amax() > 3  # the whole of a range wider than +-1 is reached
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_mujoco_task_single_and_vectorised(num_envs: int) -> None:
+    env = make_env("Humanoid-v5", num_envs=num_envs, seed=0)
+    agent = ALMAgent.from_env(env, **SIZES)
+    assert agent.config.observation_dims == {"observation": 348}
+    assert agent.config.action_high == pytest.approx((0.4,) * 17)
+    rollout = env.rollout(3, agent.policy())
+    assert rollout["action"].shape == (*env.batch_size, rollout.shape[-1], 17)
+
+
+def test_the_policy_writes_the_action_alone(agent: ALMAgent) -> None:
+    out = agent.policy()(observations())
+    assert set(out.keys()) == {"position", "velocity", "action"}
+
+
+def test_without_exploration_the_latent_is_still_drawn_and_the_action_is_the_mean(
+    agent: ALMAgent,
+) -> None:
+    state, policy = observations(), agent.policy()
+    for mode in (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE):
+        with torch.no_grad(), set_exploration_type(mode):
+            torch.manual_seed(1)
+            action = policy(state.clone())["action"]
+            torch.manual_seed(1)
+            drawn = agent.encoder.get_dist(state).rsample()
+            params = agent.actor.get_dist_params(TensorDict(latent=drawn, batch_size=[6]))
+            torch.testing.assert_close(action, params["action_loc"])
+            assert not torch.equal(action, policy(state.clone())["action"])
+
+
+def test_acting_noise_is_scheduled_and_not_clipped(agent: ALMAgent) -> None:
+    latent = torch.zeros(4000, 4)
+    mean = agent.actor.get_dist_params(TensorDict(latent=latent, batch_size=[4000]))["action_loc"]
+    agent.noise.advance(50_000)  # half of the way from 1.0 to 0.1
+    acting = agent.actor.acting()
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        noise = acting(TensorDict(latent=latent, batch_size=[4000]))["action"] - mean
+        clipped = agent.actor(TensorDict(latent=latent, batch_size=[4000]))["action"] - mean
+    assert noise[:, 0].abs().max() > 0.5
+    assert clipped[:, 0].abs().max() <= 0.3 + 1e-6
+    assert float(agent.noise.scale) == pytest.approx(0.55)
+
+
+def test_loss_and_policy_share_parameters_and_noise(agent: ALMAgent) -> None:
+    loss = ALMLoss(**agent.networks())
+    state = observations()
+    torch.manual_seed(0)
+    before = agent.policy()(state.clone())["action"]
+    with torch.no_grad():
+        for parameter in loss.actor_params.parameters():
+            parameter.add_(0.1)
+    torch.manual_seed(0)
+    assert not torch.equal(before, agent.policy()(state.clone())["action"])
+    agent.noise.advance(1000)
+    buffers = dict(loss.actor_params.named_buffers())
+    assert any(torch.equal(b, agent.noise.scale) for b in buffers.values() if b.ndim == 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"latent": 3}, TypeError, "unknown option latent"),
+        ({"action_spec": Categorical(3)}, TypeError, "bounded continuous"),
+        ({"action_spec": Unbounded((2,))}, TypeError, "bounded continuous"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, error: type, says: str) -> None:
+    env = Body(change.pop("action_spec", None))
+    with pytest.raises(error, match=says):
+        ALMAgent.from_env(env, **change)
+
+
+def test_images_alone_ask_for_an_encoder() -> None:
+    env = Body()
+    env.observation_spec = Composite(image=Unbounded((3, 8, 8)))
+    with pytest.raises(ValueError, match=r"no vector observation among .*image.*pass an `encoder`"):
+        ALMAgent.from_env(env)
+    encoder = GaussianLatentModule(
+        nn.Sequential(nn.Flatten(-3), nn.Linear(192, 8)), in_keys=["image"]
+    )
+    agent = ALMAgent.from_env(env, encoder=encoder, **SIZES)
+    assert agent.policy()(image=torch.randn(5, 3, 8, 8)).shape == (5, 2)
+
+
+def act(agent: ALMAgent) -> torch.Tensor:
+    torch.manual_seed(3)
+    state = TensorDict(position=torch.ones(4, 3), velocity=torch.ones(4, 2), batch_size=[4])
+    return agent.policy()(state)["action"]
+
+
+def test_saved_and_loaded_it_acts_the_same(agent: ALMAgent, tmp_path: Path) -> None:
+    agent.noise.advance(123)
+    agent.save(tmp_path / "agent.pt")
+    loaded = ALMAgent.load(tmp_path / "agent.pt")
+    assert loaded.config == agent.config
+    assert torch.equal(act(loaded), act(agent))
+    assert int(loaded.noise.step_count) == 123
+    assert [p.name for p in tmp_path.iterdir()] == ["agent.pt"]
+
+
+def test_a_save_that_fails_keeps_the_old_file(
+    agent: ALMAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "agent.pt"
+    agent.save(path)
+
+    def full_disk(content: object, file: Path) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        agent.save(path)
+    assert torch.equal(act(ALMAgent.load(path)), act(agent))
+
+
+def test_components_of_ones_own_are_passed_again(tmp_path: Path) -> None:
+    def own() -> GaussianLatentModule:
+        return GaussianLatentModule(nn.Linear(3, 8), in_keys=["position"])
+
+    agent = ALMAgent.from_env(Body(), encoder=own(), **SIZES)
+    agent.save(tmp_path / "agent.pt")
+    with pytest.raises(ValueError, match="pass encoder=... to load"):
+        ALMAgent.load(tmp_path / "agent.pt")
+    assert torch.equal(act(ALMAgent.load(tmp_path / "agent.pt", encoder=own())), act(agent))
+    with pytest.raises(ValueError, match="do not fit the components"):
+        ALMAgent.load(tmp_path / "agent.pt", encoder=MLPEncoder(3, in_keys=["position"]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(agent: ALMAgent, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "agent.pt"
+    agent.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"agent\.pt is damaged or is not a file that"):
+        ALMAgent.load(path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": Payload()}, "agent.pt")
+    with pytest.raises(ValueError, match="is damaged or is not"):
+        ALMAgent.load("agent.pt")
+    assert not Path("touched").exists()
+
+
+def test_other_files_are_refused(agent: ALMAgent, tmp_path: Path) -> None:
+    path = tmp_path / "agent.pt"
+    with pytest.raises(FileNotFoundError):
+        ALMAgent.load(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="is not a file that ALMAgent.save wrote"):
+        ALMAgent.load(path)
+    agent.save(path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "version": 99}, path)
+    with pytest.raises(ValueError, match="format version 99"):
+        ALMAgent.load(path)
+
+
+def test_an_unknown_component_is_refused() -> None:
+    config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), **SIZES)
+    with pytest.raises(TypeError, match="decoder"):
+        ALMAgent(config, decoder=nn.Identity())

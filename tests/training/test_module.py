@@ -1,0 +1,174 @@
+"""Training on Lightning: what is updated, clipped, refused, kept and resumed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from alm_torchrl.agent import ALMAgent
+from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training import ALMModule, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+
+
+def trainer(folder: Path, eval_every: int = 6, **options) -> L.Trainer:
+    return make_trainer(
+        folder, seed=3, title="test", eval_every=eval_every, accelerator="cpu", **options
+    )
+
+
+def test_a_run_learns_and_leaves_everything_behind(make_module, tmp_path: Path) -> None:
+    module = make_module(log_every=5)
+    before = {name: p.clone() for name, p in module.loss.named_parameters()}
+    target = module.loss.target_encoder_params.clone()
+    run = trainer(tmp_path)
+    run.fit(module)
+
+    unchanged = [n for n, p in module.loss.named_parameters() if torch.equal(p, before[n])]
+    assert not unchanged
+    moved = module.loss.target_encoder_params
+    assert all(
+        (a != b).any()
+        for a, b in zip(moved.values(True, True), target.values(True, True), strict=True)
+    )
+    assert run.global_step == 12
+    assert module.experience.frames == 20
+    assert int(module.agent.noise.step_count) == 11  # moved on after an update, not after the last
+
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [(row["step"], row["frames"], row["seed"]) for row in rows] == [
+        ("6", "14", "3"),
+        ("12", "20", "3"),
+    ]
+    assert float(rows[-1]["return"]) == pytest.approx(
+        float(run.callback_metrics["return"]), abs=0.01
+    )
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert names >= {
+        "curve.png",
+        "agent_best.pt",
+        "agent_last.pt",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "logs/csv/metrics.csv",
+    }
+    metrics = list(csv.DictReader((tmp_path / "logs/csv/metrics.csv").open()))
+    losses = [row for row in metrics if row["train/loss_actor"]]
+    assert [row["step"] for row in losses] == ["1", "6", "11"]
+    assert all(float(row[f"train/{key}"]) != 0 for row in losses for key in module.loss.out_keys)
+    assert ALMAgent.load(tmp_path / "agent_last.pt").config == module.agent.config
+
+
+def test_a_checkpoint_restores_loss_and_optimiser(make_module, tmp_path: Path) -> None:
+    module = make_module()
+    trainer(tmp_path).fit(module)
+    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    fresh = make_module()
+    fresh.load_state_dict(content["state_dict"])
+    for name, value in module.loss.state_dict().items():
+        assert torch.equal(value, fresh.loss.state_dict()[name]), name
+    optimizer = fresh.configure_optimizers()
+    optimizer.load_state_dict(content["optimizer_states"][0])
+    assert {group["name"] for group in optimizer.param_groups} == set(fresh.loss.parameter_groups())
+
+
+def test_each_group_is_clipped_apart(make_module) -> None:
+    module = make_module(max_grad_norm=1.0)
+    optimizer = module.configure_optimizers()
+    for scale, group in enumerate(optimizer.param_groups, start=1):
+        for p in group["params"]:
+            p.grad = torch.full_like(p, 10.0 ** (scale - 3))
+    before = [g["params"][0].grad.clone() for g in optimizer.param_groups]
+    module.configure_gradient_clipping(optimizer)
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        count = sum(p.numel() for p in group["params"])
+        expected = old * min(1.0, 1.0 / (old.flatten()[0].item() * count**0.5))
+        torch.testing.assert_close(group["params"][0].grad, expected)
+
+
+@pytest.mark.parametrize("group", ["world_model", "reward", "value", "actor"])
+def test_a_norm_that_is_not_finite_stops_the_run_and_names_the_loss(make_module, group) -> None:
+    module = make_module()
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    optimizer = module.configure_optimizers()
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    module.loss.parameter_groups()[group][-1].grad.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=f"{group!r} loss is nan at update 0"):
+        module.configure_gradient_clipping(optimizer)
+
+
+def test_non_finite_data_stops_the_run_before_it_does_damage(make_module, tmp_path: Path) -> None:
+    module = make_module()
+
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 3:
+                self.before = {n: p.clone() for n, p in pl_module.named_parameters()}
+                batch["next", "reward"].fill_(float("inf"))
+
+    run = trainer(tmp_path)
+    poison = Poison()
+    run.callbacks.append(poison)
+    with pytest.raises(FloatingPointError, match=r"at update 3 \(environment step 4\)"):
+        run.fit(module)
+    assert all(torch.equal(p, poison.before[n]) for n, p in module.named_parameters())
+    assert (tmp_path / "checkpoints/last.ckpt").exists()
+
+
+def test_an_interrupted_run_ends_with_checkpoint_agent_and_plot(make_module, tmp_path) -> None:
+    class Interrupt(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx == 4:
+                raise KeyboardInterrupt
+
+    module, run = make_module(), trainer(tmp_path)
+    run.callbacks.append(Interrupt())
+    with pytest.raises(SystemExit):
+        run.fit(module)
+    for name in ("checkpoints/last.ckpt", "agent_last.pt", "curve.png", "curve.csv"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 5
+
+
+def test_learning_rates_by_group(make_module) -> None:
+    rates = {"world_model": 1e-4, "reward": 2e-4, "value": 3e-4, "actor": 4e-4}
+    groups = make_module(learning_rates=rates).configure_optimizers().param_groups
+    assert {group["name"]: group["lr"] for group in groups} == rates
+    with pytest.raises(ValueError, match="critic"):
+        make_module(learning_rates={**rates, "critic": 1.0}).configure_optimizers()
+
+
+def test_a_loss_built_on_other_networks_is_refused(make_module) -> None:
+    module, other = make_module(), make_module()
+    with pytest.raises(ValueError, match="does not share"):
+        ALMModule(module.agent, other.loss, module.experience, module.eval_env)
+    module.agent.noise.scale = module.agent.noise.scale.clone()  # as a move to a device does
+    with pytest.raises(ValueError, match="does not share"):
+        ALMModule(module.agent, module.loss, module.experience, module.eval_env)
+
+
+def test_a_loss_built_on_the_agent_is_accepted(make_module) -> None:
+    module = make_module()
+    loss = ALMLoss(**module.agent.networks())
+    ALMModule(module.agent, loss, module.experience, module.eval_env)
+
+
+def test_weights_and_biases_missing_is_said(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("alm_torchrl.training.trainer.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        trainer(tmp_path, wandb=True)
+
+
+def test_the_bar_shows_rate_and_return(make_module, tmp_path: Path, capfd) -> None:
+    trainer(tmp_path, tensorboard=True).fit(make_module())
+    shown = capfd.readouterr().out + capfd.readouterr().err
+    assert "steps/s=" in shown
+    assert "return=" in shown
+    assert "v_num" not in shown

@@ -99,7 +99,7 @@ def _no_inline_type(
 ) -> None:
     """Keep napoleon from reading the words before a colon in a property's summary as its type."""
     if what in ("property", "attribute"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]
 
 
 def setup(app: Any) -> None:

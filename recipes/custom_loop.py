@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-sys.path.append(sys.path.pop(0))  # mujoco.py beside this file is not the simulator: look here last
+sys.path.pop(0)  # the folder of this file, where mujoco.py would pass for the simulator
 
 import torch
 from torchrl.objectives import SoftUpdate
@@ -40,7 +40,7 @@ def main() -> None:
     env = make_env(args.task, seed=args.seed)
     eval_env = make_env(args.task, seed=args.seed + 1000, num_envs=5)
 
-    sizes = {"hidden_dim": 256, "dynamics_hidden_dim": 256, "noise_steps": 10_000}
+    sizes = {"hidden_dim": 256, "dynamics_hidden_dim": 256, "noise_steps": 6_000}
     agent = ALMAgent.from_env(env, **sizes).to(args.device)
     policy = agent.policy()
 

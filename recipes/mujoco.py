@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
-sys.path.append(sys.path.pop(0))  # this file bears the simulator's name: import from here last
+# The project's root rather than this folder, where this file would pass for the simulator.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+EXTRAS = ("gymnasium", "hydra", "lightning", "matplotlib", "mujoco", "tensorboard")
+if missing := [name for name in EXTRAS if find_spec(name) is None]:
+    sys.exit(f"{', '.join(missing)} not installed: pip install 'alm-torchrl[recipes]'")
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen
 
+import hydra
+import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
-
-try:
-    import hydra
-    import lightning as L  # noqa: N812 - Lightning's own convention
-    from conf.schema import Config, prepare
-    from hydra.errors import HydraException
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-except ImportError as error:
-    sys.exit(f"{error}: the recipes need more packages, pip install 'alm-torchrl[recipes]'")
-
+from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchrl.envs import EnvBase
 from torchrl.objectives.utils import ValueEstimators
 
@@ -34,6 +34,7 @@ from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import ALMModule, Experience, make_trainer, quiet_notices
+from recipes.conf.schema import Config, prepare
 
 
 def make_task_env(config: Config, seed: int, num_envs: int = 1, pixels: bool = False) -> EnvBase:
@@ -130,4 +131,4 @@ if __name__ == "__main__":
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(" ".join(str(error).split()))
+        sys.exit(" ".join(f"{error} {error.__cause__ or ''}".split()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -36,11 +37,7 @@ def run(script: str, *arguments: str, cwd: Path, **env: str) -> subprocess.Compl
 
 @pytest.fixture
 def config():
-    sys.path.insert(0, str(RECIPES))  # the recipe imports its schema from beside itself
-    try:
-        import conf.schema  # noqa: F401 - registers the schema with Hydra
-    finally:
-        sys.path.remove(str(RECIPES))
+    import recipes.conf.schema  # noqa: F401 - registers the schema with Hydra
 
     def make(*overrides: str):
         with initialize_config_dir(str(RECIPES / "conf"), version_base="1.3"):
@@ -90,7 +87,7 @@ def test_every_preset_and_task_is_complete_and_its_task_exists(config, preset, t
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("run")
-    result = run("mujoco.py", *SHORT, "evaluation.video=true", "run.folder=out", cwd=folder)
+    result = run("mujoco.py", *SHORT, "run.folder=out", cwd=folder)
     return folder, result
 
 
@@ -111,13 +108,11 @@ def test_a_short_run_ends_well_and_names_its_folder(finished) -> None:
         "checkpoints",
         "logs",
     }
-    if "cannot be rendered" not in result.stderr:
-        assert (folder / "out/video.gif").stat().st_size > 1000
 
 
-def test_a_run_is_not_noisy(finished) -> None:
-    lines = [line for line in finished[1].stderr.splitlines() if line.strip()]
-    assert not [line for line in lines if "rendered" not in line and "make_env" not in line]
+def test_a_run_shows_its_bar_and_nothing_else(finished) -> None:
+    lines = finished[1].stderr.replace("\r", "\n").splitlines()
+    assert all("|" in line and "[" in line for line in lines if line.strip()), lines
 
 
 @pytest.mark.parametrize(
@@ -129,7 +124,7 @@ def test_a_run_is_not_noisy(finished) -> None:
         (["preset=papr"], "Could not find 'preset/papr'"),
         (["seed=one"], "could not be converted to Integer"),
         (["task.id=HalfCheta-v5"], "did you mean HalfCheetah-v5"),
-        (["task.kwargs={frames: 3}"], "does not take the argument 'frames'"),
+        (["+task.kwargs.frames=3"], "does not take the argument 'frames'"),
         (["evaluation.every=3000"], "no multiple of evaluation.every"),
         (["objective.short_windows=skip"], "none of mask, drop"),
         (["run.folder=file/out"], "NotADirectoryError"),
@@ -137,26 +132,30 @@ def test_a_run_is_not_noisy(finished) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_mistake_costs_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_a_mistake_costs_one_line(
+    tmp_path: Path, monkeypatch, capfd, arguments: list[str], says: str
+) -> None:
     (tmp_path / "file").touch()
-    result = run("mujoco.py", "run.folder=out", *arguments, cwd=tmp_path)
-    assert result.returncode != 0
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert says in lines[0]
-    assert not list(tmp_path.glob("out/agent*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mujoco.py", "run.folder=out", *arguments])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPES / "mujoco.py"), run_name="__main__")
+    message = str(stop.value)
+    assert says in message
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""  # and no more than this line
+    assert not list(tmp_path.glob("out/*.pt"))
 
 
-@pytest.mark.parametrize("package", ["hydra", "lightning", "matplotlib"])
-def test_a_missing_extra_is_named_with_its_remedy(tmp_path: Path, package: str) -> None:
-    (tmp_path / f"{package}.py").write_text(f"raise ImportError('No module named {package!r}')")
-    result = run(
-        "mujoco.py", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    )
-    assert result.returncode != 0
-    (line,) = result.stderr.strip().splitlines()
-    assert package in line
-    assert "pip install 'alm-torchrl[recipes]'" in line
+@pytest.mark.parametrize("package", ["hydra", "lightning", "matplotlib", "mujoco", "gymnasium"])
+def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", ["mujoco.py"])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPES / "mujoco.py"), run_name="__main__")
+    assert stop.value.code == f"{package} not installed: pip install 'alm-torchrl[recipes]'"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
@@ -189,7 +188,7 @@ def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("step 2: return ")
+    assert "step 2: return " in result.stdout
     assert (tmp_path / "agent.pt").stat().st_size > 0
 
 

@@ -92,5 +92,5 @@ def test_returns_of_finished_episodes_are_kept() -> None:
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict) -> None:
-    with pytest.raises(ValueError, match="expected total_steps|give no update"):
+    with pytest.raises(ValueError, match=r"expected total_steps|give no update"):
         Experience(Recorder(), Recorder(), **options)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 
-import lightning as L
+import lightning as L  # noqa: N812
 import pytest
 import torch
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, make_trainer
+from alm_torchrl.training import ALMModule, InterruptBetweenUpdates, Video, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -121,20 +122,46 @@ def test_non_finite_data_stops_the_run_before_it_does_damage(make_module, tmp_pa
     assert (tmp_path / "checkpoints/last.ckpt").exists()
 
 
-def test_an_interrupted_run_ends_with_checkpoint_agent_and_plot(make_module, tmp_path) -> None:
+@pytest.mark.parametrize("during", ["batch_start", "backward", "validation"])
+def test_ctrl_c_ends_after_the_update_with_checkpoint_agent_and_plot(
+    make_module, tmp_path: Path, during: str
+) -> None:
     class Interrupt(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            if batch_idx == 4:
-                raise KeyboardInterrupt
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if during == "batch_start" and batch_idx == 4:
+                signal.raise_signal(signal.SIGINT)
 
-    module, run = make_module(), trainer(tmp_path)
+        def on_after_backward(self, trainer, pl_module) -> None:
+            if during == "backward" and trainer.global_step == 4:
+                signal.raise_signal(signal.SIGINT)
+
+        def on_validation_start(self, trainer, pl_module) -> None:
+            if during == "validation":
+                signal.raise_signal(signal.SIGINT)
+
+    module, run = make_module(), trainer(tmp_path, eval_every=4)
     run.callbacks.append(Interrupt())
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         run.fit(module)
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     for name in ("checkpoints/last.ckpt", "agent_last.pt", "curve.png", "curve.csv"):
         assert (tmp_path / name).stat().st_size > 0, name
     content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert content["global_step"] == 5
+    for name, value in module.loss.state_dict().items():
+        assert torch.equal(content["state_dict"][f"loss.{name}"], value)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(make_module, tmp_path: Path) -> None:
+    interrupt = InterruptBetweenUpdates()
+    interrupt.on_fit_start(None, None)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.teardown(None, None, "fit")
 
 
 def test_learning_rates_by_group(make_module) -> None:
@@ -172,3 +199,34 @@ def test_the_bar_shows_rate_and_return(make_module, tmp_path: Path, capfd) -> No
     assert "steps/s=" in shown
     assert "return=" in shown
     assert "v_num" not in shown
+
+
+def test_a_video_of_the_trained_policy(make_module, tmp_path: Path) -> None:
+    from PIL import Image
+    from torchrl.data import Unbounded
+    from torchrl.envs import TransformedEnv
+    from torchrl.envs.transforms import Transform
+
+    class Paint(Transform):
+        """Frames of one grey, brighter from step to step."""
+
+        def _call(self, next_tensordict):
+            self.count = getattr(self, "count", 0) + 10
+            frame = torch.full((4, 6, 3), self.count, dtype=torch.uint8)
+            return next_tensordict.set("pixels", frame)
+
+        def _reset(self, tensordict, tensordict_reset):
+            return self._call(tensordict_reset)
+
+        def transform_observation_spec(self, observation_spec):
+            observation_spec["pixels"] = Unbounded((4, 6, 3), dtype=torch.uint8)
+            return observation_spec
+
+    module = make_module()
+    Video(tmp_path, TransformedEnv(module.eval_env, Paint()), steps=6).on_fit_end(None, module)
+    with Image.open(tmp_path / "video.gif") as video:
+        assert video.n_frames == 3
+        assert video.size == (6, 4)
+    (tmp_path / "video.gif").unlink()
+    Video(tmp_path, module.eval_env).on_fit_end(None, module)
+    assert not (tmp_path / "video.gif").exists()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -579,7 +580,7 @@ class ALMLoss(LossModule):
     def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The output of a deterministic network with the given parameters."""
         network = getattr(self, name)
-        with params.to_module(network, preserve_module_state=False):
+        with _parametrised(network, params):
             return network(tensordict.copy()).get(network.out_keys[-1])
 
     def _dist_params(
@@ -587,7 +588,7 @@ class ALMLoss(LossModule):
     ) -> TensorDictBase:
         """The parameters of a network's distribution, to be stacked or indexed."""
         network = getattr(self, name)
-        with params.to_module(network, preserve_module_state=False):
+        with _parametrised(network, params):
             return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
 
     def _distribution(
@@ -691,6 +692,19 @@ class ALMLoss(LossModule):
 
     def _reduce(self, loss: Tensor, mask: Tensor) -> Tensor:
         return self._reduce_loss(loss, TensorDict({self.tensor_keys.validity_mask: mask}))
+
+
+@contextmanager
+def _parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
+    """Runs a network with other parameters, and gives it its own back whatever happens.
+
+    As a context manager, ``TensorDict.to_module`` leaves them exchanged after an exception.
+    """
+    own = params.to_module(network, preserve_module_state=False)
+    try:
+        yield
+    finally:
+        own.to_module(network, preserve_module_state=False, return_swap=False)
 
 
 def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

@@ -5,7 +5,12 @@ from importlib.util import find_spec
 if find_spec("lightning") is None:
     raise ImportError("alm_torchrl.training needs Lightning: pip install 'alm-torchrl[recipes]'")
 
-from alm_torchrl.training.callbacks import LearningCurve, SaveAgent, Video
+from alm_torchrl.training.callbacks import (
+    InterruptBetweenUpdates,
+    LearningCurve,
+    SaveAgent,
+    Video,
+)
 from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
@@ -14,6 +19,7 @@ from alm_torchrl.training.trainer import make_trainer
 __all__ = [
     "ALMModule",
     "Experience",
+    "InterruptBetweenUpdates",
     "LearningCurve",
     "ProgressBar",
     "SaveAgent",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.training.module import ALMModule
 
-__all__ = ["LearningCurve", "SaveAgent", "Video"]
+__all__ = ["InterruptBetweenUpdates", "LearningCurve", "SaveAgent", "Video"]
 
 
 class LearningCurve(L.Callback):
@@ -119,20 +121,71 @@ class SaveAgent(L.Callback):
         pl_module.agent.save(self.folder / "agent_last.pt")
 
 
+class InterruptBetweenUpdates(L.Callback):
+    """Lets Ctrl-C end a run after the update in progress, so that what is saved is whole.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._previous: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Takes over Ctrl-C, where this is the main thread, which alone may."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ends the run if it was asked to."""
+        if self._requested:
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: L.Trainer, pl_module: ALMModule, stage: str) -> None:
+        """Gives Ctrl-C back."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
+    ) -> None:
+        """Gives Ctrl-C back."""
+        self._restore()
+
+    def _request(self, *_: Any) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
 class Video(L.Callback):
-    """Records one episode of the trained policy as ``video.gif`` when training ends.
+    """Records the trained policy as ``video.gif`` when training ends.
 
     Args:
         folder: where the file goes.
         env: an environment that writes frames ``[H, W, 3]`` (uint8) to ``"pixels"``, such as
             ``make_env(..., from_pixels=True)``; without frames nothing is recorded.
+        steps: environment steps recorded, from the start of an episode.
         every: steps between two frames kept.
         fps: frames per second of the file.
     """
 
-    def __init__(self, folder: str | Path, env: EnvBase, *, every: int = 4, fps: int = 20) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        env: EnvBase,
+        *,
+        steps: int = 200,
+        every: int = 2,
+        fps: int = 10,
+    ) -> None:
         self.folder = Path(folder)
         self.env = env
+        self.steps = steps
         self.every = every
         self.fps = fps
 
@@ -143,7 +196,9 @@ class Video(L.Callback):
         if "pixels" not in self.env.observation_spec:
             return
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-            rollout = self.env.rollout(1000, pl_module.agent.policy(), auto_cast_to_device=True)
+            rollout = self.env.rollout(
+                self.steps, pl_module.agent.policy(), auto_cast_to_device=True
+            )
         frames = [Image.fromarray(frame.numpy()) for frame in rollout["pixels"][:: self.every]]
         frames[0].save(
             self.folder / "video.gif",

@@ -10,7 +10,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torchrl.envs import EnvBase
 
-from alm_torchrl.training.callbacks import LearningCurve, SaveAgent, Video
+from alm_torchrl.training.callbacks import (
+    InterruptBetweenUpdates,
+    LearningCurve,
+    SaveAgent,
+    Video,
+)
 from alm_torchrl.training.progress import ProgressBar
 
 __all__ = ["make_trainer"]
@@ -49,7 +54,9 @@ def make_trainer(
         ImportError: if ``wandb`` is asked for and not installed.
     """
     folder = Path(folder)
-    loggers: list[Logger] = [CSVLogger(folder, name="logs", version="csv")]
+    loggers: list[Logger] = [
+        CSVLogger(folder, name="logs", version="csv", flush_logs_every_n_steps=1)
+    ]
     if tensorboard:
         loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
     if wandb:
@@ -63,6 +70,7 @@ def make_trainer(
         ModelCheckpoint(checkpoints, filename="best", monitor="return", mode="max"),
         ModelCheckpoint(checkpoints, filename="last", save_on_exception=True),
         ProgressBar(),
+        InterruptBetweenUpdates(),
     ]
     if video_env is not None:
         callbacks.append(Video(folder, video_env))
@@ -71,6 +79,7 @@ def make_trainer(
         devices=1,
         max_epochs=1,
         val_check_interval=eval_every,
+        log_every_n_steps=1,  # the module decides what is logged when
         num_sanity_val_steps=0,
         logger=loggers,
         callbacks=callbacks,

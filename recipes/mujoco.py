@@ -10,6 +10,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 # The project's root rather than this folder, where this file would pass for the simulator.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -94,7 +95,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
 @hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
 def main(options: DictConfig) -> None:
     """One run."""
-    config: Config = OmegaConf.to_object(options)
+    config = cast("Config", OmegaConf.to_object(options))
     try:
         folder = prepare(config)
         torch.set_float32_matmul_precision(config.run.matmul_precision)

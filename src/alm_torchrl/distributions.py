@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch import distributions as D
@@ -163,7 +165,7 @@ class ClampedNormal(D.Independent):
     mode = deterministic_sample
     mean = deterministic_sample
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws actions with a straight-through gradient.
 
         Args:
@@ -178,7 +180,7 @@ class ClampedNormal(D.Independent):
             noise = torch.clamp(noise, -self.noise_clip, self.noise_clip)
         return self._clamp(self.loc + noise)
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws actions without a gradient; see :meth:`rsample`."""
         with torch.no_grad():
             return self.rsample(sample_shape)
@@ -202,7 +204,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _match(bound: Tensor | float, like: Tensor) -> Tensor | float:
+def _match(bound: Tensor | float, like: Tensor) -> Any:
     if isinstance(bound, Tensor):
         return bound.to(device=like.device, dtype=like.dtype)
     return bound

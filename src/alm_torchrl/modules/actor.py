@@ -153,9 +153,10 @@ class Actor(ProbabilisticTensorDictSequential):
     def acting(self) -> ProbabilisticTensorDictSequential:
         """The same networks and schedule with unclipped noise, for collecting experience."""
         head = self[-1]
+        loc, scale = head.in_keys
         kwargs = {**head.distribution_kwargs, "noise_clip": None}
         return ProbabilisticTensorDictSequential(
-            self[0], _action_distribution(*head.in_keys, self.action_key, **kwargs)
+            self[0], _action_distribution(loc, scale, self.action_key, **kwargs)
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,7 +12,6 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
-    TensorDictModuleBase,
     dispatch,
 )
 from tensordict.utils import NestedKey, unravel_key
@@ -23,6 +22,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
+from alm_torchrl.objectives.checks import blank, check_choice, check_networks, read_windows
 from alm_torchrl.objectives.functional import (
     discounts,
     episode_mask,
@@ -205,8 +205,8 @@ class ALMLoss(LossModule):
         super().__init__()
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
-        _check_choice("reduction", reduction, ("none", "mean", "sum"))
-        _check_choice("short_windows", short_windows, ("mask", "drop"))
+        check_choice("reduction", reduction, ("none", "mean", "sum"))
+        check_choice("short_windows", short_windows, ("mask", "drop"))
         networks = {
             "encoder": encoder,
             "dynamics": dynamics,
@@ -215,7 +215,7 @@ class ALMLoss(LossModule):
             "qvalue_network": qvalue_network,
             "actor": actor,
         }
-        _check_networks(**networks)
+        check_networks(**networks)
         for name, network in networks.items():
             self.convert_to_functional(
                 network, name, create_target_params=name in ("encoder", "qvalue_network")
@@ -334,7 +334,7 @@ class ALMLoss(LossModule):
             ValueError: if an entry has the wrong shape or the windows are too short.
         """
         batch = self._prepare(tensordict, steps=self.horizon)
-        out = {}
+        out: dict[str, Tensor] = {}
         for name in LOSS_KEYS:
             term = getattr(self, "_" + name.removeprefix("loss_") + "_term")
             loss, metrics = term(batch)
@@ -482,16 +482,16 @@ class ALMLoss(LossModule):
         actions = batch.windows.get(self.tensor_keys.action)
         posterior = self._distribution("encoder", batch.windows[:, 0], self.encoder_params)
         latent = self._draw(posterior)
-        latents, priors = [], []
+        visited, priors = [], []
         for t in range(actions.shape[1]):
-            latents.append(latent)
+            visited.append(latent)
             prior = self._dist_params(
                 "dynamics", self._step(latent, actions[:, t]), self.dynamics_params
             )
             priors.append(prior)
             following = self._draw(self.dynamics.build_dist_from_params(prior))
             latent = torch.where(batch.mask[:, t, None], following, latent)
-        latents = torch.stack(latents, 1)
+        latents = torch.stack(visited, 1)
         prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
         target = self.encoder.build_dist_from_params(batch.following)
         value = self._value(latent, self._act(latent.detach()), self.qvalue_network_params.data)
@@ -619,7 +619,7 @@ class ALMLoss(LossModule):
         """A fresh sample whatever the exploration type outside, unless the loss says otherwise."""
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
             return dist.rsample()
-        return dist.deterministic_sample
+        return dist.deterministic_sample  # type: ignore[attr-defined]
 
     def _generated_rows(self, tensordict: TensorDictBase) -> Tensor:
         """Which rows, a random half, the classifier sees with an imagined next latent."""
@@ -630,12 +630,12 @@ class ALMLoss(LossModule):
 
     def _prepare(self, tensordict: TensorDictBase, steps: int) -> _Batch:
         """Checks the input and encodes its observations with the target encoder, in one pass."""
-        windows = self._windows(tensordict, steps)
+        windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps)
         done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
         # What lies past the episode's end may be anything, NaN included, which no product with a
         # mask would take out of the gradient.
-        windows = windows.apply(lambda value: _blank(value, mask))
+        windows = windows.apply(lambda value: blank(value, mask))
         observations = self.encoder.in_keys
         current = windows[:, :1].select(*observations)
         following = windows.get("next").select(*observations)
@@ -644,42 +644,6 @@ class ALMLoss(LossModule):
                 "encoder", torch.cat([current, following], 1), self.target_encoder_params
             )
         return _Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
-
-    def _windows(self, tensordict: TensorDictBase, steps: int) -> TensorDictBase:
-        """The entries read, as ``[B, steps]`` (``[B, 1]`` from plain transitions)."""
-        keys = self.tensor_keys
-        reward_key = unravel_key(("next", keys.reward))
-        shape = _read(tensordict, reward_key).shape
-        if len(shape) not in (2, 3) or shape[-1] != 1:
-            raise ValueError(
-                f"entry {reward_key!r} has shape {tuple(shape)}; wanted [B, T, 1] (windows) or "
-                "[B, 1] (transitions)"
-            )
-        shape = shape[:-1]
-        entries = {key: _read(tensordict, key) for key in self.in_keys}
-        for key in (keys.action, *self.encoder.in_keys):
-            _check_shape(key, entries[key], (*shape, "..."))
-        for key in self.encoder.in_keys:
-            following = unravel_key(("next", key))
-            _check_shape(following, entries[following], entries[key].shape)
-        for name in (keys.done, keys.terminated):
-            key = unravel_key(("next", name))
-            _check_shape(key, entries[key], (*shape, 1), torch.bool)
-        mask = tensordict.get(keys.validity_mask, None)
-        if mask is not None:
-            mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask
-            _check_shape(keys.validity_mask, mask, shape, torch.bool)
-            entries[keys.validity_mask] = mask
-        windows = TensorDict(entries, batch_size=shape)
-        if len(shape) == 1:
-            return windows.unsqueeze(1)
-        if shape[1] < steps:
-            raise ValueError(
-                f"the windows are too short: entry {reward_key!r} has shape "
-                f"{(*shape, 1)}, wanted [B, {steps}, 1]; sample windows of at least `horizon` "
-                "steps or lower `horizon`"
-            )
-        return windows[:, :steps]
 
     def _first_transition(self, batch: _Batch) -> TensorDictBase:
         """A latent drawn for the first observation, with its recorded action."""
@@ -707,102 +671,9 @@ def _parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
         own.to_module(network, preserve_module_state=False, return_swap=False)
 
 
-def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-    value = tensordict.get(key, None)
-    if value is None:
-        found = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
-        raise KeyError(
-            f"entry {key!r} is missing from the batch, which has {', '.join(found)}; rename "
-            "with `ALMLoss.set_keys` or store it in the replay buffer"
-        )
-    return value
-
-
-def _check_shape(
-    key: NestedKey, value: Tensor, wanted: Sequence[int | str], dtype: torch.dtype | None = None
-) -> None:
-    """Refuses an entry of another shape (where ``"..."`` stands for any further sizes) or dtype."""
-    if wanted[-1] == "...":
-        matches = value.ndim >= len(wanted) and value.shape[: len(wanted) - 1] == wanted[:-1]
-    else:
-        matches = value.shape == wanted
-    if not matches:
-        sizes = ", ".join(map(str, wanted))
-        raise ValueError(
-            f"entry {key!r} has shape {tuple(value.shape)}; wanted [{sizes}] to go with the "
-            "reward and the other entries"
-        )
-    if dtype is not None and value.dtype != dtype:
-        raise ValueError(f"entry {key!r} has dtype {value.dtype}; wanted {dtype}")
-
-
-def _blank(value: Tensor, mask: Tensor) -> Tensor:
-    """Floating-point values with zeros where the mask is false."""
-    if not value.is_floating_point():
-        return value
-    return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
-
-
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
 
 
 def _detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in metrics.items()}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
-
-
-def _check_networks(
-    encoder: nn.Module,
-    dynamics: nn.Module,
-    reward_model: nn.Module,
-    classifier: nn.Module,
-    qvalue_network: nn.Module,
-    actor: nn.Module,
-) -> None:
-    """Refuses modules that are of the wrong kind or read what no other module writes."""
-    for name, module in {"encoder": encoder, "dynamics": dynamics, "actor": actor}.items():
-        if not isinstance(module, ProbabilisticTensorDictSequential):
-            raise ValueError(
-                f"{name} must end in a distribution: wrap it in a "
-                "ProbabilisticTensorDictSequential (or a GaussianLatentModule for a latent), got "
-                f"{type(module).__name__}"
-            )
-    plain = {
-        "reward_model": reward_model,
-        "classifier": classifier,
-        "qvalue_network": qvalue_network,
-    }
-    for name, module in plain.items():
-        if not isinstance(module, TensorDictModuleBase):
-            raise ValueError(
-                f"{name} must read and write a TensorDict: wrap it in a TensorDictModule, got "
-                f"{type(module).__name__}"
-            )
-    latent, action = encoder.dist_sample_keys[-1], actor.dist_sample_keys[-1]
-    available = {
-        "dynamics": {latent, action},
-        "reward_model": {latent, action},
-        "classifier": {latent, action, dynamics.dist_sample_keys[-1]},
-        "qvalue_network": {latent, action},
-        "actor": {latent},
-    }
-    modules = {
-        "dynamics": dynamics,
-        "reward_model": reward_model,
-        "classifier": classifier,
-        "qvalue_network": qvalue_network,
-        "actor": actor,
-    }
-    for name, module in modules.items():
-        missing = {unravel_key(key) for key in module.in_keys} - available[name]
-        if missing:
-            raise ValueError(
-                f"{name} reads {sorted(map(str, missing))}, but the encoder writes {latent!r}, the "
-                f"actor {action!r} and the dynamics {dynamics.dist_sample_keys[-1]!r}; give the "
-                "modules matching keys"
-            )

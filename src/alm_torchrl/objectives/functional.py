@@ -7,6 +7,8 @@ action :math:`a`, encoder :math:`e`, latent dynamics :math:`m`, policy :math:`\p
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
 from torch import distributions as D
@@ -70,12 +72,12 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
         torch.Size([3])
     """
     if _is_diagonal_normal(p) and _is_diagonal_normal(q):
-        p, q = p.base_dist, q.base_dist
-        return gaussian_kl(p.loc, p.scale, q.loc, q.scale)
+        first, second = p.base_dist, q.base_dist
+        return gaussian_kl(first.loc, first.scale, second.loc, second.scale)
     return D.kl_divergence(p, q)
 
 
-def _is_diagonal_normal(dist: D.Distribution) -> bool:
+def _is_diagonal_normal(dist: D.Distribution) -> TypeGuard[Any]:
     return (
         isinstance(dist, D.Independent)
         and isinstance(dist.base_dist, D.Normal)

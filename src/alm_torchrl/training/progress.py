@@ -42,7 +42,7 @@ class ProgressBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("learning")
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         """Steps per second since the last refresh but one, and the return."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)

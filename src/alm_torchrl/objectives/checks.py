@@ -1,0 +1,161 @@
+"""What :class:`~alm_torchrl.objectives.ALMLoss` accepts, and how it says what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+
+__all__ = ["blank", "check_choice", "check_networks", "read_windows"]
+
+
+def read_windows(
+    tensordict: TensorDictBase, keys: Any, observations: Sequence[NestedKey], steps: int
+) -> TensorDictBase:
+    """Reads and checks a batch.
+
+    Args:
+        tensordict: windows ``[B, T]`` or transitions ``[B]``.
+        keys: the loss's ``tensor_keys``.
+        observations: the encoder's ``in_keys``.
+        steps: steps wanted of each window.
+
+    Returns:
+        The entries, ``[B, steps]`` (``[B, 1]`` from plain transitions).
+
+    Raises:
+        KeyError: if an entry is missing.
+        ValueError: if an entry has the wrong shape or dtype, or the windows are too short.
+    """
+    reward_key, done_key, terminated_key = (
+        unravel_key(("next", key)) for key in (keys.reward, keys.done, keys.terminated)
+    )
+    shape = _read(tensordict, reward_key).shape
+    if len(shape) not in (2, 3) or shape[-1] != 1:
+        raise ValueError(
+            f"entry {reward_key!r} has shape {tuple(shape)}; wanted [B, T, 1] (windows) or "
+            "[B, 1] (transitions)"
+        )
+    shape = shape[:-1]
+    following = [unravel_key(("next", key)) for key in observations]
+    names = [*observations, keys.action, *following, reward_key, done_key, terminated_key]
+    entries = {key: _read(tensordict, key) for key in names}
+    for key in (keys.action, *observations):
+        _check_shape(key, entries[key], (*shape, "..."))
+    for key, next_key in zip(observations, following, strict=True):
+        _check_shape(next_key, entries[next_key], entries[key].shape)
+    for key in (done_key, terminated_key):
+        _check_shape(key, entries[key], (*shape, 1), torch.bool)
+    mask = tensordict.get(keys.validity_mask, None)
+    if mask is not None:
+        mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask
+        _check_shape(keys.validity_mask, mask, shape, torch.bool)
+        entries[keys.validity_mask] = mask
+    windows = TensorDict(entries, batch_size=shape)
+    if len(shape) == 1:
+        return windows.unsqueeze(1)
+    if shape[1] < steps:
+        raise ValueError(
+            f"the windows are too short: entry {reward_key!r} has shape {(*shape, 1)}, wanted "
+            f"[B, {steps}, 1]; sample windows of at least `horizon` steps or lower `horizon`"
+        )
+    return windows[:, :steps]
+
+
+def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    value = tensordict.get(key, None)
+    if value is None:
+        found = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
+        raise KeyError(
+            f"entry {key!r} is missing from the batch, which has {', '.join(found)}; rename "
+            "with `ALMLoss.set_keys` or store it in the replay buffer"
+        )
+    return value
+
+
+def _check_shape(
+    key: NestedKey, value: Tensor, wanted: Sequence[int | str], dtype: torch.dtype | None = None
+) -> None:
+    """Refuses an entry of another shape (where ``"..."`` stands for any further sizes) or dtype."""
+    if wanted[-1] == "...":
+        matches = value.ndim >= len(wanted) and value.shape[: len(wanted) - 1] == wanted[:-1]
+    else:
+        matches = value.shape == wanted
+    if not matches:
+        sizes = ", ".join(map(str, wanted))
+        raise ValueError(
+            f"entry {key!r} has shape {tuple(value.shape)}; wanted [{sizes}] to go with the "
+            "reward and the other entries"
+        )
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"entry {key!r} has dtype {value.dtype}; wanted {dtype}")
+
+
+def blank(value: Tensor, mask: Tensor) -> Tensor:
+    """Floating-point values with zeros where the mask is false."""
+    if not value.is_floating_point():
+        return value
+    return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
+
+
+def check_networks(
+    encoder: TensorDictModuleBase,
+    dynamics: TensorDictModuleBase,
+    reward_model: TensorDictModuleBase,
+    classifier: TensorDictModuleBase,
+    qvalue_network: TensorDictModuleBase,
+    actor: TensorDictModuleBase,
+) -> None:
+    """Refuses modules that are of the wrong kind or read what no other module writes."""
+    for name, module in {"encoder": encoder, "dynamics": dynamics, "actor": actor}.items():
+        if not isinstance(module, ProbabilisticTensorDictSequential):
+            raise ValueError(
+                f"{name} must end in a distribution: wrap it in a "
+                "ProbabilisticTensorDictSequential (or a GaussianLatentModule for a latent), got "
+                f"{type(module).__name__}"
+            )
+    plain = {
+        "reward_model": reward_model,
+        "classifier": classifier,
+        "qvalue_network": qvalue_network,
+    }
+    for name, module in plain.items():
+        if not isinstance(module, TensorDictModuleBase):
+            raise ValueError(
+                f"{name} must read and write a TensorDict: wrap it in a TensorDictModule, got "
+                f"{type(module).__name__}"
+            )
+    latent, action = encoder.dist_sample_keys[-1], actor.dist_sample_keys[-1]
+    available = {
+        "dynamics": {latent, action},
+        "reward_model": {latent, action},
+        "classifier": {latent, action, dynamics.dist_sample_keys[-1]},
+        "qvalue_network": {latent, action},
+        "actor": {latent},
+    }
+    modules = {
+        "dynamics": dynamics,
+        "reward_model": reward_model,
+        "classifier": classifier,
+        "qvalue_network": qvalue_network,
+        "actor": actor,
+    }
+    for name, module in modules.items():
+        missing = {unravel_key(key) for key in module.in_keys} - available[name]
+        if missing:
+            raise ValueError(
+                f"{name} reads {sorted(map(str, missing))}, but the encoder writes {latent!r}, the "
+                f"actor {action!r} and the dynamics {dynamics.dist_sample_keys[-1]!r}; give the "
+                "modules matching keys"
+            )

@@ -885,6 +885,35 @@ def test_modules_that_do_not_fit_are_refused(
         ALMLoss(**{**make_networks(), name: module})
 
 
+def test_the_networks_are_left_whole_after_an_error(
+    make_networks: Make, make_windows: Make
+) -> None:
+    """They run with the targets' parameters meanwhile, and the policy outside shares them."""
+    networks = make_networks()
+    loss = ALMLoss(**networks)
+    SoftUpdate(loss, tau=0.005)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter += 0.1
+    td = make_windows(dtype=torch.float32)
+    state = {name: copy.deepcopy(n.state_dict()) for name, n in networks.items()}
+    own = {name: [id(p) for p in n.parameters()] for name, n in networks.items()}
+    wanted = forward(loss, td)
+    for key in ("action", "observation"):
+        wrong = td.clone()
+        for entry in (key, ("next", key)):
+            if wrong.get(entry, None) is not None:
+                wrong[entry] = wrong[entry][..., :1]
+        with pytest.raises(RuntimeError):
+            forward(loss, wrong)
+    for name, network in networks.items():
+        assert [id(p) for p in network.parameters()] == own[name]
+        for entry, value in network.state_dict().items():
+            assert torch.equal(value, state[name][entry])
+    for name, value in forward(loss, td).items():
+        assert torch.equal(value, wanted[name])
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

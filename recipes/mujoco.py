@@ -34,7 +34,13 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, make_trainer, quiet_notices
+from alm_torchrl.training import (
+    ALMModule,
+    Experience,
+    compile_loss,
+    make_trainer,
+    quiet_notices,
+)
 from recipes.conf.schema import Config, prepare
 
 
@@ -54,8 +60,6 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
     estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
     loss = ALMLoss(**agent.networks(), **objective)
     loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
-    if config.run.compile:
-        loss.compile()
 
     collector = make_collector(
         env,
@@ -79,6 +83,8 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         updates_per_step=training.updates_per_step,
         noise=agent.noise,
     )
+    if compile_loss(loss, config.run.compile, updates=len(experience)):
+        print("the first update compiles the losses, which takes minutes (run.compile=never: none)")
     return ALMModule(
         agent,
         loss,

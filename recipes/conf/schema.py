@@ -86,7 +86,7 @@ class Run:
 
     folder: str = MISSING  # where everything goes
     accelerator: str = MISSING  # cpu, gpu, or auto
-    compile: bool = MISSING  # run the losses through torch.compile
+    compile: str = MISSING  # torch.compile for the losses: auto, always or never
     matmul_precision: str = MISSING  # torch.set_float32_matmul_precision: highest, high or medium
     log_every: int = MISSING  # updates between two log entries
     tensorboard: bool = MISSING  # write TensorBoard logs

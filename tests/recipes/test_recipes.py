@@ -127,6 +127,7 @@ def test_a_run_shows_its_bar_and_nothing_else(finished) -> None:
         (["+task.kwargs.frames=3"], "does not take the argument 'frames'"),
         (["evaluation.every=3000"], "no multiple of evaluation.every"),
         (["objective.short_windows=skip"], "none of mask, drop"),
+        (["run.compile=true"], "none of auto, always, never"),
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),
     ],

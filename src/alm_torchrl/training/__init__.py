@@ -11,6 +11,7 @@ from alm_torchrl.training.callbacks import (
     SaveAgent,
     Video,
 )
+from alm_torchrl.training.compilation import compile_loss
 from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
@@ -24,6 +25,7 @@ __all__ = [
     "ProgressBar",
     "SaveAgent",
     "Video",
+    "compile_loss",
     "make_trainer",
     "quiet_notices",
 ]

@@ -278,7 +278,6 @@ def _vector_keys(env: EnvBase) -> dict[NestedKey, int]:
         for key, leaf in spec.items(True, True)
         if leaf.ndim == 1 and leaf.dtype.is_floating_point and unravel_key(key) not in reserved
     }
-    dims.pop("episode_reward", None)
     if not dims:
         found = {str(key): tuple(leaf.shape) for key, leaf in spec.items(True, True)}
         raise ValueError(

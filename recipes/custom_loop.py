@@ -1,6 +1,6 @@
 """ALM in a plain TorchRL loop, without Lightning: the example to copy from.
 
-``python recipes/custom_loop.py --task HalfCheetah-v5 --steps 8000`` trains the same small agent as
+``python recipes/custom_loop.py --task HalfCheetah-v5 --steps 6000`` trains the same small agent as
 ``python recipes/mujoco.py`` and keeps it as ``agent.pt``.
 """
 
@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8_000, help="after the warm-up")
+    parser.add_argument("--steps", type=int, default=6_000, help="after the warm-up")
     parser.add_argument("--warmup", type=int, default=2_000, help="uniformly random steps")
     parser.add_argument("--eval-every", type=int, default=1_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -40,14 +40,14 @@ def main() -> None:
     env = make_env(args.task, seed=args.seed)
     eval_env = make_env(args.task, seed=args.seed + 1000, num_envs=5)
 
-    sizes = {"hidden_dim": 256, "dynamics_hidden_dim": 256, "noise_steps": 5_000}
+    sizes = {"hidden_dim": 256, "dynamics_hidden_dim": 256, "noise_steps": 6_000}
     agent = ALMAgent.from_env(env, **sizes).to(args.device)
     policy = agent.policy()
 
     loss = ALMLoss(**agent.networks(), horizon=3)
     groups = loss.parameter_groups()
     optimizer = torch.optim.Adam([{"params": group} for group in groups.values()], lr=1e-3)
-    target_update = SoftUpdate(loss, tau=0.005)
+    target_update = SoftUpdate(loss, tau=0.01)
 
     replay = make_replay_buffer(100_000, batch_size=256, window_length=3, device=args.device)
     collector = make_collector(

@@ -27,9 +27,9 @@ def _keep_the_setting():
 @pytest.mark.parametrize(
     ("mode", "updates", "compiler", "compiles"),
     [
-        ("auto", 5000, True, True),
-        ("auto", 4999, True, False),
-        ("auto", 5000, False, False),
+        ("auto", 10_000, True, True),
+        ("auto", 9_999, True, False),
+        ("auto", 10_000, False, False),
         ("always", 1, False, True),
         ("never", 10**6, True, False),
     ],

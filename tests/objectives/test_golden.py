@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import SoftUpdate
 
+from alm_torchrl.evaluation import lower_bound
 from alm_torchrl.modules import (
     Actor,
     LatentDynamics,
@@ -22,7 +23,7 @@ from alm_torchrl.modules import (
     TransitionClassifier,
 )
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.objectives.functional import k_step_bound, td_target
+from alm_torchrl.objectives.functional import td_target
 
 FILE = Path(__file__).parents[1] / "golden" / "alm_losses.npz"
 OBS, ACT, LATENT, HIDDEN, MODEL_HIDDEN = 5, 2, 4, 8, 12
@@ -241,12 +242,8 @@ class Golden:
         self.gradients(loss, "actor", "actor")
 
     def bound(self) -> None:
-        rollout = self.loss.imagine(self.target_loc(self.state), action=self.action)
-        self.numbers["bound/value"] = k_step_bound(
-            rollout["reward"] + COEFF * rollout["log_ratio"],
-            rollout["next", "value"][:, -1],
-            torch.tensor(GAMMA, dtype=torch.float64),
-        )
+        latent = self.target_loc(self.state)
+        self.numbers["bound/value"] = lower_bound(self.loss, latent, action=self.action)
 
     def soft_update(self) -> None:
         self.update.step()

@@ -125,7 +125,7 @@ def test_a_run_shows_its_bar_and_nothing_else(finished) -> None:
         (["seed=one"], "could not be converted to Integer"),
         (["task.id=HalfCheta-v5"], "did you mean HalfCheetah-v5"),
         (["+task.kwargs.frames=3"], "does not take the argument 'frames'"),
-        (["evaluation.every=3000"], "no multiple of evaluation.every"),
+        (["evaluation.every=7000"], "no multiple of evaluation.every"),
         (["objective.short_windows=skip"], "none of mask, drop"),
         (["run.compile=true"], "none of auto, always, never"),
         (["run.folder=file/out"], "NotADirectoryError"),

@@ -270,3 +270,16 @@ def test_inside_a_probabilistic_module(mode: ExplorationType) -> None:
         assert ((action - centre).abs() <= 0.1 + 1e-6).all()
     else:
         assert torch.equal(action, centre)
+
+
+def test_expanded_it_keeps_range_and_clip() -> None:
+    dist = ClampedNormal(torch.tensor([0.9, 2.5]), 5.0, low=-2.0, high=3.0, noise_clip=0.3)
+    expanded = dist.expand((4,))
+    assert isinstance(expanded, ClampedNormal)
+    assert expanded.batch_shape == (4,)
+    torch.testing.assert_close(expanded.median, dist.mean.expand(4, 2))
+    torch.manual_seed(0)
+    drawn = expanded.rsample()
+    torch.manual_seed(0)
+    torch.testing.assert_close(drawn, dist.rsample((4,)))
+    assert drawn.max() <= 3 - 1e-6

@@ -164,6 +164,19 @@ class ClampedNormal(D.Independent):
 
     mode = deterministic_sample
     mean = deterministic_sample
+    median = deterministic_sample
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ClampedNormal:
+        """The same distribution with another batch shape, which the old one broadcasts to."""
+        shape = torch.Size(batch_shape) + self.event_shape
+        return ClampedNormal(
+            self.loc.expand(shape),
+            self.scale.expand(shape),
+            self._low,
+            self._high,
+            noise_clip=self.noise_clip,
+            margin=0.0,
+        )
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws actions with a straight-through gradient.

@@ -206,3 +206,14 @@ def test_nested_keys() -> None:
         ("b", "u_loc"),
         ("b", "u_scale"),
     }
+
+
+def test_a_range_per_dimension_moves_with_the_module() -> None:
+    """On a GPU every draw would copy it from the host otherwise."""
+    actor = Actor(4, [-1.0, -2.0], [1.0, 2.0], 8)
+    for policy in (actor, actor.acting()):
+        moved = policy.to("meta")
+        kwargs = moved[-1].distribution_kwargs
+        tensors = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+        assert len(tensors) >= 2
+        assert all(value.is_meta for value in tensors)

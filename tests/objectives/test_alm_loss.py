@@ -15,7 +15,14 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TDLambdaEstimator
 
-from alm_torchrl.modules import LatentDynamics, QValueEnsemble, RewardModel, TransitionClassifier
+from alm_torchrl.modules import (
+    GaussianLatentModule,
+    LatentDynamics,
+    QValueEnsemble,
+    RewardModel,
+    TransitionClassifier,
+)
+from alm_torchrl.modules.networks import TrunkMLP
 from alm_torchrl.objectives import ALMLoss
 
 NETWORKS = {"encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor"}
@@ -830,6 +837,81 @@ def test_a_wrong_shape_is_named(
     assert wanted in message
 
 
+@pytest.mark.parametrize(
+    ("key", "size", "message"),
+    [
+        ("observation", 7, r"encoder cannot read 'observation' of shape \(6, 4, 7\); .* up to 5,"),
+        (
+            "action",
+            3,
+            r"dynamics cannot read 'latent' of shape \(6, 4\), 'action' of shape \(6, 3\);"
+            r" wanted last sizes that add up to 6,",
+        ),
+    ],
+)
+def test_a_wrong_size_is_named(
+    make_loss: Make, make_windows: Make, key: str, size: int, message: str
+) -> None:
+    td = make_windows()
+    entries = [key, ("next", key)] if key == "observation" else [key]
+    for entry in entries:
+        td[entry] = torch.zeros(6, 3, size, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        forward(make_loss(), td)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "message"),
+    [
+        (
+            "reward_model",
+            TensorDictModule(TrunkMLP(6, 2, 8), ["latent", "action"], ["r"]),
+            r"reward_model wrote entry 'r' of shape \(6, 3, 2\); wanted \(6, 3, 1\)",
+        ),
+        (
+            "classifier",
+            TensorDictModule(
+                TrunkMLP(10, 1, 8), ["latent", "action", ("next", "latent")], ["logits"]
+            ),
+            r"classifier wrote entry 'logits' of shape \(6, 1\); wanted \(6, 2\)",
+        ),
+        (
+            "reward_model",
+            RewardModel(5, 2, 8),
+            r"reward_model cannot read 'latent' of shape .* up to 7,",
+        ),
+        (
+            "dynamics",
+            GaussianLatentModule(
+                TrunkMLP(6, 2, 8), ["latent", "action"], latent_key=("next", "latent")
+            ),
+            r"the dynamics writes latents of shape \(6, 1, 1\), the encoder of shape \(6, 1, 4\)",
+        ),
+    ],
+)
+def test_networks_of_other_sizes_are_named(
+    make_networks: Make, make_loss: Make, make_windows: Make, name: str, module: Any, message: str
+) -> None:
+    """Some of them would broadcast, and a wrong loss come out without a word."""
+    horizon = 1 if name == "dynamics" else 3
+    loss = make_loss(networks={**make_networks(), name: module}, horizon=horizon)
+    with pytest.raises(ValueError, match=message):
+        forward(loss, make_windows(steps=horizon))
+
+
+def test_an_error_of_a_network_itself_is_passed_on(
+    make_networks: Make, make_loss: Make, make_windows: Make
+) -> None:
+    class Broken(TrunkMLP):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            raise RuntimeError("out of luck")
+
+    broken = TensorDictModule(Broken(6, 1, 8), ["latent", "action"], ["r"])
+    loss = make_loss(networks={**make_networks(), "reward_model": broken})
+    with pytest.raises(RuntimeError, match="out of luck"):
+        forward(loss, make_windows())
+
+
 @pytest.mark.parametrize("key", [("next", "done"), ("next", "terminated"), "validity_mask"])
 def test_a_flag_that_is_no_bool_is_named(make_loss: Make, make_windows: Make, key: Any) -> None:
     shape = (6, 3) if key == "validity_mask" else (6, 3, 1)
@@ -904,7 +986,7 @@ def test_the_networks_are_left_whole_after_an_error(
         for entry in (key, ("next", key)):
             if wrong.get(entry, None) is not None:
                 wrong[entry] = wrong[entry][..., :1]
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="cannot read"):
             forward(loss, wrong)
     for name, network in networks.items():
         assert [id(p) for p in network.parameters()] == own[name]
@@ -917,7 +999,8 @@ def test_the_networks_are_left_whole_after_an_error(
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"horizon": 0}, "horizon must be at least 1, got 0"),
+        ({"horizon": 0}, "horizon must be a whole number of at least 1, got 0"),
+        ({"horizon": 2.5}, r"horizon must be a whole number of at least 1, got 2\.5"),
         ({"reduction": "avg"}, "reduction='avg' is none of none, mean, sum"),
         ({"short_windows": "pad"}, "short_windows='pad' is none of mask, drop"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict.nn import (
@@ -189,13 +190,24 @@ def _action_distribution(
     high: Tensor | float,
     noise_clip: Tensor | float | None,
 ) -> ProbabilisticTensorDictModule:
-    return ProbabilisticTensorDictModule(
+    return _ActionHead(
         in_keys={"loc": loc, "scale": scale},
         out_keys=[action_key],
         distribution_class=ClampedNormal,
         distribution_kwargs={"low": low, "high": high, "noise_clip": noise_clip},
         default_interaction_type="random",
     )
+
+
+class _ActionHead(ProbabilisticTensorDictModule):
+    """Takes the range along when it is moved, so that no draw copies it from the host."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _ActionHead:
+        super()._apply(fn, recurse)
+        for name, value in self.distribution_kwargs.items():
+            if isinstance(value, Tensor):
+                self.distribution_kwargs[name] = fn(value)
+        return self
 
 
 def _check_range(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,16 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
-from alm_torchrl.objectives.checks import blank, check_choice, check_networks, read_windows
+from alm_torchrl.objectives.checks import (
+    blank,
+    check_choice,
+    check_horizon,
+    check_latents,
+    check_networks,
+    check_output,
+    explained,
+    read_windows,
+)
 from alm_torchrl.objectives.functional import (
     discounts,
     episode_mask,
@@ -71,8 +80,8 @@ class ALMLoss(LossModule):
     The input is a batch of windows ``[B, T]`` (see
     :func:`alm_torchrl.data.make_replay_buffer`). The world-model loss reads the whole window; the
     other four read its first transition alone, which must be drawn uniformly. A plain batch of
-    transitions ``[B]`` counts as windows of one step. Steps past an episode's end, or where
-    ``"validity_mask"`` is false, contribute nothing.
+    transitions ``[B]`` counts as windows of one step, at any horizon. Steps past an episode's end,
+    or where ``"validity_mask"`` is false, contribute nothing.
 
     Deviations from the authors' implementation, each with what restores theirs:
 
@@ -203,8 +212,7 @@ class ALMLoss(LossModule):
         short_windows: Literal["mask", "drop"] = "mask",
     ) -> None:
         super().__init__()
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        check_horizon(horizon)
         check_choice("reduction", reduction, ("none", "mean", "sum"))
         check_choice("short_windows", short_windows, ("mask", "drop"))
         networks = {
@@ -404,9 +412,9 @@ class ALMLoss(LossModule):
         loss = steps.sum(-1) - rollout["value"].squeeze(-1)
         mask = batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
         metrics = {
-            "kl": _masked_mean(rollout["kl"].squeeze(-1), batch.mask),
+            "kl": _masked_mean(rollout["kl"], batch.mask),
             "prior_entropy": _masked_mean(rollout["prior_entropy"], batch.mask),
-            "posterior_entropy": rollout["posterior_entropy"].mean(),
+            "posterior_entropy": _masked_mean(rollout["posterior_entropy"], batch.mask[:, 0]),
             "latent_spread": rollout["latent"].std(0, correction=0).mean(),
         }
         return self._reduce(loss, mask), _detached(metrics)
@@ -429,7 +437,7 @@ class ALMLoss(LossModule):
         labels = (~generated).long()
         loss = F.cross_entropy(logits, labels, reduction="none")
         correct = (log_ratio(logits).squeeze(-1) > 0) == labels.bool()
-        metrics = {"classifier_accuracy": _masked_mean(correct, batch.mask[:, 0])}
+        metrics = {"classifier_accuracy": _masked_mean(correct.to(loss.dtype), batch.mask[:, 0])}
         return self._reduce(loss, batch.mask[:, 0]), metrics
 
     def _value_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -444,8 +452,12 @@ class ALMLoss(LossModule):
             )
         values = self._output("qvalue_network", first, self.qvalue_network_params)
         loss = (values - target).square().mean(-1)
-        metrics = {"q_value": values.mean(), "target_value": target.mean()}
-        return self._reduce(loss, batch.mask[:, 0]), _detached(metrics)
+        mask = batch.mask[:, 0]
+        metrics = {
+            "q_value": _masked_mean(values, mask),
+            "target_value": _masked_mean(target, mask),
+        }
+        return self._reduce(loss, mask), _detached(metrics)
 
     def _actor_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
@@ -453,13 +465,14 @@ class ALMLoss(LossModule):
         returns = self.lambda_return(rollout)
         weights = discounts(self.value_estimator.gamma, self.horizon)
         loss = -(weights * returns).mean(-2).squeeze(-1)
+        mask = batch.mask[:, 0]
         metrics = {
-            "imagined_reward": rollout["reward"].mean(),
-            "imagined_log_ratio": rollout["log_ratio"].mean(),
-            "imagined_value": rollout["next", "value"].mean(),
-            "imagined_return": returns[:, 0].mean(),
+            "imagined_reward": _masked_mean(rollout["reward"], mask),
+            "imagined_log_ratio": _masked_mean(rollout["log_ratio"], mask),
+            "imagined_value": _masked_mean(rollout["next", "value"], mask),
+            "imagined_return": _masked_mean(returns[:, 0], mask),
         }
-        return self._reduce(loss, batch.mask[:, 0]), _detached(metrics)
+        return self._reduce(loss, mask), _detached(metrics)
 
     # ------------------------------------------------------------------------ the rollouts
 
@@ -494,6 +507,7 @@ class ALMLoss(LossModule):
         latents = torch.stack(visited, 1)
         prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
         target = self.encoder.build_dist_from_params(batch.following)
+        check_latents(prior, target)
         value = self._value(latent, self._act(latent.detach()), self.qvalue_network_params.data)
         if not self.bootstrap_terminated:
             ends = batch.windows.get(unravel_key(("next", self.tensor_keys.terminated)))
@@ -580,15 +594,17 @@ class ALMLoss(LossModule):
     def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The output of a deterministic network with the given parameters."""
         network = getattr(self, name)
-        with _parametrised(network, params):
-            return network(tensordict.copy()).get(network.out_keys[-1])
+        with _parametrised(network, params), explained(name, network, tensordict):
+            output = network(tensordict.copy()).get(network.out_keys[-1])
+        check_output(name, network.out_keys[-1], output, tensordict.batch_size)
+        return output
 
     def _dist_params(
         self, name: str, tensordict: TensorDictBase, params: TensorDictBase
     ) -> TensorDictBase:
         """The parameters of a network's distribution, to be stacked or indexed."""
         network = getattr(self, name)
-        with _parametrised(network, params):
+        with _parametrised(network, params), explained(name, network, tensordict):
             return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
 
     def _distribution(
@@ -672,7 +688,9 @@ def _parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+    """The mean of ``values`` ``[*mask.shape, ...]`` over the entries that the mask keeps."""
+    means = values.reshape(*mask.shape, -1).mean(-1)
+    return torch.where(mask, means, 0).sum() / mask.sum().clamp_min(1)
 
 
 def _detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributions as D
 
-__all__ = ["blank", "check_choice", "check_networks", "read_windows"]
+__all__ = [
+    "blank",
+    "check_choice",
+    "check_horizon",
+    "check_latents",
+    "check_networks",
+    "check_output",
+    "explained",
+    "read_windows",
+]
+
+#: Size of the last dimension that a network has to write.
+OUTPUT_SIZES = {"reward_model": 1, "classifier": 2}
 
 
 def read_windows(
@@ -103,6 +117,12 @@ def blank(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
 
 
+def check_horizon(horizon: object) -> None:
+    """Refuses a horizon that is no positive whole number."""
+    if not isinstance(horizon, int) or horizon < 1:
+        raise ValueError(f"horizon must be a whole number of at least 1, got {horizon!r}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuses a value that is none of the choices."""
     if value not in choices:
@@ -159,3 +179,50 @@ def check_networks(
                 f"actor {action!r} and the dynamics {dynamics.dist_sample_keys[-1]!r}; give the "
                 "modules matching keys"
             )
+
+
+@contextmanager
+def explained(name: str, network: nn.Module, tensordict: TensorDictBase) -> Iterator[None]:
+    """Says which entries do not fit a network whose first layer is linear, when it fails.
+
+    Raises:
+        ValueError: in place of a ``RuntimeError`` of torch's, which names neither network nor key.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        wanted = _first_linear_size(network)
+        entries = {key: tensordict.get(key) for key in network.in_keys}
+        if wanted is None or sum(value.shape[-1] for value in entries.values()) == wanted:
+            raise
+        found = ", ".join(f"{key!r} of shape {tuple(v.shape)}" for key, v in entries.items())
+        raise ValueError(
+            f"{name} cannot read {found}; wanted last sizes that add up to {wanted}, for which it "
+            "was built"
+        ) from error
+
+
+def _first_linear_size(network: nn.Module) -> int | None:
+    """Inputs of the first layer, if that is linear."""
+    first = next(layer for layer in network.modules() if next(layer.children(), None) is None)
+    return first.in_features if isinstance(first, nn.Linear) else None
+
+
+def check_output(name: str, key: NestedKey, value: Tensor, batch_size: Sequence[int]) -> None:
+    """Refuses the output of a network that has another shape than the losses can use."""
+    size = OUTPUT_SIZES.get(name, value.shape[-1])
+    if value.shape != (*batch_size, size):
+        raise ValueError(
+            f"{name} wrote entry {key!r} of shape {tuple(value.shape)}; wanted "
+            f"{(*batch_size, size)}"
+        )
+
+
+def check_latents(prior: D.Distribution, target: D.Distribution) -> None:
+    """Refuses dynamics and an encoder whose latents differ in shape."""
+    if prior.batch_shape + prior.event_shape != target.batch_shape + target.event_shape:
+        raise ValueError(
+            f"the dynamics writes latents of shape {tuple(prior.batch_shape + prior.event_shape)}, "
+            f"the encoder of shape {tuple(target.batch_shape + target.event_shape)}; build both "
+            "with the same `latent_dim`"
+        )

@@ -182,7 +182,9 @@ def check_networks(
 
 
 @contextmanager
-def explained(name: str, network: nn.Module, tensordict: TensorDictBase) -> Iterator[None]:
+def explained(
+    name: str, network: TensorDictModuleBase, tensordict: TensorDictBase
+) -> Iterator[None]:
     """Says which entries do not fit a network whose first layer is linear, when it fails.
 
     Raises:

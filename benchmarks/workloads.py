@@ -11,7 +11,8 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from torchrl.data import Bounded
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import LossModule, REDQLoss, SACLoss, SoftUpdate
@@ -119,10 +120,29 @@ class Update:
 
     def flops(self) -> int:
         """Arithmetic of the matrix products of losses and gradients, counted by torch."""
-        with FlopCounterMode(display=False) as counter:
+        with _Arithmetic() as counter:
             self.backward()
         self.optimizer.zero_grad()
-        return counter.get_total_flops()
+        return counter.total
+
+
+class _Arithmetic(TorchDispatchMode):
+    """Adds up the arithmetic of matrix products by torch's own formulas.
+
+    Torch's ``FlopCounterMode`` also follows modules, and cannot follow a ``TensorDictParams``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def alm(task: Task, device: torch.device, sizes: Sizes | None = None, **options: Any) -> Update:

@@ -113,6 +113,7 @@ def main(options: DictConfig) -> None:
             title=f"ALM on {config.task.name}",
             eval_every=int(config.evaluation.every * config.training.updates_per_step),
             accelerator=config.run.accelerator,
+            precision=config.run.precision,
             tensorboard=config.run.tensorboard,
             wandb=config.run.wandb,
             video_env=make_task_env(config, config.seed + 2000, pixels=True) if video else None,

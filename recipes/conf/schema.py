@@ -86,6 +86,7 @@ class Run:
 
     folder: str = MISSING  # where everything goes
     accelerator: str = MISSING  # cpu, gpu, or auto
+    precision: str = MISSING  # of the losses: 32-true, bf16-mixed, or auto (bf16 where faster)
     compile: str = MISSING  # torch.compile for the losses: auto, always or never
     matmul_precision: str = MISSING  # torch.set_float32_matmul_precision: highest, high or medium
     log_every: int = MISSING  # updates between two log entries

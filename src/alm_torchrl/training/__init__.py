@@ -14,6 +14,7 @@ from alm_torchrl.training.callbacks import (
 from alm_torchrl.training.compilation import compile_loss
 from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
+from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
 from alm_torchrl.training.trainer import make_trainer
 
@@ -25,6 +26,7 @@ __all__ = [
     "ProgressBar",
     "SaveAgent",
     "Video",
+    "choose_precision",
     "compile_loss",
     "make_trainer",
     "quiet_notices",

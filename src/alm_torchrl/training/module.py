@@ -117,8 +117,12 @@ class ALMModule(L.LightningModule):
         return [0]
 
     def validation_step(self, *_: Any) -> Tensor:
-        """Plays whole episodes with the mean action and returns their returns, ``[episodes]``."""
-        returns = evaluate_policy(self.eval_env, self.agent.policy(), self.eval_episodes)
+        """Plays whole episodes with the mean action and returns their returns, ``[episodes]``.
+
+        In full precision, as the collector acts, whatever the losses are computed in.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            returns = evaluate_policy(self.eval_env, self.agent.policy(), self.eval_episodes)
         metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std(correction=0)}
         self.log("return", returns.mean(), prog_bar=True, logger=False, batch_size=1)
         self._log_metrics(metrics)

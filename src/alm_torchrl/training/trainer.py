@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L  # noqa: N812 - Lightning's own convention
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torchrl.envs import EnvBase
@@ -16,6 +17,7 @@ from alm_torchrl.training.callbacks import (
     SaveAgent,
     Video,
 )
+from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar
 
 __all__ = ["make_trainer"]
@@ -28,6 +30,7 @@ def make_trainer(
     title: str,
     eval_every: int,
     accelerator: str = "auto",
+    precision: str = "32-true",
     tensorboard: bool = True,
     wandb: bool = False,
     video_env: EnvBase | None = None,
@@ -43,6 +46,8 @@ def make_trainer(
         title: of the plot.
         eval_every: updates between two evaluations.
         accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
+        precision: of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
+            :func:`choose_precision`. Acting and evaluation stay in float32.
         tensorboard: write TensorBoard logs beside the CSV file.
         wandb: write to Weights & Biases too.
         video_env: an environment with frames to record an episode in at the end.
@@ -51,6 +56,7 @@ def make_trainer(
         The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.Experience`.
 
     Raises:
+        ValueError: for an unknown precision.
         ImportError: if ``wandb`` is asked for and not installed.
     """
     folder = Path(folder)
@@ -74,8 +80,10 @@ def make_trainer(
     ]
     if video_env is not None:
         callbacks.append(Video(folder, video_env))
+    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     return L.Trainer(
         accelerator=accelerator,
+        precision=choose_precision(precision, "cuda" if on_gpu else "cpu"),
         devices=1,
         max_epochs=1,
         val_check_interval=eval_every,

@@ -37,7 +37,6 @@ from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
     Experience,
-    compile_loss,
     make_trainer,
     quiet_notices,
 )
@@ -83,8 +82,6 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         updates_per_step=training.updates_per_step,
         noise=agent.noise,
     )
-    if compile_loss(loss, config.run.compile, updates=len(experience)):
-        print("the first update compiles the losses, which takes minutes (run.compile=never: none)")
     return ALMModule(
         agent,
         loss,
@@ -95,6 +92,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         target_tau=training.target_tau,
         eval_episodes=config.evaluation.episodes,
         log_every=config.run.log_every,
+        compile=config.run.compile,
     )
 
 
@@ -122,6 +120,8 @@ def main(options: DictConfig) -> None:
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(f"{config.task.id}: {config.training.warmup_steps} random steps, then learning; {folder}")
+    if module.compiles:
+        print("the first update compiles the losses, which takes minutes (run.compile=never: none)")
     try:
         trainer.fit(module)
     except SystemExit:  # how Lightning ends after Ctrl-C

@@ -11,23 +11,26 @@ from alm_torchrl.training.callbacks import (
     SaveAgent,
     Video,
 )
-from alm_torchrl.training.compilation import compile_loss
+from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
 from alm_torchrl.training.trainer import make_trainer
+from alm_torchrl.training.update import CapturedUpdate, Update
 
 __all__ = [
     "ALMModule",
+    "CapturedUpdate",
     "Experience",
     "InterruptBetweenUpdates",
     "LearningCurve",
     "ProgressBar",
     "SaveAgent",
+    "Update",
     "Video",
     "choose_precision",
-    "compile_loss",
     "make_trainer",
     "quiet_notices",
+    "worth_compiling",
 ]

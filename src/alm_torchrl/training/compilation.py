@@ -5,39 +5,37 @@ from __future__ import annotations
 import os
 from shutil import which
 
-import torch._dynamo
-from torch import nn
+import torch
 
-__all__ = ["compile_loss"]
+__all__ = ["worth_compiling"]
 
 #: Updates from which minutes of compilation are expected to be earned back on a CPU.
 WORTHWHILE_UPDATES = 10_000
 
 
-def compile_loss(loss: nn.Module, mode: str, updates: int) -> bool:
-    """Has ``torch.compile`` trace a loss at its first call, where that pays.
+def worth_compiling(mode: str, updates: int, device: torch.device | str = "cpu") -> bool:
+    """Whether ``torch.compile`` should trace the losses of a run.
 
     Args:
-        loss: the loss, compiled in place.
-        mode: ``"auto"`` compiles for a run of 10,000 updates or more if there is a C++ compiler,
-            and falls back to eager execution with a warning if that fails; ``"always"`` compiles,
-            and a failure is an error; ``"never"`` does not.
+        mode: ``"auto"`` for a run on a GPU, or one of 10,000 updates or more, if there is a C++
+            compiler; ``"always"``; or ``"never"``.
         updates: the length of the run.
+        device: where the losses are computed.
 
     Returns:
-        Whether the loss will be compiled.
+        Whether to compile.
 
     Raises:
         ValueError: for any other mode.
+
+    Examples:
+        >>> worth_compiling("auto", updates=100)
+        False
     """
     if mode not in ("auto", "always", "never"):
         raise ValueError(f"compile={mode!r} is none of auto, always, never")
-    if mode == "never":
-        return False
-    if mode == "auto":
-        compilers = (os.environ.get("CXX", "g++"), "clang++", "c++", "cl")
-        if updates < WORTHWHILE_UPDATES or not any(map(which, compilers)):
-            return False
-        torch._dynamo.config.suppress_errors = True
-    loss.compile()
-    return True
+    if mode != "auto":
+        return mode == "always"
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "c++", "cl")
+    long_enough = torch.device(device).type == "cuda" or updates >= WORTHWHILE_UPDATES
+    return long_enough and any(map(which, compilers))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor, nn
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.update import CapturedUpdate, Update
 
 __all__ = ["ALMModule"]
 
@@ -26,7 +29,7 @@ class ALMModule(L.LightningModule):
     All five losses are minimised by one backward pass and one optimiser with a parameter group
     for each of :meth:`ALMLoss.parameter_groups`; the norm of each group's gradient is clipped
     apart, and a norm that is not finite stops the run before it does damage. The target networks
-    follow after every update.
+    follow after every update. See :class:`~alm_torchrl.training.Update`.
 
     Put the agent on its device before the loss is built, so that acting and losses keep sharing
     the noise schedule.
@@ -41,9 +44,13 @@ class ALMModule(L.LightningModule):
         target_tau: weight of the new value in the targets' moving average.
         eval_episodes: episodes of an evaluation.
         log_every: updates between two entries in the loggers.
+        compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
+            graph on a GPU; ``"auto"`` does so where :func:`worth_compiling` says that it pays, and
+            goes on without, and warns, if it fails.
 
     Raises:
-        ValueError: if the loss was not built on the agent, or a learning rate names no group.
+        ValueError: if the loss was not built on the agent, a learning rate names no group, or the
+            mode of compilation is another.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class ALMModule(L.LightningModule):
         target_tau: float = 0.005,
         eval_episodes: int = 5,
         log_every: int = 100,
+        compile: str = "never",  # noqa: A002 - the name of the recipe's option
     ) -> None:
         super().__init__()
         self.agent = agent
@@ -67,6 +75,9 @@ class ALMModule(L.LightningModule):
         self.learning_rates = learning_rates
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes
+        self.compile_mode = compile
+        self.compiles = worth_compiling(compile, len(experience), next(loss.parameters()).device)
+        self.automatic_optimization = False
         self.log_every = log_every
         self.target_update = SoftUpdate(loss, tau=target_tau)
         self._check_sharing()
@@ -80,37 +91,58 @@ class ALMModule(L.LightningModule):
         if rates.keys() != groups.keys():
             raise ValueError(f"learning_rates names {sorted(rates)}, wanted {sorted(groups)}")
         return torch.optim.Adam(
-            [{"name": n, "params": p, "lr": rates[n]} for n, p in groups.items()], fused=True
+            [{"name": n, "params": p, "lr": rates[n]} for n, p in groups.items()],
+            fused=True,
+            capturable=self.device.type == "cuda",
         )
 
     def train_dataloader(self) -> Experience:
         """The experience, which is iterated in this process."""
         return self.experience
 
-    def training_step(self, batch: TensorDictBase, batch_idx: int) -> Tensor:
-        """The sum of the five losses."""
-        losses = self.loss(batch)
-        if batch_idx % self.log_every == 0:
-            self._log_metrics({f"train/{k}": v for k, v in losses.detach().items()})
-        return torch.stack([losses[key] for key in self.loss.out_keys]).sum()
+    def on_train_start(self) -> None:
+        """Builds the update, now that the optimiser, the device and the precision are known."""
+        update = Update(
+            self.loss,
+            self.trainer.optimizers[0],
+            self.target_update,
+            max_grad_norm=self.max_grad_norm,
+            precision=self.trainer.precision,
+            compiled=self.compiles,
+            strict=self.compile_mode != "auto",
+        )
+        captured = self.device.type == "cuda" and self.compile_mode != "never"
+        self._update = CapturedUpdate(update) if captured else update
 
-    def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
-    ) -> None:
-        """Clips each group apart; a norm that is not finite raises ``FloatingPointError``."""
-        for group in optimizer.param_groups:
-            norm = nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-            if not norm.isfinite():
-                raise FloatingPointError(
-                    f"the gradient norm of the {group['name']!r} loss is {norm.item()} at update "
-                    f"{self.global_step} (environment step {self.experience.steps}); nothing was "
-                    "changed by this update. Look for non-finite observations or rewards, or lower "
-                    "its learning rate"
-                )
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        """One update. The host waits for a GPU when there is something to log, and no sooner.
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Moves the target networks."""
-        self.target_update.step()
+        Raises:
+            FloatingPointError: if the norm of a gradient is not finite.
+        """
+        metrics = TensorDict()
+        # As a closure, after which there is no gradient left to step on, so that Lightning counts
+        # a step that may be part of a graph.
+        optimizer = cast("LightningOptimizer", self.optimizers())
+        optimizer.step(closure=lambda: metrics.update(self._update(batch)))
+        logging = batch_idx % self.log_every == 0
+        if logging or self.device.type == "cpu":
+            self._check()
+        if logging:
+            self._log_metrics({f"train/{k}": v for k, v in metrics.items()})
+
+    def on_validation_start(self) -> None:
+        """Finds out whether the updates so far were sound, before anything is kept of them."""
+        self._check()
+
+    def _check(self) -> None:
+        try:
+            self._update.check()
+        except FloatingPointError as error:
+            step, update = self.experience.steps, self.global_step - 1
+            raise FloatingPointError(
+                f"at update {update} (environment step {step}): {error}"
+            ) from None
 
     def val_dataloader(self) -> list[int]:
         """One evaluation."""
@@ -130,9 +162,10 @@ class ALMModule(L.LightningModule):
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Writes to the loggers, with the authors' step counter as the x-axis."""
-        values = {name: float(value) for name, value in metrics.items()}
+        metrics["noise_scale"] = self.agent.noise.scale
+        numbers = torch.stack([value.float() for value in metrics.values()]).tolist()
+        values = dict(zip(metrics, numbers, strict=True))
         values["frames"] = self.experience.frames
-        values["noise_scale"] = float(self.agent.noise.scale)
         if self.experience.episode_returns:
             recent = list(self.experience.episode_returns)[-10:]
             values["train/episode_return"] = sum(recent) / len(recent)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import Literal, cast
 
 import torch
 
 __all__ = ["choose_precision"]
 
+Precision = Literal["32-true", "bf16-mixed"]
+
 #: How many times faster bfloat16 matrix products must be to be chosen.
 WORTHWHILE_SPEEDUP = 1.5
 
 
-def choose_precision(name: str, device: torch.device | str = "cpu") -> str:
+def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision:
     """Resolves the precision of a run to one that Lightning's ``Trainer`` knows.
 
     Args:
@@ -35,7 +38,7 @@ def choose_precision(name: str, device: torch.device | str = "cpu") -> str:
     if name not in ("32-true", "bf16-mixed", "auto"):
         raise ValueError(f"precision={name!r} is none of 32-true, bf16-mixed, auto")
     if name != "auto":
-        return name
+        return cast("Precision", name)
     device = torch.device(device)
     speedup = _matmul_seconds(torch.float32, device) / _matmul_seconds(torch.bfloat16, device)
     return "bf16-mixed" if speedup >= WORTHWHILE_SPEEDUP else "32-true"

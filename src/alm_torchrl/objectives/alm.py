@@ -37,6 +37,7 @@ from alm_torchrl.objectives.functional import (
     episode_mask,
     kl_divergence,
     log_ratio,
+    rsample,
     td_target,
 )
 
@@ -429,7 +430,7 @@ class ALMLoss(LossModule):
         first = self._first_transition(batch)
         generated = self._generated_rows(first)
         with torch.no_grad():
-            imagined = self._draw(self._distribution("dynamics", first, self.dynamics_params.data))
+            imagined = self._draw(self._distribution("dynamics", first, self.dynamics_params))
         encoded = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
         following = torch.where(generated.unsqueeze(-1), imagined, encoded)
         first.set(self._next_latent_key, following)
@@ -508,7 +509,7 @@ class ALMLoss(LossModule):
         prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
         target = self.encoder.build_dist_from_params(batch.following)
         check_latents(prior, target)
-        value = self._value(latent, self._act(latent.detach()), self.qvalue_network_params.data)
+        value = self._value(latent, self._act(latent.detach()), self.qvalue_network_params.detach())
         if not self.bootstrap_terminated:
             ends = batch.windows.get(unravel_key(("next", self.tensor_keys.terminated)))
             ended = (ends.squeeze(-1) & batch.mask).any(-1, keepdim=True)
@@ -518,7 +519,7 @@ class ALMLoss(LossModule):
             {
                 "latent": latents,
                 "kl": kl_divergence(prior, target).unsqueeze(-1),
-                "reward": self._output("reward_model", step, self.reward_model_params.data),
+                "reward": self._output("reward_model", step, self.reward_model_params.detach()),
                 "value": value,
                 "prior_entropy": prior.entropy().detach(),
                 "posterior_entropy": posterior.entropy().detach(),
@@ -546,25 +547,25 @@ class ALMLoss(LossModule):
                 action = self._draw(self._policy(latent.detach(), self.actor_params))
             actions.append(action)
             step = self._step(latent, action)
-            latent = self._draw(self._distribution("dynamics", step, self.dynamics_params.data))
+            latent = self._draw(self._distribution("dynamics", step, self.dynamics_params.detach()))
             latents.append(latent)
         actions.append(self._act(latent.detach()))
         current = self._step(torch.stack(latents[:-1], 1), torch.stack(actions[:-1], 1))
         following = torch.stack(latents[1:], 1)
         following_action = torch.stack(actions[1:], 1).detach()
         current.set(self._next_latent_key, following.detach())
-        logits = self._output("classifier", current, self.classifier_params.data)
+        logits = self._output("classifier", current, self.classifier_params.detach())
         return TensorDict(
             {
                 "latent": current.get(self._latent_key),
                 "action": current.get(self._action_key),
-                "reward": self._output("reward_model", current, self.reward_model_params.data),
+                "reward": self._output("reward_model", current, self.reward_model_params.detach()),
                 "log_ratio": log_ratio(logits),
                 "next": {
                     "latent": following,
                     "action": following_action,
                     "value": self._value(
-                        following, following_action, self.qvalue_network_params.data
+                        following, following_action, self.qvalue_network_params.detach()
                     ),
                 },
             },
@@ -620,7 +621,7 @@ class ALMLoss(LossModule):
     @torch.no_grad()
     def _act(self, latent: Tensor) -> Tensor:
         """An action without a gradient."""
-        return self._draw(self._policy(latent, self.actor_params.data))
+        return self._draw(self._policy(latent, self.actor_params.detach()))
 
     def _value(self, latent: Tensor, action: Tensor, params: TensorDictBase) -> Tensor:
         """The smallest of the action values, ``[..., 1]``."""
@@ -634,7 +635,7 @@ class ALMLoss(LossModule):
     def _draw(self, dist: D.Distribution) -> Tensor:
         """A fresh sample whatever the exploration type outside, unless the loss says otherwise."""
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
-            return dist.rsample()
+            return rsample(dist)
         return dist.deterministic_sample  # type: ignore[attr-defined]
 
     def _generated_rows(self, tensordict: TensorDictBase) -> Tensor:

@@ -1,7 +1,7 @@
 """The two distributions of Aligned Latent Models.
 
-* The latent is a diagonal Normal (:class:`torchrl.modules.IndependentNormal`) whose parameters are
-  softly bounded by :class:`BoundedNormalParamExtractor`.
+* The latent is a diagonal Normal (:class:`DiagonalNormal`) whose parameters are softly bounded by
+  :class:`BoundedNormalParamExtractor`.
 * The action is a Normal around the actor's output, with optional clipping of the noise and a
   straight-through clamp to the action range: :class:`ClampedNormal`.
 """
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch import distributions as D
 from torch.distributions import constraints
 from torch.nn import functional as F
+from torchrl.modules import IndependentNormal
 
-__all__ = ["BoundedNormalParamExtractor", "ClampedNormal"]
+__all__ = ["BoundedNormalParamExtractor", "ClampedNormal", "DiagonalNormal"]
 
 
 class BoundedNormalParamExtractor(nn.Module):
@@ -88,6 +89,31 @@ class BoundedNormalParamExtractor(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         return f"loc_bound={self.loc_bound}, scale=[{self.scale_min}, {self.scale_max}]"
+
+
+class DiagonalNormal(IndependentNormal):
+    """TorchRL's Normal of independent dimensions, with samples that ``torch.vmap`` can follow.
+
+    Args:
+        loc: location, ``[..., D]``.
+        scale: scale, ``[..., D]``.
+
+    Examples:
+        >>> import torch
+        >>> def draw(loc):
+        ...     return DiagonalNormal(loc, torch.ones(2)).rsample()
+        >>> torch.vmap(draw, randomness="different")(torch.zeros(3, 2)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(loc, scale, validate_args=False)
+
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """Draws samples ``[*sample_shape, ..., D]`` that gradients pass through."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        loc, scale = self.base_dist.loc, self.base_dist.scale
+        return loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
 
 
 class ClampedNormal(D.Independent):

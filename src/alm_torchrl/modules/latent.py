@@ -11,9 +11,8 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
-from torchrl.modules import IndependentNormal
 
-from alm_torchrl.distributions import BoundedNormalParamExtractor
+from alm_torchrl.distributions import BoundedNormalParamExtractor, DiagonalNormal
 
 __all__ = ["GaussianLatentModule", "next_key", "suffix_key"]
 
@@ -84,8 +83,7 @@ class GaussianLatentModule(ProbabilisticTensorDictSequential):
             ProbabilisticTensorDictModule(
                 in_keys={"loc": loc, "scale": scale},
                 out_keys=[latent_key],
-                distribution_class=IndependentNormal,
-                distribution_kwargs={"validate_args": False},
+                distribution_class=DiagonalNormal,
                 default_interaction_type="random",
             ),
         )

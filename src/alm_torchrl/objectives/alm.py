@@ -37,7 +37,6 @@ from alm_torchrl.objectives.functional import (
     episode_mask,
     kl_divergence,
     log_ratio,
-    rsample,
     td_target,
 )
 
@@ -635,7 +634,7 @@ class ALMLoss(LossModule):
     def _draw(self, dist: D.Distribution) -> Tensor:
         """A fresh sample whatever the exploration type outside, unless the loss says otherwise."""
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
-            return rsample(dist)
+            return dist.rsample()
         return dist.deterministic_sample  # type: ignore[attr-defined]
 
     def _generated_rows(self, tensordict: TensorDictBase) -> Tensor:

@@ -20,7 +20,6 @@ __all__ = [
     "k_step_bound",
     "kl_divergence",
     "log_ratio",
-    "rsample",
     "td_target",
 ]
 
@@ -76,31 +75,6 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
         first, second = p.base_dist, q.base_dist
         return gaussian_kl(first.loc, first.scale, second.loc, second.scale)
     return D.kl_divergence(p, q)
-
-
-def rsample(dist: D.Distribution) -> Tensor:
-    """A sample through which gradients reach the distribution's parameters.
-
-    Diagonal Normals are drawn in a form that ``torch.vmap`` can follow, with the random numbers
-    of ``dist.rsample()``; every other distribution draws its own.
-
-    Args:
-        dist: a distribution, batch shape ``[...]`` and event shape ``[D]``.
-
-    Returns:
-        The sample, ``[..., D]``.
-
-    Raises:
-        NotImplementedError: if the distribution has no such sample.
-
-    Examples:
-        >>> rsample(D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)).shape
-        torch.Size([3, 2])
-    """
-    if _is_diagonal_normal(dist) and type(dist).rsample is D.Independent.rsample:
-        loc, scale = dist.base_dist.loc, dist.base_dist.scale
-        return loc + scale * torch.randn(loc.shape, dtype=loc.dtype, device=loc.device)
-    return dist.rsample()
 
 
 def _is_diagonal_normal(dist: D.Distribution) -> TypeGuard[Any]:

@@ -79,7 +79,8 @@ class ALMModule(L.LightningModule):
         self.compiles = worth_compiling(compile, len(experience), next(loss.parameters()).device)
         self.automatic_optimization = False
         self.log_every = log_every
-        self.target_update = SoftUpdate(loss, tau=target_tau)
+        stacked = isinstance(loss, StackedLoss)
+        self.target_update = (StackedSoftUpdate if stacked else SoftUpdate)(loss, tau=target_tau)
         self._check_sharing()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

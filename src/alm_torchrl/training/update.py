@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torchrl.objectives.utils import TargetNetUpdater
 
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
 
 __all__ = ["CapturedUpdate", "Update"]
 
@@ -25,7 +26,7 @@ class Update:
     they are, without being looked at by the host, until :meth:`check` raises.
 
     Args:
-        loss: the objective.
+        loss: the objective, or those of several seeds.
         optimizer: a fused Adam with a named parameter group for each of
             :meth:`ALMLoss.parameter_groups`.
         target_update: moves the target networks after the optimiser.
@@ -38,9 +39,9 @@ class Update:
 
     def __init__(
         self,
-        loss: ALMLoss,
+        loss: ALMLoss | StackedLoss,
         optimizer: torch.optim.Optimizer,
-        target_update: TargetNetUpdater,
+        target_update: TargetNetUpdater | StackedSoftUpdate,
         *,
         max_grad_norm: float = 100.0,
         precision: str = "32-true",
@@ -66,12 +67,12 @@ class Update:
 
         Returns:
             Losses, metrics and the gradient norm of every group before clipping (``grad_norm/..``),
-            detached and still on the device.
+            scalars or, of several seeds, ``[S]``; detached and still on the device.
         """
         metrics = self._backward(batch)
         norms = torch.stack([self._clip(group["params"]) for group in self.optimizer.param_groups])
         finite = norms.isfinite()
-        self.non_finite |= ~finite
+        self.non_finite |= ~finite.reshape(len(norms), -1).all(-1)
         # What a gradient scaler uses: a fused optimiser reads on the device whether to step.
         self.optimizer.found_inf = 1.0 - finite.all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -129,8 +130,14 @@ class Update:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Clips the norm of a group's gradient, and returns what it was."""
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
+        """Clips the norm of a group's gradient, of each seed apart, and returns what it was."""
+        if not isinstance(self.loss, StackedLoss):
+            return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
+        grads = [p.grad.flatten(1) for p in parameters if p.grad is not None]
+        norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
+        torch._foreach_mul_(grads, [factors] * len(grads))
+        return norms
 
 
 class CapturedUpdate:

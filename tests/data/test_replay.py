@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from alm_torchrl.data import WindowReplayBuffer, bytes_per_transition, make_replay_buffer
+from tests.synchronisation import HostReads
 
 STORAGES = ("memory", "memmap")
 
@@ -335,6 +336,45 @@ def test_bytes_per_transition_is_what_the_storage_takes(num_envs):
 
 
 # ------------------------------------------------------------------------ seeds and storage
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("written", [10, 25])
+def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
+    """The windows of every lane are those of that lane, and its transitions equally likely."""
+    buffer = make_replay_buffer(
+        20 * num_envs, batch_size=400, num_envs=num_envs, per_env=True, seed=0
+    )
+    ids = torch.arange(num_envs * written).reshape(num_envs, written)
+    done = ids % 7 == 6
+    for step in range(written):
+        buffer.extend(steps(ids, done)[:, step : step + 1])
+    ends = set(ids[done].tolist())
+    lanes = [deque(lane.tolist(), maxlen=20) for lane in ids]
+    samples = [buffer.sample() for _ in range(10)]
+    assert samples[0].shape == (num_envs, 400, 3)
+    for lane, stored in enumerate(lanes):
+        windows = torch.cat([sample[lane] for sample in samples])
+        check_windows(windows, [stored], ends)
+        counts = torch.bincount(windows["observation"][:, 0, 0] - stored[0], minlength=len(stored))
+        assert counts.numel() == len(stored)
+        assert abs(chi_square_z(counts)) < 4
+    assert buffer.sample(5).shape == (num_envs, 5, 3)
+
+
+@pytest.mark.parametrize(("num_envs", "per_env"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("written", [10, 25])
+def test_a_draw_asks_the_device_nothing(num_envs: int, per_env: bool, written: int) -> None:
+    buffer = make_replay_buffer(
+        20 * num_envs, batch_size=4, num_envs=num_envs, per_env=per_env, seed=0
+    )
+    ids = torch.arange(num_envs * written).reshape(num_envs, written)
+    for step in range(written):
+        buffer.extend(steps(ids, ids % 7 == 6)[:, step : step + 1])
+    with HostReads() as reads:
+        buffer.sample()
+    assert not reads.found
+    assert reads.operators > 10
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])

@@ -2,9 +2,10 @@
 
 The parts are TorchRL's: a :class:`~torchrl.data.ReplayBuffer` on a memory or memory-mapped storage,
 a :class:`~torchrl.data.RandomSampler` that draws every stored transition with the same probability,
-and a :class:`~torchrl.data.Sequence` sample unit that turns each draw into the window that starts
-there. What is added here is small: which keys are stored, the ``[B, T]`` shape of a sample with its
-mask, and the end of an episode where a restored buffer goes on.
+and a sample unit, :class:`Windows`, that turns each draw into the window that starts there. What is
+added here is small: which keys are stored, windows that are found without a word from the host
+(:class:`~torchrl.data.Sequence` waits for a GPU), the ``[B, T]`` shape of a sample with its mask,
+and the end of an episode where a restored buffer goes on.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from torchrl.data import (
     LazyTensorStorage,
     RandomSampler,
     ReplayBuffer,
-    Sequence,
+    RoundRobinWriter,
+    Storage,
+    TensorStorage,
 )
+from torchrl.data.replay_buffers import SampleUnit, Writer
 
 __all__ = ["WindowReplayBuffer", "bytes_per_transition", "make_replay_buffer"]
 
@@ -71,6 +75,71 @@ def transition_keys(
     return sorted(kept | {key for key in leaves if key[: len(action)] == action})
 
 
+class Windows(SampleUnit):
+    """Expands every drawn transition into the window that starts there.
+
+    A window ends where its episode does, or with the newest transition. What would lie beyond is
+    the last transition of the window again, False in ``info["validity_mask"]``.
+
+    Args:
+        length: transitions in a window, ``T``.
+        writer: of the same buffer; it knows which transition is the newest.
+    """
+
+    def __init__(self, length: int, writer: Writer) -> None:
+        self.length = length
+        self.writer = writer
+
+    def expand(
+        self, index: torch.Tensor | tuple, info: dict[str, Any], storage: Storage
+    ) -> tuple[torch.Tensor | tuple, dict[str, Any]]:
+        """Turns ``n`` indices into those of ``n`` windows.
+
+        Args:
+            index: time steps ``[n]``, or a tuple of time steps and environments.
+            info: what the sampler says about them.
+            storage: what the indices point into, time first.
+
+        Returns:
+            Indices ``[n * T]`` in the form that they came in, and ``info`` with
+            ``"validity_mask"`` ``[n * T]``.
+        """
+        start, *lanes = index if isinstance(index, tuple) else (index,)
+        written = storage.shape[0]
+        newest = (self.writer.state_dict()["_cursor"] - 1) % written
+        steps = torch.arange(self.length, device=start.device)
+        reach = torch.minimum(steps, ((newest - start) % written).unsqueeze(1))
+        lanes = [lane.unsqueeze(1).expand_as(reach) for lane in lanes]
+        done = storage.get(slice(None)).get(("next", "done"))
+        ends = done[(start.unsqueeze(1) + reach) % written, *lanes].squeeze(-1)
+        open_before = torch.cat([torch.ones_like(ends[:, :1]), ~ends[:, :-1]], 1)
+        valid = (open_before & (reach == steps)).int().cumprod(1)
+        last = valid.sum(1, keepdim=True) - 1
+        time = (start.unsqueeze(1) + torch.minimum(steps, last)) % written
+        info = {**info, "validity_mask": valid.bool().flatten()}
+        flat = tuple(part.flatten() for part in (time, *lanes))
+        return (flat if lanes else flat[0]), info
+
+
+class EveryLane(RandomSampler):
+    """Draws as many transitions from each environment's lane, lane after lane."""
+
+    def sample(self, storage: TensorStorage, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Draws ``batch_size`` time steps in each lane.
+
+        Args:
+            storage: of shape ``[time, lanes]``.
+            batch_size: draws in each lane.
+
+        Returns:
+            Time steps and lanes, each ``[lanes * batch_size]``, and nothing about them.
+        """
+        written, lanes = storage.shape
+        total, device = lanes * batch_size, storage.device
+        time = torch.randint(written, (total,), generator=storage._rng, device=device)
+        return (time, torch.arange(total, device=device) // batch_size), {}
+
+
 class WindowReplayBuffer(ReplayBuffer):
     """A :class:`~torchrl.data.ReplayBuffer` of transitions that samples ``[B, T]`` windows.
 
@@ -80,8 +149,9 @@ class WindowReplayBuffer(ReplayBuffer):
         num_envs: lanes of the storage, one for each environment that is stepped in parallel.
         keys: the entries to store; ``None`` keeps what :func:`transition_keys` finds.
         action_key: the entry that holds the action.
-        **kwargs: as for :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be a
-            :class:`~torchrl.data.Sequence`.
+        per_env: draw a batch from every lane, rather than one from all.
+        **kwargs: as for :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be
+            :class:`Windows`.
     """
 
     def __init__(
@@ -90,9 +160,11 @@ class WindowReplayBuffer(ReplayBuffer):
         num_envs: int = 1,
         keys: Iterable[NestedKey] | None = None,
         action_key: NestedKey = "action",
+        per_env: bool = False,
         **kwargs: Any,
     ) -> None:
         self.num_envs = num_envs
+        self.per_env = per_env
         self.action_key = action_key
         self.stored_keys = None if keys is None else [_tuple_key(key) for key in keys]
         self.sample_device: torch.device | None = None
@@ -124,7 +196,9 @@ class WindowReplayBuffer(ReplayBuffer):
             ValueError: if the batch does not have ``num_envs`` lanes, or is longer than a lane.
             KeyError: if an entry to store is missing from the batch.
         """
-        return super().extend(self._transitions(data), update_priority=update_priority)
+        data = self._transitions(data).to(self.storage.device, non_blocking=True)
+        # Without a device, TorchRL keeps count on the CPU and need not ask the GPU.
+        return super().extend(data.clear_device_(), update_priority=update_priority)
 
     def add(self, data: TensorDictBase) -> torch.Tensor:
         """Stores one step: ``[]`` with one environment, ``[num_envs]`` with several."""
@@ -140,7 +214,8 @@ class WindowReplayBuffer(ReplayBuffer):
         Returns:
             The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``: True where the
             transition belongs to the window, False past an episode's end or the newest transition,
-            where the last valid transition is repeated. Index 0 is always True.
+            where the last valid transition is repeated. Index 0 is always True. With ``per_env``,
+            everything has a leading ``[num_envs]``.
 
         Raises:
             RuntimeError: if nothing is stored yet.
@@ -148,7 +223,8 @@ class WindowReplayBuffer(ReplayBuffer):
         if not len(self):
             raise RuntimeError("cannot sample from an empty replay buffer: extend it first")
         data, info = super().sample(batch_size, return_info=True)
-        windows = data.reshape(-1, self.window_length)
+        lanes = (self.num_envs, -1) if self.per_env else (-1,)
+        windows = data.reshape(*lanes, self.window_length)
         windows.set("validity_mask", info["validity_mask"].reshape(windows.shape))
         if self.sample_device is not None and windows.device != self.sample_device:
             windows = windows.to(self.sample_device, non_blocking=True)
@@ -217,6 +293,7 @@ def make_replay_buffer(
     seed: int | None = None,
     keys: Iterable[NestedKey] | None = None,
     action_key: NestedKey = "action",
+    per_env: bool = False,
 ) -> WindowReplayBuffer:
     """Makes the replay buffer of the ALM objective.
 
@@ -244,10 +321,12 @@ def make_replay_buffer(
         keys: entries to store, where the rule of :func:`transition_keys` does not fit. They must
             include ``("next", "done")``.
         action_key: the entry that holds the action.
+        per_env: draw ``batch_size`` windows from each environment, for the several seeds of
+            :class:`~alm_torchrl.training.StackedLoss`.
 
     Returns:
         A buffer whose ``extend(batch)`` stores a collector's batch and whose ``sample()`` returns
-        windows ``[B, T]``.
+        windows ``[B, T]`` (``[num_envs, B, T]`` with ``per_env``).
 
     Raises:
         ValueError: if the sizes do not fit each other, or the storage is unknown.
@@ -279,16 +358,19 @@ def make_replay_buffer(
         store = LazyMemmapStorage(capacity, scratch_dir=scratch_dir, ndim=ndim)
     else:
         store = LazyTensorStorage(capacity, device=device, ndim=ndim)
+    writer = RoundRobinWriter()
     buffer = WindowReplayBuffer(
         storage=store,
-        sampler=RandomSampler(),
-        sample_unit=Sequence(length=window_length, episode_boundary="pad"),
+        sampler=EveryLane() if per_env and num_envs > 1 else RandomSampler(),
+        writer=writer,
+        sample_unit=Windows(window_length, writer),
         batch_size=batch_size,
         dim_extend=ndim - 1,
         generator=_generator(seed, store.device),
         num_envs=num_envs,
         keys=keys,
         action_key=action_key,
+        per_env=per_env,
     )
     buffer.sample_device = device
     return buffer

@@ -18,6 +18,7 @@ from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
 from alm_torchrl.training.update import CapturedUpdate, Update
 
 __all__ = ["ALMModule"]

@@ -343,7 +343,7 @@ def test_bytes_per_transition_is_what_the_storage_takes(num_envs):
 def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
     """The windows of every lane are those of that lane, and its transitions equally likely."""
     buffer = make_replay_buffer(
-        20 * num_envs, batch_size=400, num_envs=num_envs, per_env=True, seed=0
+        20 * num_envs, batch_size=20, num_envs=num_envs, per_env=True, seed=0
     )
     ids = torch.arange(num_envs * written).reshape(num_envs, written)
     done = ids % 7 == 6
@@ -351,7 +351,7 @@ def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
         buffer.extend(steps(ids, done)[:, step : step + 1])
     ends = set(ids[done].tolist())
     lanes = [deque(lane.tolist(), maxlen=20) for lane in ids]
-    samples = [buffer.sample() for _ in range(10)]
+    samples = [buffer.sample(400) for _ in range(10)]
     assert samples[0].shape == (num_envs, 400, 3)
     for lane, stored in enumerate(lanes):
         windows = torch.cat([sample[lane] for sample in samples])

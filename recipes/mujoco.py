@@ -39,40 +39,55 @@ from alm_torchrl.training import (
     Experience,
     make_trainer,
     quiet_notices,
+    stack_seeds,
 )
 from recipes.conf.schema import Config, prepare
 
 
-def make_task_env(config: Config, seed: int, num_envs: int = 1, pixels: bool = False) -> EnvBase:
+def make_task_env(
+    config: Config, seed: int | list[int], num_envs: int = 1, pixels: bool = False
+) -> EnvBase:
     """The task's environment."""
     task = config.task
     return make_env(task.id, seed=seed, num_envs=num_envs, from_pixels=pixels, **task.kwargs)
 
 
-def make_module(config: Config, device: torch.device) -> ALMModule:
-    """Environment, agent, loss and data, in this order."""
-    training = config.training
-    env = make_task_env(config, config.seed, training.num_envs)
+def make_agent(
+    config: Config, env: EnvBase, device: torch.device, seed: int
+) -> tuple[ALMAgent, ALMLoss]:
+    """The networks of a seed and their objective."""
+    torch.manual_seed(seed)
     agent = ALMAgent.from_env(env, **vars(config.agent)).to(device)
-
     objective = dict(vars(config.objective))
     estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
     loss = ALMLoss(**agent.networks(), **objective)
     loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
+    return agent, loss
+
+
+def make_module(config: Config, device: torch.device) -> ALMModule:
+    """Environment, agent, loss and data, in this order."""
+    training, num_seeds = config.training, config.num_seeds
+    num_envs = training.num_envs * num_seeds
+    seeds = [config.seed + i for i in range(num_seeds)]
+    env = make_task_env(config, seeds if num_seeds > 1 else config.seed, num_envs)
+    agents, losses = zip(*(make_agent(config, env, device, seed) for seed in seeds), strict=True)
+    agent, loss = stack_seeds(agents, losses)
 
     collector = make_collector(
         env,
         agent.policy(),
-        frames_per_batch=training.num_envs,
-        init_random_frames=training.warmup_steps,
+        frames_per_batch=num_envs,
+        init_random_frames=training.warmup_steps * num_seeds,
         policy_device=device,
     )
     replay = make_replay_buffer(
-        training.replay_capacity,
+        training.replay_capacity * num_seeds,
         batch_size=training.batch_size,
-        window_length=objective["horizon"],
-        num_envs=training.num_envs,
+        window_length=config.objective.horizon,
+        num_envs=num_envs,
         device=device,
+        per_env=num_seeds > 1,
     )
     experience = Experience(
         collector,
@@ -81,12 +96,13 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         warmup_steps=training.warmup_steps,
         updates_per_step=training.updates_per_step,
         noise=agent.noise,
+        num_seeds=num_seeds,
     )
     return ALMModule(
         agent,
         loss,
         experience,
-        make_task_env(config, config.seed + 1000, config.evaluation.episodes),
+        make_task_env(config, config.seed + 1000, config.evaluation.episodes * num_seeds),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
@@ -108,6 +124,7 @@ def main(options: DictConfig) -> None:
         trainer = make_trainer(
             folder,
             seed=config.seed,
+            num_seeds=config.num_seeds,
             title=f"ALM on {config.task.name}",
             eval_every=int(config.evaluation.every * config.training.updates_per_step),
             accelerator=config.run.accelerator,

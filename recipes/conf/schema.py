@@ -98,7 +98,8 @@ class Run:
 class Config:
     """All options."""
 
-    seed: int = MISSING
+    seed: int = MISSING  # of everything random
+    num_seeds: int = MISSING  # seeds trained at once: seed, seed + 1 and so on
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
     objective: Objective = field(default_factory=Objective)
@@ -126,6 +127,11 @@ def prepare(config: Config) -> Path:
         raise ValueError(
             f"evaluation.every={every} at training.updates_per_step={training.updates_per_step} "
             "is no whole number of updates"
+        )
+    if config.num_seeds < 1 or (config.num_seeds > 1 and training.num_envs > 1):
+        raise ValueError(
+            f"num_seeds={config.num_seeds} at training.num_envs={training.num_envs}: train one "
+            "seed in several environments, or several seeds in one environment each"
         )
     for name in ("warmup_steps", "total_steps"):
         if getattr(training, name) % training.num_envs:

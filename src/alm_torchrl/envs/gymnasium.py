@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ _INSTALL = "pip install 'alm-torchrl[recipes]'"
 def make_env(
     task: str,
     *,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     num_envs: int = 1,
     parallel: bool = False,
     from_pixels: bool = False,
@@ -45,7 +45,8 @@ def make_env(
 
     Args:
         task: a Gymnasium id, such as ``"HalfCheetah-v5"``.
-        seed: seed of the environment; each of several environments derives its own from it.
+        seed: seed of the environment; each of several environments derives its own from it, or is
+            given its own where there is one for each.
         num_envs: environments stepped together; the batch size is ``[num_envs]`` if more than 1.
         parallel: step them in processes of their own rather than one after the other. The script
             then needs an ``if __name__ == "__main__":`` guard.
@@ -64,8 +65,8 @@ def make_env(
 
     Raises:
         ImportError: if Gymnasium, or the simulator that the task needs, is not installed.
-        ValueError: if the task is unknown or does not take one of ``gym_kwargs``, or if
-            ``num_envs`` is less than 1.
+        ValueError: if the task is unknown or does not take one of ``gym_kwargs``, if ``num_envs``
+            is less than 1, or if there are not as many seeds as environments.
 
     Examples:
         >>> env = make_env("HalfCheetah-v5", seed=0)
@@ -76,26 +77,38 @@ def make_env(
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, not {num_envs}")
+    seeds = [None] * num_envs if seed is None or isinstance(seed, int) else list(seed)
+    if len(seeds) != num_envs:
+        raise ValueError(f"{len(seeds)} seeds were given for num_envs={num_envs}: {seeds}")
     _check_task(task)
     render = from_pixels and _can_render(task, gym_kwargs)
     make = partial(_make_one, task, gym_kwargs, device=device, from_pixels=render)
-    env = make()
+    env = make(seed=seeds[0])
     if num_envs > 1:
         env.close()  # made above so that an error is raised in this process, before any worker
-        env = (ParallelEnv if parallel else SerialEnv)(num_envs, make, device=device)
+        makes = [partial(make, seed=own) for own in seeds]
+        env = (ParallelEnv if parallel else SerialEnv)(num_envs, makes, device=device)
     env = TransformedEnv(env, Compose(DoubleToFloat(), RewardSum()))
-    if seed is not None:
+    if isinstance(seed, int):
         env.set_seed(seed)
     return env
 
 
 def _make_one(
-    task: str, gym_kwargs: dict[str, Any], *, device: torch.device | str, from_pixels: bool
+    task: str,
+    gym_kwargs: dict[str, Any],
+    *,
+    seed: int | None,
+    device: torch.device | str,
+    from_pixels: bool,
 ) -> EnvBase:
     """One environment, without transforms."""
     # GymWrapper and not GymEnv, which keeps arguments such as frame_skip from gymnasium.make
     env = _gym_make(task, gym_kwargs, render_mode="rgb_array" if from_pixels else None)
-    return GymWrapper(env, from_pixels=from_pixels, pixels_only=False, device=device)
+    wrapped = GymWrapper(env, from_pixels=from_pixels, pixels_only=False, device=device)
+    if seed is not None:
+        wrapped.set_seed(seed)
+    return wrapped
 
 
 def _gym_make(task: str, gym_kwargs: dict[str, Any], render_mode: str | None) -> Any:

@@ -16,6 +16,7 @@ from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
+from alm_torchrl.training.seeds import StackedAgent, StackedLoss, stack_seeds
 from alm_torchrl.training.trainer import make_trainer
 from alm_torchrl.training.update import CapturedUpdate, Update
 
@@ -27,10 +28,13 @@ __all__ = [
     "LearningCurve",
     "ProgressBar",
     "SaveAgent",
+    "StackedAgent",
+    "StackedLoss",
     "Update",
     "Video",
     "choose_precision",
     "make_trainer",
     "quiet_notices",
+    "stack_seeds",
     "worth_compiling",
 ]

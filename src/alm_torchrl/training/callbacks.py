@@ -31,14 +31,16 @@ class LearningCurve(L.Callback):
         folder: where the two files go.
         seed: the seed to note in the curve.
         title: the title of the plot.
+        row: which of several seeds trained at once this is.
     """
 
     FIELDS = ("step", "seed", "return", "return_std", "frames", "seconds")
 
-    def __init__(self, folder: str | Path, *, seed: int, title: str = "") -> None:
+    def __init__(self, folder: str | Path, *, seed: int, title: str = "", row: int = 0) -> None:
         self.folder = Path(folder)
         self.seed = seed
         self.title = title
+        self.row = row
         self.rows: list[dict[str, float]] = []
         self._start = time.monotonic()
 
@@ -50,13 +52,13 @@ class LearningCurve(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
         """Adds the evaluation to both files."""
-        experience = pl_module.experience
+        experience, returns = pl_module.experience, outputs[self.row]
         self.rows.append(
             {
                 "step": experience.steps,
                 "seed": self.seed,
-                "return": round(outputs.mean().item(), 2),
-                "return_std": round(outputs.std(correction=0).item(), 2),
+                "return": round(returns.mean().item(), 2),
+                "return_std": round(returns.std(correction=0).item(), 2),
                 "frames": experience.frames,
                 "seconds": round(time.monotonic() - self._start, 1),
             }
@@ -99,26 +101,29 @@ class SaveAgent(L.Callback):
 
     Args:
         folder: where the files go; see :meth:`alm_torchrl.agent.ALMAgent.load`.
+        row: which of several seeds trained at once this is.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, row: int = 0) -> None:
         self.folder = Path(folder)
+        self.row = row
         self.best = float("-inf")
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
         """Saves the agent after an evaluation."""
-        pl_module.agent.save(self.folder / "agent_last.pt")
-        if outputs.mean() > self.best:
-            self.best = outputs.mean().item()
-            pl_module.agent.save(self.folder / "agent_best.pt")
+        agent, mean = pl_module.agents[self.row], outputs[self.row].mean().item()
+        agent.save(self.folder / "agent_last.pt")
+        if mean > self.best:
+            self.best = mean
+            agent.save(self.folder / "agent_best.pt")
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
         """Saves the agent when a run is interrupted."""
-        pl_module.agent.save(self.folder / "agent_last.pt")
+        pl_module.agents[self.row].save(self.folder / "agent_last.pt")
 
 
 class InterruptBetweenUpdates(L.Callback):
@@ -163,7 +168,7 @@ class InterruptBetweenUpdates(L.Callback):
 
 
 class Video(L.Callback):
-    """Records the trained policy as ``video.gif`` when training ends.
+    """Records the trained policy (of the first seed) as ``video.gif`` when training ends.
 
     Args:
         folder: where the file goes.
@@ -197,7 +202,7 @@ class Video(L.Callback):
             return
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             rollout = self.env.rollout(
-                self.steps, pl_module.agent.policy(), auto_cast_to_device=True
+                self.steps, pl_module.agents[0].policy(), auto_cast_to_device=True
             )
         frames = [Image.fromarray(frame.numpy()) for frame in rollout["pixels"][:: self.every]]
         frames[0].save(

@@ -10,6 +10,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 
 from alm_torchrl.modules import NoiseSchedule
+from alm_torchrl.training.seeds import StackedNoise
 
 __all__ = ["Experience"]
 
@@ -28,6 +29,8 @@ class Experience:
         warmup_steps: frames collected before the first update.
         updates_per_step: updates for each environment step; may be a fraction.
         noise: the schedule to advance with every environment step.
+        num_seeds: seeds trained at once, between which the collector's environments are divided;
+            steps, frames and updates are then those of one seed.
 
     Raises:
         ValueError: if a number is out of range, or so small that no update would follow.
@@ -41,7 +44,8 @@ class Experience:
         total_steps: int,
         warmup_steps: int = 5000,
         updates_per_step: float = 1.0,
-        noise: NoiseSchedule | None = None,
+        noise: NoiseSchedule | StackedNoise | None = None,
+        num_seeds: int = 1,
     ) -> None:
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
             raise ValueError(
@@ -54,6 +58,7 @@ class Experience:
         self.warmup_steps = warmup_steps
         self.updates_per_step = updates_per_step
         self.noise = noise
+        self.num_seeds = num_seeds
         self.frames = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
         if len(self) < 1:
@@ -82,11 +87,11 @@ class Experience:
             if updates >= len(self):
                 return
             if self.noise is not None and self.steps > 0:
-                self.noise.advance(data.numel())
+                self.noise.advance(data.numel() // self.num_seeds)
 
     def _store(self, data: TensorDictBase) -> None:
         self.replay.extend(data)
-        self.frames += data.numel()
+        self.frames += data.numel() // self.num_seeds
         outcome = data.get("next")
         returns = outcome.get("episode_reward", None)
         if returns is not None:

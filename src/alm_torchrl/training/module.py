@@ -18,7 +18,7 @@ from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
-from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
+from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
 from alm_torchrl.training.update import CapturedUpdate, Update
 
 __all__ = ["ALMModule"]
@@ -36,14 +36,17 @@ class ALMModule(L.LightningModule):
     the noise schedule.
 
     Args:
-        agent: the components and the acting policy.
-        loss: the objective built on the agent's networks.
+        agent: the components and the acting policy; of several seeds, a
+            :class:`~alm_torchrl.training.StackedAgent`.
+        loss: the objective built on the agent's networks; of several seeds, a
+            :class:`~alm_torchrl.training.StackedLoss`.
         experience: where batches come from.
-        eval_env: environments to evaluate in, apart from those that are learnt from.
+        eval_env: environments to evaluate in, apart from those that are learnt from; for several
+            seeds, ``eval_episodes`` of them for each.
         learning_rates: one rate, or one for each parameter group by name.
         max_grad_norm: largest gradient norm of a group.
         target_tau: weight of the new value in the targets' moving average.
-        eval_episodes: episodes of an evaluation.
+        eval_episodes: episodes of an evaluation, for each seed.
         log_every: updates between two entries in the loggers.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
             graph on a GPU; ``"auto"`` does so where :func:`worth_compiling` says that it pays, and
@@ -56,8 +59,8 @@ class ALMModule(L.LightningModule):
 
     def __init__(
         self,
-        agent: ALMAgent,
-        loss: ALMLoss,
+        agent: ALMAgent | StackedAgent,
+        loss: ALMLoss | StackedLoss,
         experience: Experience,
         eval_env: EnvBase,
         *,
@@ -83,6 +86,13 @@ class ALMModule(L.LightningModule):
         stacked = isinstance(loss, StackedLoss)
         self.target_update = (StackedSoftUpdate if stacked else SoftUpdate)(loss, tau=target_tau)
         self._check_sharing()
+
+    @property
+    def agents(self) -> list[ALMAgent]:
+        """The agent, or that of every seed."""
+        if isinstance(self.agent, StackedAgent):
+            return [cast("ALMAgent", agent) for agent in self.agent.agents]
+        return [self.agent]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the four parameter groups."""
@@ -151,21 +161,24 @@ class ALMModule(L.LightningModule):
         return [0]
 
     def validation_step(self, *_: Any) -> Tensor:
-        """Plays whole episodes with the mean action and returns their returns, ``[episodes]``.
+        """Plays whole episodes with the mean action: their returns, ``[seeds, episodes]``.
 
         In full precision, as the collector acts, whatever the losses are computed in.
         """
+        seeds = len(self.agents)
         with torch.autocast(self.device.type, enabled=False):
-            returns = evaluate_policy(self.eval_env, self.agent.policy(), self.eval_episodes)
+            returns = evaluate_policy(
+                self.eval_env, self.agent.policy(), seeds * self.eval_episodes
+            ).reshape(seeds, -1)
         metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std(correction=0)}
         self.log("return", returns.mean(), prog_bar=True, logger=False, batch_size=1)
         self._log_metrics(metrics)
         return returns
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
-        """Writes to the loggers, with the authors' step counter as the x-axis."""
+        """Writes means over seeds to the loggers; the authors' step counter is the x-axis."""
         metrics["noise_scale"] = self.agent.noise.scale
-        numbers = torch.stack([value.float() for value in metrics.values()]).tolist()
+        numbers = torch.stack([value.float().mean() for value in metrics.values()]).tolist()
         values = dict(zip(metrics, numbers, strict=True))
         values["frames"] = self.experience.frames
         if self.experience.episode_returns:
@@ -175,11 +188,12 @@ class ALMModule(L.LightningModule):
             logger.log_metrics(values, step=self.experience.steps)
 
     def _check_sharing(self) -> None:
-        trained = {p.data_ptr() for p in self.loss.parameters()}
-        trained |= {b.data_ptr() for b in self.loss.actor_params.buffers()}
-        acting = [*self.agent.encoder.parameters(), *self.agent.actor.parameters()]
-        if not {t.data_ptr() for t in (*acting, self.agent.noise.scale)} <= trained:
-            raise ValueError(
-                "the loss does not share the agent's networks and noise schedule: move the agent "
-                "to its device first, then build ALMLoss(**agent.networks())"
-            )
+        losses = self.loss.losses if isinstance(self.loss, StackedLoss) else [self.loss]
+        for agent, loss in zip(self.agents, losses, strict=True):
+            trained = {t.data_ptr() for t in (*loss.parameters(), *loss.actor_params.buffers())}
+            acting = [*agent.encoder.parameters(), *agent.actor.parameters(), agent.noise.scale]
+            if not {t.data_ptr() for t in acting} <= trained:
+                raise ValueError(
+                    "the loss does not share the agent's networks and noise schedule: move the "
+                    "agent to its device first, then build ALMLoss(**agent.networks())"
+                )

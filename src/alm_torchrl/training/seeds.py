@@ -19,7 +19,7 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
 
-__all__ = ["StackedAgent", "StackedLoss", "StackedSoftUpdate"]
+__all__ = ["StackedAgent", "StackedLoss", "StackedSoftUpdate", "stack_seeds"]
 
 
 class StackedLoss(nn.Module):
@@ -162,6 +162,26 @@ class StackedPolicy(TensorDictModuleBase):
     def _one(self, parameters: TensorDictBase, share: TensorDictBase) -> TensorDictBase:
         with parameters.to_module(self.policies[0]):
             return self.policies[0](share)
+
+
+def stack_seeds(
+    agents: Sequence[ALMAgent], losses: Sequence[ALMLoss]
+) -> tuple[ALMAgent | StackedAgent, ALMLoss | StackedLoss]:
+    """Stacks the agents and losses of several seeds; those of one are returned as they are.
+
+    Args:
+        agents: one for each seed.
+        losses: the objective of each agent.
+
+    Returns:
+        The agent and the loss for :class:`~alm_torchrl.training.ALMModule`.
+
+    Raises:
+        ValueError: for networks of different sizes, or no agent at all.
+    """
+    if len(agents) == 1:
+        return agents[0], losses[0]
+    return StackedAgent(agents), StackedLoss(losses)
 
 
 def _networks(loss: ALMLoss) -> TensorDictBase:

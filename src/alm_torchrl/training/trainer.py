@@ -27,6 +27,7 @@ def make_trainer(
     folder: str | Path,
     *,
     seed: int,
+    num_seeds: int = 1,
     title: str,
     eval_every: int,
     accelerator: str = "auto",
@@ -38,11 +39,13 @@ def make_trainer(
     """Makes a trainer that evaluates, logs, plots and keeps the best and the last state.
 
     The folder holds ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
-    ``checkpoints/`` and ``logs/`` afterwards, also when the run is interrupted.
+    ``checkpoints/`` and ``logs/`` afterwards, also when the run is interrupted. Of several seeds
+    trained at once, each has a folder ``seed<n>/`` of its own for curve and agents.
 
     Args:
         folder: where everything goes; it must exist.
         seed: noted in the curve.
+        num_seeds: seeds trained at once: ``seed``, ``seed + 1`` and so on.
         title: of the plot.
         eval_every: updates between two evaluations.
         accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
@@ -71,8 +74,7 @@ def make_trainer(
         loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
     checkpoints = folder / "checkpoints"
     callbacks: list[Callback] = [
-        LearningCurve(folder, seed=seed, title=title),
-        SaveAgent(folder),
+        *_keep_by_seed(folder, seed, num_seeds, title),
         ModelCheckpoint(checkpoints, filename="best", monitor="return", mode="max"),
         ModelCheckpoint(checkpoints, filename="last", save_on_exception=True),
         ProgressBar(),
@@ -94,3 +96,17 @@ def make_trainer(
         enable_model_summary=False,
         inference_mode=False,
     )
+
+
+def _keep_by_seed(folder: Path, seed: int, num_seeds: int, title: str) -> list[Callback]:
+    """What keeps the curve and the agents of every seed."""
+    if num_seeds == 1:
+        return [LearningCurve(folder, seed=seed, title=title), SaveAgent(folder)]
+    callbacks: list[Callback] = []
+    for row in range(num_seeds):
+        own = folder / f"seed{seed + row}"
+        own.mkdir(exist_ok=True)
+        title_of_seed = f"{title}, seed {seed + row}"
+        callbacks.append(LearningCurve(own, seed=seed + row, title=title_of_seed, row=row))
+        callbacks.append(SaveAgent(own, row=row))
+    return callbacks

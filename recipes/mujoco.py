@@ -10,7 +10,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 # The project's root rather than this folder, where this file would pass for the simulator.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -34,22 +34,13 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import (
-    ALMModule,
-    Experience,
-    make_trainer,
-    quiet_notices,
-    stack_seeds,
-)
+from alm_torchrl.training import ALMModule, Experience, make_trainer, quiet_notices, stack_seeds
 from recipes.conf.schema import Config, prepare
 
 
-def make_task_env(
-    config: Config, seed: int | list[int], num_envs: int = 1, pixels: bool = False
-) -> EnvBase:
+def make_task_env(config: Config, **options: Any) -> EnvBase:
     """The task's environment."""
-    task = config.task
-    return make_env(task.id, seed=seed, num_envs=num_envs, from_pixels=pixels, **task.kwargs)
+    return make_env(config.task.id, **config.task.kwargs, **options)
 
 
 def make_agent(
@@ -69,10 +60,10 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
     """Environment, agent, loss and data, in this order."""
     training, num_seeds = config.training, config.num_seeds
     num_envs = training.num_envs * num_seeds
-    seeds = [config.seed + i for i in range(num_seeds)]
-    env = make_task_env(config, seeds if num_seeds > 1 else config.seed, num_envs)
-    agents, losses = zip(*(make_agent(config, env, device, seed) for seed in seeds), strict=True)
-    agent, loss = stack_seeds(agents, losses)
+    seeds = range(config.seed, config.seed + num_envs)
+    env = make_task_env(config, seed=seeds, num_envs=num_envs)
+    agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
+    agent, loss = stack_seeds(*zip(*agents, strict=True))
 
     collector = make_collector(
         env,
@@ -98,11 +89,12 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         noise=agent.noise,
         num_seeds=num_seeds,
     )
+    eval_envs = config.evaluation.episodes * num_seeds
     return ALMModule(
         agent,
         loss,
         experience,
-        make_task_env(config, config.seed + 1000, config.evaluation.episodes * num_seeds),
+        make_task_env(config, seed=config.seed + 1000, num_envs=eval_envs),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
@@ -131,7 +123,7 @@ def main(options: DictConfig) -> None:
             precision=config.run.precision,
             tensorboard=config.run.tensorboard,
             wandb=config.run.wandb,
-            video_env=make_task_env(config, config.seed + 2000, pixels=True) if video else None,
+            video_env=make_task_env(config, seed=0, from_pixels=True) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
@@ -142,12 +134,9 @@ def main(options: DictConfig) -> None:
     try:
         trainer.fit(module)
     except SystemExit:  # how Lightning ends after Ctrl-C
-        sys.exit(
-            f"interrupted after {module.experience.steps} steps; checkpoint and curve: {folder}"
-        )
-    print(
-        f"return {trainer.callback_metrics['return']:.0f}; curve, agent and checkpoints: {folder}"
-    )
+        sys.exit(f"interrupted after {module.experience.steps} steps; all is kept in {folder}")
+    score = trainer.callback_metrics["return"]
+    print(f"return {score:.0f}; curve, agent and checkpoints: {folder}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class ALMModule(L.LightningModule):
         self.agent = agent
         self.loss = loss
         self.experience = experience
-        self.eval_env = eval_env
+        self.__dict__["eval_env"] = eval_env  # a module for TorchRL, but no part of what is learnt
         self.learning_rates = learning_rates
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes

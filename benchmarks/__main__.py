@@ -1,38 +1,50 @@
 """Measures speed: ``python -m benchmarks update terms --task humanoid --out results/benchmarks``.
 
 Every suite times its cases in turn, round by round, in one process and prints medians, quartiles
-and ratios. Let nothing else run on the machine meanwhile.
+and ratios. ``memory`` and ``loop`` are one long run each. Let nothing else run on the machine
+meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.long import loop, memory
 from benchmarks.measure import alternate, machine, peak_memory
-from benchmarks.report import table, write
+from benchmarks.report import table, write, write_record
 from benchmarks.suites import SUITES
 from benchmarks.workloads import TASKS
+
+CHOICES = (*SUITES, "memory", "loop")
 
 
 def parse_arguments() -> argparse.Namespace:
     """What to measure, and how long."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(CHOICES))
     parser.add_argument("--task", choices=TASKS, default="halfcheetah")
     parser.add_argument("--rounds", type=int, default=15, help="samples of every case")
+    parser.add_argument("--updates", type=int, default=10_000, help="updates of `memory`")
+    parser.add_argument("--steps", type=int, default=500, help="environment steps of `loop`")
     parser.add_argument("--short", action="store_true", help="quickstart sizes, three rounds")
     parser.add_argument("--threads", type=int, help="threads of an operator; torch decides")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for a JSON file and a plot a suite")
+    parser.add_argument(
+        "--option", action="append", default=[], help="of the recipe that `loop` runs; repeatable"
+    )
     arguments = parser.parse_args()
     arguments.suites = arguments.suites or ["terms", "peers", "step"]
-    if unknown := set(arguments.suites) - SUITES.keys():
-        parser.error(f"no suite {', '.join(sorted(unknown))}; choose from {', '.join(SUITES)}")
+    if unknown := set(arguments.suites) - set(CHOICES):
+        parser.error(f"no suite {', '.join(sorted(unknown))}; choose from {', '.join(CHOICES)}")
     if not arguments.short and arguments.rounds < 2:
         parser.error("--rounds must be at least 2, to have a spread")
+    if arguments.short:
+        arguments.rounds, arguments.updates, arguments.steps = 3, 200, 100
     return arguments
 
 
@@ -41,18 +53,29 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    task, device = arguments.task, torch.device(arguments.device)
     facts = machine(device)
     print("  ".join(f"{name}: {value}" for name, value in facts.items()))
     for name in arguments.suites:
         torch.manual_seed(0)
         torch._dynamo.reset()
-        suite = SUITES[name](arguments.task, device, arguments.short)
-        alternate(suite.cases, rounds=3 if arguments.short else arguments.rounds)
-        print(f"\n{name}\n{table(suite)}", flush=True)
+        label = f"{name}-{task}-{device.type}"
+        if name in SUITES:
+            suite = SUITES[name](task, device, arguments.short)
+            alternate(suite.cases, arguments.rounds)
+            print(f"\n{name}\n{table(suite)}", flush=True)
+            if arguments.out:
+                write(arguments.out, label, suite, {**facts, "peak_memory": peak_memory(device)})
+            continue
+        if name == "memory":
+            line, content = memory(task, device, arguments.updates)
+        else:
+            line, content = loop(task, device, arguments.steps, arguments.option)
+        print(f"\n{name}\n{line}", flush=True)
         if arguments.out:
-            label = f"{name}-{arguments.task}-{device.type}"
-            write(arguments.out, label, suite, {**facts, "peak_memory": peak_memory(device)})
+            write_record(arguments.out, label, content, facts)
+        if content.get("leaks"):
+            sys.exit("memory grows")
     print(f"\npeak memory {peak_memory(device) / 2**20:.0f} MiB")
 
 

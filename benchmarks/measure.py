@@ -25,6 +25,8 @@ class Case:
         work: what is timed; returns nothing of interest.
         flops: arithmetic of one call by torch's own counter, for the floor; unknown if 0.
         repeats: calls in one sample, for what is too short to time alone.
+        warmup: calls that are not counted, the first of which compiles and the last of which may
+            capture a CUDA graph.
         seconds: time of one call, a sample a round.
         first: seconds of the first call, compilation included.
     """
@@ -33,6 +35,7 @@ class Case:
     work: Work
     flops: int = 0
     repeats: int = 1
+    warmup: int = 2
     seconds: list[float] = field(default_factory=list)
     first: float = 0.0
 
@@ -50,22 +53,22 @@ class Case:
 
 def timed(work: Work, repeats: int = 1) -> float:
     """Seconds of one call, once the device has finished it."""
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         work()
-    _synchronize()
+    synchronize()
     return (time.perf_counter() - start) / repeats
 
 
 def alternate(cases: list[Case], rounds: int) -> None:
     """Times every case once a round, so that a busy moment of the machine meets all of them.
 
-    The first calls (compilation, caches) and one round more are not counted.
+    The first calls (compilation, caches) are not counted.
     """
     for case in cases:
         case.first = timed(case.work)
-        timed(case.work, case.repeats)
+        timed(case.work, case.warmup - 1)
     gc.collect()
     for _ in range(rounds):
         for case in cases:
@@ -121,6 +124,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Waits for the device, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

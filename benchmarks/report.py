@@ -30,7 +30,17 @@ def table(suite: Suite) -> str:
             if peak and not case.name.startswith("peak:"):
                 line += f"  {rate / peak:6.0%}"
         lines.append(line)
+    if suite.parts:
+        lines.append(_shares(suite))
     return "\n".join(lines)
+
+
+def _shares(suite: Suite) -> str:
+    """How a whole divides into its parts, by their medians."""
+    parts = {case.name: case.median for case in suite.cases if case.name in suite.parts}
+    whole = sum(parts.values())
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
+    return f"of a whole step ({1e3 * whole:.1f} ms, {1 / whole:.0f} a second): {shares}"
 
 
 def record(suite: Suite) -> dict[str, object]:
@@ -53,9 +63,7 @@ def _record(case: Case) -> dict[str, object]:
 
 def write(folder: Path, name: str, suite: Suite, facts: dict[str, object]) -> None:
     """Writes ``NAME.json`` and ``NAME.png`` into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": facts, **record(suite)}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_record(folder, name, record(suite), facts)
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,3 +81,12 @@ def write(folder: Path, name: str, suite: Suite, facts: dict[str, object]) -> No
     axes.set_xlabel("milliseconds of one call")
     axes.set_title(name)
     figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def write_record(
+    folder: Path, name: str, content: dict[str, object], facts: dict[str, object]
+) -> None:
+    """Writes ``NAME.json`` into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": facts, **content}, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torchrl.objectives import REDQLoss, SACLoss
 
-from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from benchmarks.measure import Case, copy_case, matmul_case
-from benchmarks.workloads import QUICKSTART, TASKS, Sizes, Update, alm, alm_terms, peer
+from benchmarks.workloads import (
+    QUICKSTART,
+    TASKS,
+    ALMWork,
+    PeerWork,
+    Sizes,
+    flops,
+    stable_baselines_sac,
+)
 
 REDQ_UPDATES_PER_STEP = 20
+SEEDS = 5
 
 
 @dataclass
@@ -25,77 +33,87 @@ class Suite:
         cases: what is timed.
         reference: the name of the case that ratios are against.
         note: what a reader should know.
+        parts: names of cases that together make a whole, whose shares are shown.
     """
 
     cases: list[Case]
     reference: str
     note: str = ""
+    parts: list[str] = field(default_factory=list)
 
 
 def update(task: str, device: torch.device, short: bool) -> Suite:
-    """One whole update in every precision, eager and compiled, beside the machine's peaks."""
+    """One whole update in every precision and execution, beside the machine's peaks."""
     sizes = QUICKSTART if short else Sizes()
+    make = partial(ALMWork, TASKS[task], device, sizes)
     cases = [
         matmul_case(torch.float32, device),
         matmul_case(torch.bfloat16, device),
         copy_case(device),
     ]
-    flops = alm(TASKS[task], device, sizes).flops()
-    for compiled in (False, True):
-        for precision in ("32", "bf16"):
-            work = alm(TASKS[task], device, sizes, precision=precision, compiled=compiled)
-            name = f"update: {'compiled' if compiled else 'eager'} {precision}"
-            cases.append(Case(name, work, flops=flops))
-    return Suite(cases, "update: eager 32", f"{task}, {sizes}; one batch, its draw excluded")
+    arithmetic = flops(make())
+    executions = {"eager": {}, "compiled": {"compiled": True}}
+    if device.type == "cuda":
+        executions["captured"] = {"captured": True}
+        executions["compiled and captured"] = {"compiled": True, "captured": True}
+    for name, options in executions.items():
+        for precision in ("32-true", "bf16-mixed"):
+            work = make(precision=precision, **options)
+            cases.append(Case(f"update: {name} {precision}", work, flops=arithmetic, warmup=8))
+    note = f"{task}, {sizes}; on one batch, its draw excluded"
+    return Suite(cases, "update: eager 32-true", note)
 
 
 def terms(task: str, device: torch.device, short: bool) -> Suite:
     """The five losses apart, each with its gradients."""
     sizes = QUICKSTART if short else Sizes()
-    whole = alm(TASKS[task], device, sizes)
-    cases = [Case("whole update", whole), Case("all losses", _cleared(whole))]
-    cases += [Case(name, work) for name, work in alm_terms(whole).items()]
+    whole = ALMWork(TASKS[task], device, sizes)
+    cases = [Case("whole update", whole), Case("all losses", whole.all_terms)]
+    cases += [Case(name, work) for name, work in whole.terms().items()]
     note = f"{task}, {sizes}; apart, every term encodes the batch anew"
     return Suite(cases, "whole update", note)
 
 
 def peers(task: str, device: torch.device, short: bool) -> Suite:
-    """What one environment step costs: ALM, and TorchRL's SAC and REDQ in their settings."""
-    sac, redq = (peer(kind, TASKS[task], device) for kind in (SACLoss, REDQLoss))
+    """What the updates of one environment step cost: ALM, and its peers in their own settings."""
+    sizes = TASKS[task]
+    redq = PeerWork(REDQLoss, sizes, device)
 
     def redq_step() -> None:
         for _ in range(REDQ_UPDATES_PER_STEP):
             redq()
 
     cases = [
-        Case("SAC, widths 256, batch 256, 1 update", sac),
-        Case(f"REDQ, widths 256, batch 256, {REDQ_UPDATES_PER_STEP} updates", redq_step),
-        Case("ALM, quickstart, 1 update", alm(TASKS[task], device, QUICKSTART)),
+        Case("SAC of TorchRL", PeerWork(SACLoss, sizes, device)),
+        Case(f"REDQ of TorchRL, {REDQ_UPDATES_PER_STEP} updates", redq_step),
+        Case("ALM, quickstart", ALMWork(sizes, device, QUICKSTART)),
     ]
     if not short:
         cases += [
-            Case("ALM, paper, 1 update", alm(TASKS[task], device)),
-            Case("ALM, paper, 1 update, bf16", alm(TASKS[task], device, precision="bf16")),
+            Case("ALM, paper", ALMWork(sizes, device)),
+            Case("ALM, paper, bf16", ALMWork(sizes, device, precision="bf16-mixed")),
         ]
     note = (
-        f"{task}; losses, gradients and optimiser of one environment step. TorchRL's REDQLoss "
-        "updates the actor along with every update of the values"
+        f"{task}; eager; the peers with widths and batch 256. TorchRL's REDQLoss moves the actor "
     )
+    note += "with every update of the values."
+    if (baseline := stable_baselines_sac(sizes, device)) is not None:
+        cases.append(Case("SAC of Stable-Baselines3, draw included", baseline))
+    else:
+        note += " For Stable-Baselines3: pip install 'alm-torchrl[bench]'"
     return Suite(cases, cases[0].name, note)
 
 
 def step(task: str, device: torch.device, short: bool) -> Suite:
-    """What else a training step holds: acting, the environment, and the draw of a batch."""
+    """What a training step holds: acting and the environment, write and draw, the update."""
     sizes = QUICKSTART if short else Sizes()
-    env = make_env(TASKS[task].id, seed=0)
-    agent = ALMAgent.from_env(env, hidden_dim=sizes.hidden, dynamics_hidden_dim=sizes.dynamics).to(
-        device
-    )
-    policy = agent.policy()
+    compiled = device.type == "cuda" and not short
+    work = ALMWork(TASKS[task], device, sizes, compiled=compiled, captured=device.type == "cuda")
     replay = make_replay_buffer(
         100_000, batch_size=sizes.batch, window_length=sizes.horizon, device=device
     )
-    collector = make_collector(env, policy, policy_device=device)
+    policy = work.agent.policy()
+    collector = make_collector(make_env(TASKS[task].id, seed=0), policy, policy_device=device)
     data = iter(collector)
     filled = next(iter(make_collector(make_env(TASKS[task].id), None, frames_per_batch=2000)))
     replay.extend(filled)
@@ -105,15 +123,25 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
         with torch.no_grad():
             policy(observation.copy())
 
-    whole = alm(TASKS[task], device, sizes)
+    parts = ["acting and environment (collector)", "write and draw", "update"]
     cases = [
-        Case("update", whole),
+        Case("update", work, warmup=8),
         Case("acting", act, repeats=20),
-        Case("acting and environment (collector)", lambda: next(data), repeats=20),
-        Case("draw of a batch", replay.sample, repeats=5),
-        Case("write and draw", lambda: (replay.extend(filled[:1]), replay.sample()), repeats=5),
+        Case(parts[0], lambda: next(data), repeats=20),
+        Case("draw", replay.sample, repeats=20),
+        Case(parts[1], lambda: (replay.extend(filled[:1]), replay.sample()), repeats=20),
     ]
-    return Suite(cases, "update", f"{task}, {sizes}")
+    return Suite(cases, "update", f"{task}, {sizes}", parts)
+
+
+def seeds(task: str, device: torch.device, short: bool) -> Suite:
+    """The update of several seeds at once, beside that of one."""
+    sizes = QUICKSTART if short else Sizes()
+    compiled, captured = not short, device.type == "cuda"
+    make = partial(ALMWork, TASKS[task], device, sizes, compiled=compiled, captured=captured)
+    cases = [Case(f"{count} seeds at once", make(seeds=count), warmup=8) for count in (1, 2, SEEDS)]
+    note = f"{task}, {sizes}, compiled={compiled}, captured={captured}; one update of every seed"
+    return Suite(cases, cases[0].name, note)
 
 
 def scaling(task: str, device: torch.device, short: bool) -> Suite:
@@ -126,16 +154,8 @@ def scaling(task: str, device: torch.device, short: bool) -> Suite:
         variants[f"horizon {horizon}"] = replace(base, horizon=horizon)
     wide = replace(base, hidden=2 * base.hidden, dynamics=2 * base.dynamics)
     variants["widths x2"] = wide
-    cases = [Case(name, alm(TASKS[task], device, sizes)) for name, sizes in variants.items()]
+    cases = [Case(name, ALMWork(TASKS[task], device, sizes)) for name, sizes in variants.items()]
     return Suite(cases, "base", f"{task}, {base}, eager")
-
-
-def _cleared(work: Update) -> Callable[[], None]:
-    def losses() -> None:
-        work.backward()
-        work.optimizer.zero_grad()
-
-    return losses
 
 
 SUITES = {
@@ -143,5 +163,6 @@ SUITES = {
     "terms": terms,
     "peers": peers,
     "step": step,
+    "seeds": seeds,
     "scaling": scaling,
 }

@@ -1,10 +1,10 @@
-"""What is measured: whole updates of ALM, of its terms, and of TorchRL's SAC and REDQ."""
+"""What is measured: updates of ALM, of its terms and of several seeds, and those of its peers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchrl.data import Bounded
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
-from torchrl.objectives import LossModule, REDQLoss, SACLoss, SoftUpdate
+from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training import CapturedUpdate, Update, make_optimizer, stack_seeds
+from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ class Sizes:
 QUICKSTART = Sizes(batch=256, hidden=256, dynamics=256)
 
 
-def windows(task: Task, batch: int, steps: int, device: torch.device) -> TensorDict:
-    """Random windows ``[batch, steps]`` of the task's sizes in which nothing ends."""
-    flag = torch.zeros(batch, steps, 1, dtype=torch.bool, device=device)
+def windows(task: Task, shape: tuple[int, ...], device: torch.device) -> TensorDict:
+    """Random transitions of the task's sizes in which nothing ends, ``[*shape]``."""
+    flag = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
 
     def randn(size: int) -> Tensor:
-        return torch.randn(batch, steps, size, device=device)
+        return torch.randn(*shape, size, device=device)
 
     outcome = {"observation": randn(task.observations), "reward": randn(1)}
     return TensorDict(
@@ -63,70 +65,84 @@ def windows(task: Task, batch: int, steps: int, device: torch.device) -> TensorD
             "action": randn(task.actions).tanh(),
             "next": {**outcome, "done": flag, "terminated": flag.clone()},
         },
-        batch_size=[batch, steps],
+        batch_size=shape,
         device=device,
     )
 
 
-class Update:
-    """A whole update on one batch: losses, one backward, clipping by group, Adam, targets.
+class ALMWork:
+    """A whole update of ALM on one batch: what a training run makes, but for the draw.
 
     Args:
-        loss: a loss module with target networks.
-        batch: what it is given.
-        groups: its parameters, clipped apart.
-        precision: ``"32"``, or ``"bf16"`` for autocast to bfloat16.
-        compiled: whether the losses are traced by ``torch.compile``.
-        tau: of the moving average.
+        task: its sizes.
+        device: where.
+        sizes: of networks and batch; the paper's by default.
+        seeds: trained at once.
+        precision: of the losses.
+        compiled: whether ``torch.compile`` traces them.
+        captured: whether the whole is a CUDA graph.
     """
 
     def __init__(
         self,
-        loss: LossModule,
-        batch: TensorDict,
-        groups: list[list[nn.Parameter]],
+        task: Task,
+        device: torch.device,
+        sizes: Sizes | None = None,
         *,
-        precision: str = "32",
+        seeds: int = 1,
+        precision: str = "32-true",
         compiled: bool = False,
-        tau: float = 0.005,
+        captured: bool = False,
     ) -> None:
-        self.loss, self.batch, self.groups = loss, batch, groups
-        self.precision = precision
-        self.optimizer = torch.optim.Adam([{"params": g} for g in groups], lr=1e-4, fused=True)
-        self.targets = SoftUpdate(loss, tau=tau)
-        if compiled:
-            loss.compile(fullgraph=isinstance(loss, ALMLoss))
+        sizes = Sizes() if sizes is None else sizes
+        config = AgentConfig(
+            {"observation": task.observations},
+            (-1.0,) * task.actions,
+            (1.0,) * task.actions,
+            hidden_dim=sizes.hidden,
+            dynamics_hidden_dim=sizes.dynamics,
+        )
+        agents = [ALMAgent(config).to(device) for _ in range(seeds)]
+        losses = [ALMLoss(**agent.networks(), horizon=sizes.horizon) for agent in agents]
+        self.agent, self.loss = stack_seeds(agents, losses)
+        shape = (sizes.batch, sizes.horizon)
+        self.batch = windows(task, shape if seeds == 1 else (seeds, *shape), device)
+        targets = StackedSoftUpdate if isinstance(self.loss, StackedLoss) else SoftUpdate
+        update = Update(
+            self.loss,
+            make_optimizer(self.loss),
+            targets(self.loss, tau=0.005),
+            precision=precision,
+            compiled=compiled,
+        )
+        self.update = CapturedUpdate(update) if captured else update
 
     def __call__(self) -> None:
         """One update."""
-        self.backward()
-        for group in self.groups:
-            nn.utils.clip_grad_norm_(group, 100.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.targets.step()
+        self.update(self.batch)
 
-    def backward(self) -> None:
-        """The losses and their gradients alone."""
-        with self.autocast():
-            losses = self.loss(self.batch)
-        sum(v for k, v in losses.items() if k.startswith("loss_")).backward()
+    def terms(self) -> dict[str, Callable[[], None]]:
+        """Each loss alone, with its gradients."""
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """The precision's context."""
-        if self.precision == "bf16":
-            return torch.autocast(self.batch.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        def make(name: str) -> Callable[[], None]:
+            def term() -> None:
+                value, _ = getattr(self.loss, name)(self.batch)
+                value.backward()
+                self.loss.zero_grad()
 
-    def flops(self) -> int:
-        """Arithmetic of the matrix products of losses and gradients, counted by torch."""
-        with _Arithmetic() as counter:
-            self.backward()
-        self.optimizer.zero_grad()
-        return counter.total
+            return term
+
+        names = ("world_model_loss", "reward_loss", "classifier_loss", "value_loss", "actor_loss")
+        return {name: make(name) for name in names}
+
+    def all_terms(self) -> None:
+        """All losses with their gradients, and nothing else."""
+        losses = self.loss(self.batch)
+        torch.stack([losses[key] for key in self.loss.out_keys]).sum().backward()
+        self.loss.zero_grad()
 
 
-class _Arithmetic(TorchDispatchMode):
+class Arithmetic(TorchDispatchMode):
     """Adds up the arithmetic of matrix products by torch's own formulas.
 
     Torch's ``FlopCounterMode`` also follows modules, and cannot follow a ``TensorDictParams``.
@@ -145,58 +161,83 @@ class _Arithmetic(TorchDispatchMode):
         return out
 
 
-def alm(task: Task, device: torch.device, sizes: Sizes | None = None, **options: Any) -> Update:
-    """An update of ALM."""
-    sizes = Sizes() if sizes is None else sizes
-    config = AgentConfig(
-        {"observation": task.observations},
-        (-1.0,) * task.actions,
-        (1.0,) * task.actions,
-        hidden_dim=sizes.hidden,
-        dynamics_hidden_dim=sizes.dynamics,
-    )
-    loss = ALMLoss(**ALMAgent(config).to(device).networks(), horizon=sizes.horizon)
-    batch = windows(task, sizes.batch, sizes.horizon, device)
-    return Update(loss, batch, list(loss.parameter_groups().values()), **options)
+def flops(work: Callable[[], object]) -> int:
+    """The arithmetic of the matrix products of one call."""
+    with Arithmetic() as counter:
+        work()
+    return counter.total
 
 
-def alm_terms(update: Update) -> dict[str, Callable[[], None]]:
-    """Each loss of an ALM update alone, with its gradients."""
+class PeerWork:
+    """An update of TorchRL's SAC or REDQ in the settings of its recipes: widths and batch 256.
 
-    def make(name: str) -> Callable[[], None]:
-        method = getattr(update.loss, name)
+    Args:
+        kind: the loss.
+        task: its sizes.
+        device: where.
+    """
 
-        def term() -> None:
-            with update.autocast():
-                value, _ = method(update.batch)
-            value.backward()
-            update.optimizer.zero_grad()
+    def __init__(
+        self, kind: type[SACLoss] | type[REDQLoss], task: Task, device: torch.device
+    ) -> None:
+        spec = Bounded(-1.0, 1.0, (task.actions,), device=device)
 
-        return term
+        def network(inputs: int, outputs: int) -> MLP:
+            return MLP(inputs, outputs, num_cells=[256, 256], device=device)
 
-    names = ("world_model_loss", "reward_loss", "classifier_loss", "value_loss", "actor_loss")
-    return {name: make(name) for name in names}
+        body = nn.Sequential(network(task.observations, 2 * task.actions), NormalParamExtractor())
+        actor = ProbabilisticActor(
+            TensorDictModule(body, in_keys=["observation"], out_keys=["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            spec=spec,
+            distribution_class=TanhNormal,
+            distribution_kwargs={"low": spec.space.low, "high": spec.space.high},
+            default_interaction_type=InteractionType.RANDOM,
+        )
+        critic = ValueOperator(
+            network(task.observations + task.actions, 1), in_keys=["observation", "action"]
+        )
+        count = 10 if kind is REDQLoss else 2
+        self.loss = kind(actor, critic, num_qvalue_nets=count).to(device)
+        self.batch = windows(task, (256,), device)
+        parameters = [p for p in self.loss.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, lr=3e-4, fused=True)
+        self.targets = SoftUpdate(self.loss, tau=0.005)
+
+    def __call__(self) -> None:
+        """One update."""
+        losses = self.loss(self.batch)
+        sum(v for k, v in losses.items() if k.startswith("loss_")).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.targets.step()
 
 
-def peer(kind: type[SACLoss] | type[REDQLoss], task: Task, device: torch.device) -> Update:
-    """An update of SAC or REDQ in the settings of TorchRL's recipes: widths and batch 256."""
-    spec = Bounded(-1.0, 1.0, (task.actions,), device=device)
+def stable_baselines_sac(task: Task, device: torch.device) -> Callable[[], None] | None:
+    """One gradient step of Stable-Baselines3's SAC, or nothing where that is not installed."""
+    if find_spec("stable_baselines3") is None:
+        return None
+    import gymnasium
+    import numpy as np
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.logger import Logger
 
-    def network(inputs: int, outputs: int) -> MLP:
-        return MLP(in_features=inputs, out_features=outputs, num_cells=[256, 256], device=device)
+    class Spaces(gymnasium.Env):
+        """Spaces of the right sizes, which is all that is asked of it."""
 
-    body = nn.Sequential(network(task.observations, 2 * task.actions), NormalParamExtractor())
-    actor = ProbabilisticActor(
-        TensorDictModule(body, in_keys=["observation"], out_keys=["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        spec=spec,
-        distribution_class=TanhNormal,
-        distribution_kwargs={"low": spec.space.low, "high": spec.space.high},
-        default_interaction_type=InteractionType.RANDOM,
-    )
-    critic = ValueOperator(
-        network(task.observations + task.actions, 1), in_keys=["observation", "action"]
-    )
-    loss = kind(actor, critic, num_qvalue_nets=10 if kind is REDQLoss else 2).to(device)
-    batch = windows(task, 256, 1, device)[:, 0]
-    return Update(loss, batch, [[p for p in loss.parameters() if p.requires_grad]])
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observations,), np.float32)
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.actions,), np.float32)
+
+    model = SAC("MlpPolicy", Spaces(), buffer_size=1000, device=device)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    buffer: Any = model.replay_buffer
+    rng = np.random.default_rng(0)
+
+    def rows(size: int) -> Any:
+        return rng.standard_normal((1, size)).astype(np.float32)
+
+    for _ in range(1000):
+        action = np.tanh(rows(task.actions))
+        state, following = rows(task.observations), rows(task.observations)
+        buffer.add(state, following, action, rows(1)[0], np.zeros(1), [{}])
+    return lambda: model.train(gradient_steps=1, batch_size=256)

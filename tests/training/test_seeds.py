@@ -23,6 +23,7 @@ from alm_torchrl.training import (
     StackedAgent,
     StackedLoss,
     Update,
+    make_optimizer,
     make_trainer,
     stack_seeds,
 )
@@ -64,13 +65,9 @@ def make_windows(*shape: int) -> TensorDict:
 
 
 def make_update(loss: ALMLoss | StackedLoss, **options) -> Update:
-    groups = loss.parameter_groups().items()
-    optimizer = torch.optim.Adam(
-        [{"name": name, "params": group} for name, group in groups], lr=1e-2, fused=True
-    )
     stacked = isinstance(loss, StackedLoss)
     targets = (StackedSoftUpdate if stacked else SoftUpdate)(loss, tau=0.1)
-    return Update(loss, optimizer, targets, **options)
+    return Update(loss, make_optimizer(loss, 1e-2), targets, **options)
 
 
 @pytest.mark.filterwarnings("ignore:No target network updater")

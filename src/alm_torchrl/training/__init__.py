@@ -18,7 +18,7 @@ from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, stack_seeds
 from alm_torchrl.training.trainer import make_trainer
-from alm_torchrl.training.update import CapturedUpdate, Update
+from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
 __all__ = [
     "ALMModule",
@@ -33,6 +33,7 @@ __all__ = [
     "Update",
     "Video",
     "choose_precision",
+    "make_optimizer",
     "make_trainer",
     "quiet_notices",
     "stack_seeds",

@@ -19,7 +19,7 @@ from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
-from alm_torchrl.training.update import CapturedUpdate, Update
+from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
 __all__ = ["ALMModule"]
 
@@ -96,17 +96,7 @@ class ALMModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the four parameter groups."""
-        groups = self.loss.parameter_groups()
-        rates = self.learning_rates
-        if not isinstance(rates, Mapping):
-            rates = dict.fromkeys(groups, rates)
-        if rates.keys() != groups.keys():
-            raise ValueError(f"learning_rates names {sorted(rates)}, wanted {sorted(groups)}")
-        return torch.optim.Adam(
-            [{"name": n, "params": p, "lr": rates[n]} for n, p in groups.items()],
-            fused=True,
-            capturable=self.device.type == "cuda",
-        )
+        return make_optimizer(self.loss, self.learning_rates)
 
     def train_dataloader(self) -> Experience:
         """The experience, which is iterated in this process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +16,34 @@ from torchrl.objectives.utils import TargetNetUpdater
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
 
-__all__ = ["CapturedUpdate", "Update"]
+__all__ = ["CapturedUpdate", "Update", "make_optimizer"]
+
+
+def make_optimizer(
+    loss: ALMLoss | StackedLoss, learning_rates: float | Mapping[str, float] = 1e-4
+) -> torch.optim.Optimizer:
+    """Adam over the parameter groups of a loss, fused, and on a GPU fit for a CUDA graph.
+
+    Args:
+        loss: the objective, or those of several seeds.
+        learning_rates: one rate, or one for each parameter group by name.
+
+    Returns:
+        The optimiser; its groups are named.
+
+    Raises:
+        ValueError: if a learning rate names no group.
+    """
+    groups = loss.parameter_groups()
+    if not isinstance(learning_rates, Mapping):
+        learning_rates = dict.fromkeys(groups, learning_rates)
+    if learning_rates.keys() != groups.keys():
+        raise ValueError(f"learning_rates names {sorted(learning_rates)}, wanted {sorted(groups)}")
+    return torch.optim.Adam(
+        [{"name": n, "params": p, "lr": learning_rates[n]} for n, p in groups.items()],
+        fused=True,
+        capturable=next(loss.parameters()).device.type == "cuda",
+    )
 
 
 class Update:
@@ -27,8 +54,7 @@ class Update:
 
     Args:
         loss: the objective, or those of several seeds.
-        optimizer: a fused Adam with a named parameter group for each of
-            :meth:`ALMLoss.parameter_groups`.
+        optimizer: what :func:`make_optimizer` makes.
         target_update: moves the target networks after the optimiser.
         max_grad_norm: largest gradient norm of a group.
         precision: ``"32-true"``, or ``"bf16-mixed"`` for losses under autocast to bfloat16.

@@ -1,0 +1,141 @@
+"""Measurements that take one long run rather than turns: memory, and the whole training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from alm_torchrl.data import make_replay_buffer
+from alm_torchrl.training import Experience, make_trainer
+from benchmarks.measure import peak_memory, synchronize
+from benchmarks.workloads import QUICKSTART, TASKS, ALMWork, windows
+from recipes.mujoco import make_module
+
+#: Growth after the first tenth of the updates that counts as a leak: of the start, and in bytes.
+TOLERATED = (0.02, 16 * 2**20)
+
+
+def memory(task: str, device: torch.device, updates: int) -> tuple[str, dict[str, Any]]:
+    """Memory over many updates, each after a write into the replay buffer and a draw from it.
+
+    Args:
+        task: whose sizes are taken.
+        device: where; on a CPU the memory is the process's.
+        updates: how many, at the quickstart's sizes.
+
+    Returns:
+        A line to print, and the record with ``"leaks"``.
+    """
+    work = ALMWork(TASKS[task], device, QUICKSTART, captured=device.type == "cuda")
+    replay = make_replay_buffer(
+        10_000, batch_size=QUICKSTART.batch, window_length=QUICKSTART.horizon, device=device
+    )
+    replay.extend(windows(TASKS[task], (2000,), torch.device("cpu")))
+    transition = windows(TASKS[task], (1,), torch.device("cpu"))
+    held: dict[int, int] = {}
+    every = max(1, updates // 20)
+    for done in range(updates + 1):
+        if done % every == 0:
+            held[done] = _held(device)
+        replay.extend(transition)
+        work.update(replay.sample())
+    settled = next(held[done] for done in held if done >= updates / 10)
+    growth = max(held[done] for done in held if done >= updates / 10) - settled
+    leaks = growth > max(TOLERATED[0] * settled, TOLERATED[1])
+    peak = peak_memory(device)
+    line = (
+        f"{updates} updates: {settled / 2**20:.0f} MiB after the first tenth, then "
+        f"{growth / 2**20:+.1f} MiB; peak {peak / 2**20:.0f} MiB"
+    )
+    return line, {"held": held, "growth": growth, "peak_memory": peak, "leaks": leaks}
+
+
+def _held(device: torch.device) -> int:
+    """Bytes in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096
+
+
+def loop(
+    task: str, device: torch.device, steps: int, options: list[str]
+) -> tuple[str, dict[str, Any]]:
+    """A training run of the recipe without evaluations: its rate, and what collecting takes of it.
+
+    Args:
+        task: the recipe's task.
+        device: where.
+        steps: environment steps, a tenth of which pass before the clock is started.
+        options: of the recipe, as on its command line.
+
+    Returns:
+        A line to print, and the record.
+    """
+    fixed = [
+        f"task={task}", f"training.total_steps={steps}", f"evaluation.every={steps}",
+        "evaluation.episodes=1", "training.warmup_steps=1000", "run.folder=unused",
+        f"run.log_every={max(1, steps // 5)}",
+        f"run.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}",
+    ]  # fmt: skip
+    with initialize_config_module("recipes.conf", version_base="1.3"):
+        config: Any = OmegaConf.to_object(compose("mujoco", fixed + options))
+    with TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            folder,
+            seed=0,
+            title="",
+            eval_every=steps,
+            accelerator=config.run.accelerator,
+            precision=config.run.precision,
+            tensorboard=False,
+        )
+        trainer.limit_val_batches = 0
+        module = make_module(config, trainer.strategy.root_device)
+        clock = _Clock(module.experience, start=config.training.warmup_steps + steps // 10)
+        with clock.watching():
+            trainer.fit(module)
+    synchronize()
+    seconds = time.perf_counter() - clock.started
+    rate = (steps - steps // 10) / seconds
+    share = clock.collecting / seconds
+    line = f"{rate:.1f} environment steps/s; acting and environment take {share:.0%} of the time"
+    return line, {"steps_per_second": rate, "share_collecting": share, "options": options}
+
+
+class _Clock:
+    """Measures how long a run waits for its collector, from a given frame on."""
+
+    def __init__(self, experience: Experience, start: int) -> None:
+        self.experience = experience
+        self.start = start
+        self.started = time.perf_counter()
+        self.collecting = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Has the experience iterate this clock in place of its collector."""
+        collector = self.experience.collector
+        self.experience.collector = self._timed(iter(collector))
+        try:
+            yield
+        finally:
+            collector.shutdown()
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            if self.experience.frames == self.start:
+                synchronize()
+                self.started, self.collecting = time.perf_counter(), 0.0
+            before = time.perf_counter()
+            batch = next(batches)
+            self.collecting += time.perf_counter() - before
+            yield batch

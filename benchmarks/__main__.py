@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from alm_torchrl.training import quiet_notices
 from benchmarks.long import loop, memory
 from benchmarks.measure import alternate, machine, peak_memory
 from benchmarks.report import table, write, write_record
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs the suites one after the other."""
     arguments = parse_arguments()
+    quiet_notices()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     task, device = arguments.task, torch.device(arguments.device)

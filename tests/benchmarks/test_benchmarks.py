@@ -1,0 +1,132 @@
+"""The benchmarks run, count and report what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__, long, suites
+from benchmarks.measure import Case, alternate, ratios
+from benchmarks.report import table, write
+from benchmarks.suites import SUITES, Suite
+from benchmarks.workloads import TASKS, ALMWork, Sizes, flops
+
+TINY = Sizes(batch=4, hidden=8, dynamics=8)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setattr(suites, "QUICKSTART", TINY)
+    monkeypatch.setattr(long, "QUICKSTART", TINY)
+    monkeypatch.setattr(suites, "REDQ_UPDATES_PER_STEP", 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def command(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    __main__.main()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+def test_every_suite_prints_a_table_and_leaves_its_samples(monkeypatch, tmp_path, capsys) -> None:
+    command(monkeypatch, *SUITES, "--short", "--device", "cpu", "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    for name in SUITES:
+        content = json.loads((tmp_path / f"{name}-halfcheetah-cpu.json").read_text())
+        assert (tmp_path / f"{name}-halfcheetah-cpu.png").stat().st_size > 0
+        assert content["machine"]["torch"] == torch.__version__
+        assert content["reference"] in [case["name"] for case in content["cases"]]
+        for case in content["cases"]:
+            assert case["name"] in printed
+            assert len(case["seconds"]) == 3
+            assert min(case["seconds"]) > 0
+    assert "of a whole step (" in printed
+    if find_spec("stable_baselines3") is None:
+        assert "pip install 'alm-torchrl[bench]'" in printed
+    else:
+        assert "SAC of Stable-Baselines3" in printed
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+def test_the_loop_is_timed_without_its_first_tenth(capsys) -> None:
+    small = ["training.batch_size=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8"]
+    line, content = long.loop("halfcheetah", torch.device("cpu"), 40, small)
+    assert 0 < content["share_collecting"] < 1
+    assert 0 < content["steps_per_second"] < 10_000
+    assert f"{content['steps_per_second']:.1f} environment steps/s" in line
+
+
+def test_memory_that_stays_is_no_leak(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(long, "SETTLING", 20)
+    command(monkeypatch, "memory", "--updates", "20", "--device", "cpu", "--out", str(tmp_path))
+    content = json.loads((tmp_path / "memory-halfcheetah-cpu.json").read_text())
+    assert list(content["held"]) == [str(i) for i in range(21)]
+    assert content["leaks"] is False
+
+
+def test_a_leak_is_noticed(monkeypatch) -> None:
+    kept = []
+    monkeypatch.setattr(long, "SETTLING", 2)
+    monkeypatch.setattr(
+        ALMWork,
+        "update",
+        property(lambda self: lambda batch: kept.append(b"x" * 2**20)),
+        raising=False,
+    )
+    monkeypatch.setattr(ALMWork, "__init__", lambda self, *args, **options: None)
+    with pytest.raises(SystemExit, match="memory grows"):
+        command(monkeypatch, "memory", "--updates", "40", "--device", "cpu")
+
+
+def test_the_arithmetic_of_a_linear_layer_is_known() -> None:
+    layer, data = nn.Linear(5, 7), torch.randn(3, 5, requires_grad=True)
+    forward = 2 * 3 * 5 * 7
+    assert flops(lambda: layer(data)) == forward
+    assert flops(lambda: layer(data).sum().backward()) == 3 * forward
+
+
+def test_the_arithmetic_of_an_update_follows_the_batch() -> None:
+    small, large = (
+        flops(ALMWork(TASKS["halfcheetah"], torch.device("cpu"), Sizes(batch, 3, 8, 8)))
+        for batch in (4, 8)
+    )
+    assert large == 2 * small > 0
+
+
+def test_cases_take_turns() -> None:
+    turns: list[str] = []
+    cases = [Case(name, lambda name=name: turns.append(name)) for name in "ab"]
+    alternate(cases, rounds=3)
+    assert "".join(turns) == "aabb" + "ababab"
+
+
+def test_ratios_rates_and_shares(tmp_path: Path) -> None:
+    slow = Case("slow", lambda: None, seconds=[4.0, 4.0, 8.0])
+    fast = Case("fast", lambda: None, seconds=[1.0, 2.0, 4.0])
+    peak = Case("peak: matmul float32", lambda: None, flops=10**9, seconds=[0.5, 0.5, 0.5])
+    work = Case("update: eager 32-true", lambda: None, flops=10**9, seconds=[1.0, 1.0, 1.0])
+    assert ratios(fast, slow) == (2.0, 2.0, 3.0)
+    suite = Suite([slow, fast, peak, work], "slow", "a note", parts=["slow", "fast"])
+    printed = table(suite).splitlines()
+    assert printed[0] == "a note"
+    assert "2.00 (2.00-3.00)" in printed[3]
+    assert printed[5].split()[-2:] == ["1", "50%"]
+    assert printed[-1] == "of a whole step (6000.0 ms, 0 a second): slow 67%, fast 33%"
+    write(tmp_path, "name", suite, {"cpu": "x"})
+    assert json.loads((tmp_path / "name.json").read_text())["cases"][1]["seconds"] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nonsense"], "no suite nonsense; choose from update"), (["--rounds", "1"], "at least 2")],
+)
+def test_what_cannot_be_measured_is_said(monkeypatch, capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *arguments)
+    assert message in capsys.readouterr().err

@@ -10,7 +10,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 # The project's root rather than this folder, where this file would pass for the simulator.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -34,13 +34,15 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, make_trainer, quiet_notices, stack_seeds
+from alm_torchrl.training import (
+    ALMModule,
+    Experience,
+    PolicyCopy,
+    make_trainer,
+    quiet_notices,
+    stack_seeds,
+)
 from recipes.conf.schema import Config, prepare
-
-
-def make_task_env(config: Config, **options: Any) -> EnvBase:
-    """The task's environment."""
-    return make_env(config.task.id, **config.task.kwargs, **options)
 
 
 def make_agent(
@@ -58,19 +60,18 @@ def make_agent(
 
 def make_module(config: Config, device: torch.device) -> ALMModule:
     """Environment, agent, loss and data, in this order."""
-    training, num_seeds = config.training, config.num_seeds
+    task, training, num_seeds = config.task, config.training, config.num_seeds
     num_envs = training.num_envs * num_seeds
     seeds = range(config.seed, config.seed + num_envs)
-    env = make_task_env(config, seed=seeds, num_envs=num_envs)
+    env = make_env(task.id, seed=seeds, num_envs=num_envs, **task.kwargs)
     agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
-
+    policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
     collector = make_collector(
         env,
-        agent.policy(),
+        policy,
         frames_per_batch=num_envs,
         init_random_frames=training.warmup_steps * num_seeds,
-        policy_device=device,
     )
     replay = make_replay_buffer(
         training.replay_capacity * num_seeds,
@@ -87,6 +88,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         warmup_steps=training.warmup_steps,
         updates_per_step=training.updates_per_step,
         noise=agent.noise,
+        policy=policy,
         num_seeds=num_seeds,
     )
     eval_envs = config.evaluation.episodes * num_seeds
@@ -94,7 +96,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         agent,
         loss,
         experience,
-        make_task_env(config, seed=config.seed + 1000, num_envs=eval_envs),
+        make_env(task.id, seed=config.seed + 1000, num_envs=eval_envs, **task.kwargs),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
@@ -112,7 +114,7 @@ def main(options: DictConfig) -> None:
         folder = prepare(config)
         torch.set_float32_matmul_precision(config.run.matmul_precision)
         L.seed_everything(config.seed, verbose=False)
-        video = config.evaluation.video
+        task, video = config.task, config.evaluation.video
         trainer = make_trainer(
             folder,
             seed=config.seed,
@@ -123,7 +125,7 @@ def main(options: DictConfig) -> None:
             precision=config.run.precision,
             tensorboard=config.run.tensorboard,
             wandb=config.run.wandb,
-            video_env=make_task_env(config, seed=0, from_pixels=True) if video else None,
+            video_env=make_env(task.id, from_pixels=True, **task.kwargs) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:

@@ -66,6 +66,7 @@ class Training:
     num_envs: int = MISSING  # environments stepped together
     updates_per_step: float = MISSING  # updates for each environment step
     batch_size: int = MISSING  # windows in an update
+    policy_lag: int = MISSING  # updates that acting is behind: 0, or 1 to overlap with a GPU
     replay_capacity: int = MISSING  # transitions kept
     max_grad_norm: float = MISSING  # largest gradient norm of a parameter group
     target_tau: float = MISSING  # weight of the new value in the targets' moving average

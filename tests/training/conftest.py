@@ -12,7 +12,7 @@ from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience
+from alm_torchrl.training import ALMModule, Experience, PolicyCopy
 
 
 def make_env() -> TransformedEnv:
@@ -21,12 +21,15 @@ def make_env() -> TransformedEnv:
 
 @pytest.fixture
 def make_module() -> Callable[..., ALMModule]:
-    def make(total_steps: int = 12, *, updates_per_step: float = 1.0, **options) -> ALMModule:
+    def make(
+        total_steps: int = 12, *, updates_per_step: float = 1.0, policy_lag: int = 0, **options
+    ) -> ALMModule:
         torch.manual_seed(0)
         env = make_env()
         agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
         loss = ALMLoss(**agent.networks())
-        collector = make_collector(env, agent.policy(), init_random_frames=8)
+        policy = PolicyCopy(agent.policy(), lag=policy_lag)
+        collector = make_collector(env, policy, init_random_frames=8)
         replay = make_replay_buffer(100, batch_size=6)
         experience = Experience(
             collector,
@@ -35,6 +38,7 @@ def make_module() -> Callable[..., ALMModule]:
             warmup_steps=8,
             updates_per_step=updates_per_step,
             noise=agent.noise,
+            policy=policy,
         )
         return ALMModule(agent, loss, experience, make_env(), eval_episodes=2, **options)
 

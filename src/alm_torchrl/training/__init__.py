@@ -5,6 +5,7 @@ from importlib.util import find_spec
 if find_spec("lightning") is None:
     raise ImportError("alm_torchrl.training needs Lightning: pip install 'alm-torchrl[recipes]'")
 
+from alm_torchrl.training.acting import PolicyCopy
 from alm_torchrl.training.callbacks import (
     InterruptBetweenUpdates,
     LearningCurve,
@@ -26,6 +27,7 @@ __all__ = [
     "Experience",
     "InterruptBetweenUpdates",
     "LearningCurve",
+    "PolicyCopy",
     "ProgressBar",
     "SaveAgent",
     "StackedAgent",

@@ -10,6 +10,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 
 from alm_torchrl.modules import NoiseSchedule
+from alm_torchrl.training.acting import PolicyCopy
 from alm_torchrl.training.seeds import StackedNoise
 
 __all__ = ["Experience"]
@@ -29,6 +30,7 @@ class Experience:
         warmup_steps: frames collected before the first update.
         updates_per_step: updates for each environment step; may be a fraction.
         noise: the schedule to advance with every environment step.
+        policy: the collector's, if it has to be told when there are new weights.
         num_seeds: seeds trained at once, between which the collector's environments are divided;
             steps, frames and updates are then those of one seed.
 
@@ -45,6 +47,7 @@ class Experience:
         warmup_steps: int = 5000,
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | StackedNoise | None = None,
+        policy: PolicyCopy | None = None,
         num_seeds: int = 1,
     ) -> None:
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
@@ -58,6 +61,7 @@ class Experience:
         self.warmup_steps = warmup_steps
         self.updates_per_step = updates_per_step
         self.noise = noise
+        self.policy = policy
         self.num_seeds = num_seeds
         self.frames = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
@@ -88,6 +92,8 @@ class Experience:
                 return
             if self.noise is not None and self.steps > 0:
                 self.noise.advance(data.numel() // self.num_seeds)
+            if self.policy is not None and self.steps > 0:
+                self.policy.publish()
 
     def _store(self, data: TensorDictBase) -> None:
         self.replay.extend(data)

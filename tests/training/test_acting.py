@@ -1,0 +1,102 @@
+"""Acting with a copy of the policy: which weights it takes, and that it waits for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from alm_torchrl.training import PolicyCopy, make_trainer
+from tests.synchronisation import HostReads
+
+
+class Constant(nn.Module):
+    """Its parameter plus its buffer, whatever it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("noise", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0 * x + self.weight + self.noise
+
+
+def make_policy() -> tuple[Constant, TensorDictModule]:
+    network = Constant()
+    return network, TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
+
+
+def act(policy: PolicyCopy) -> float:
+    return policy(TensorDict(observation=torch.ones(1)))["action"].item()
+
+
+def learn(network: Constant) -> None:
+    """One update, and a step of the noise, both in place."""
+    network.weight.data += 1
+    network.noise += 10
+
+
+def test_without_lag_the_newest_weights_act() -> None:
+    network, policy = make_policy()
+    copied = PolicyCopy(policy)
+    for update in range(4):
+        assert act(copied) == 11 * update
+        learn(network)
+        copied.publish()
+
+
+def test_with_lag_the_weights_before_act() -> None:
+    """Before an update is published, with what the update started from; then one behind."""
+    network, policy = make_policy()
+    copied = PolicyCopy(policy, lag=1)
+    acted = []
+    for _ in range(5):
+        acted.append(act(copied))
+        learn(network)
+        assert act(copied) == acted[-1]  # nothing changes before it is published
+        copied.publish()
+    assert acted == [0, 0, 11, 22, 33]
+    assert network.weight.item() == 5  # what is learnt is not touched
+
+
+def test_publishing_asks_the_device_nothing() -> None:
+    _, policy = make_policy()
+    copied = PolicyCopy(policy, lag=1)
+    with HostReads() as reads:
+        copied.publish()
+        copied(TensorDict(observation=torch.ones(1)))
+    assert not reads.found
+    assert reads.operators > 0
+
+
+def test_another_lag_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 or 1 updates behind, not 2"):
+        PolicyCopy(make_policy()[1], lag=2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path: Path, lag) -> None:
+    module = make_module(policy_lag=lag)
+    copied, source = module.experience.policy, next(module.agent.actor.parameters())
+    index = next(i for i, p in enumerate(module.agent.policy().parameters()) if p is source)
+    history, behind = [source.detach().clone()], []
+
+    def look(*_) -> None:
+        acting = list(copied.policy.parameters())[index]
+        behind.append(next(i for i, old in enumerate(history[::-1]) if torch.equal(old, acting)))
+
+    def publish() -> None:
+        history.append(source.detach().clone())
+        PolicyCopy.publish(copied)
+
+    copied.policy.register_forward_hook(look)
+    copied.publish = publish
+    make_trainer(tmp_path, seed=0, title="", eval_every=6, accelerator="cpu").fit(module)
+    assert len(history) == 12
+    assert behind == [0] + [lag] * 11

@@ -106,3 +106,15 @@ def smoke(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure speed, the short form; arguments go to `python -m benchmarks` in its place."""
     _run_in_stack(session, "python", "-m", "benchmarks", *(session.posargs or ["--short"]))
+
+
+@nox.session(venv_backend="none", requires=["stack"], default=False)
+def gpu(session: nox.Session) -> None:
+    """Run what needs a GPU: the tests marked so, and every benchmark into results/benchmarks."""
+    if not session.posargs:
+        _run_in_stack(session, "pytest", "-m", "gpu")
+    bench = ("python", "-m", "benchmarks", "--out", "results/benchmarks", *session.posargs)
+    _run_in_stack(session, *bench, "update", "step", "seeds", "peers", "memory")
+    paper = ("--steps", "2000", "--option", "preset=paper", "--option", "run.precision=bf16-mixed")
+    _run_in_stack(session, *bench, "loop", *paper)
+    _run_in_stack(session, *bench, "loop", *paper, "--option", "training.policy_lag=1")

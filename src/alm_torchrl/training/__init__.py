@@ -17,7 +17,14 @@ from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
-from alm_torchrl.training.seeds import StackedAgent, StackedLoss, stack_seeds
+from alm_torchrl.training.seeds import (
+    StackedAgent,
+    StackedLoss,
+    StackedNoise,
+    StackedPolicy,
+    StackedSoftUpdate,
+    stack_seeds,
+)
 from alm_torchrl.training.trainer import make_trainer
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
@@ -32,6 +39,9 @@ __all__ = [
     "SaveAgent",
     "StackedAgent",
     "StackedLoss",
+    "StackedNoise",
+    "StackedPolicy",
+    "StackedSoftUpdate",
     "Update",
     "Video",
     "choose_precision",

@@ -19,7 +19,14 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
 
-__all__ = ["StackedAgent", "StackedLoss", "StackedSoftUpdate", "stack_seeds"]
+__all__ = [
+    "StackedAgent",
+    "StackedLoss",
+    "StackedNoise",
+    "StackedPolicy",
+    "StackedSoftUpdate",
+    "stack_seeds",
+]
 
 
 class StackedLoss(nn.Module):

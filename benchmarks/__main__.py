@@ -1,8 +1,8 @@
 """Measures speed: ``python -m benchmarks update terms --task humanoid --out results/benchmarks``.
 
 Every suite times its cases in turn, round by round, in one process and prints medians, quartiles
-and ratios. ``memory`` and ``loop`` are one long run each. Let nothing else run on the machine
-meanwhile.
+and ratios. ``memory``, ``loop`` and ``saving`` are one long run each. Let nothing else run on the
+machine meanwhile.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from alm_torchrl.training import quiet_notices
 from benchmarks.long import loop, memory
 from benchmarks.measure import alternate, machine, peak_memory
 from benchmarks.report import table, write, write_record
+from benchmarks.saving import saving
 from benchmarks.suites import SUITES
 from benchmarks.workloads import TASKS
 
-CHOICES = (*SUITES, "memory", "loop")
+CHOICES = (*SUITES, "memory", "loop", "saving")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="halfcheetah")
     parser.add_argument("--rounds", type=int, default=15, help="samples of every case")
     parser.add_argument("--updates", type=int, default=10_000, help="updates of `memory`")
-    parser.add_argument("--steps", type=int, default=500, help="environment steps of `loop`")
+    parser.add_argument("--steps", type=int, default=500, help="environment steps of a run")
+    parser.add_argument("--transitions", type=int, default=1_000_000, help="held in `saving`")
     parser.add_argument("--short", action="store_true", help="quickstart sizes, three rounds")
     parser.add_argument("--threads", type=int, help="threads of an operator; torch decides")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--rounds must be at least 2, to have a spread")
     if arguments.short:
         arguments.rounds, arguments.updates, arguments.steps = 3, 200, 100
+        arguments.transitions = 20_000
     return arguments
 
 
@@ -71,6 +74,8 @@ def main() -> None:
             continue
         if name == "memory":
             line, content = memory(task, device, arguments.updates)
+        elif name == "saving":
+            line, content = saving(task, device, arguments.transitions, arguments.steps)
         else:
             line, content = loop(task, device, arguments.steps, arguments.option)
         print(f"\n{name}\n{line}", flush=True)

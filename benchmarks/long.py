@@ -66,6 +66,18 @@ def _held(device: torch.device) -> int:
     return pages * 4096
 
 
+def recipe_config(task: str, device: torch.device, steps: int, options: list[str]) -> Any:
+    """The recipe's configuration for a run of so many steps, with one evaluation at its end."""
+    fixed = [
+        f"task={task}", f"training.total_steps={steps}", f"evaluation.every={steps}",
+        "evaluation.episodes=1", "training.warmup_steps=1000", "run.folder=unused",
+        f"run.log_every={max(1, steps // 5)}",
+        f"run.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONFIG), version_base="1.3"):
+        return OmegaConf.to_object(compose("mujoco", fixed + options))
+
+
 def loop(
     task: str, device: torch.device, steps: int, options: list[str]
 ) -> tuple[str, dict[str, Any]]:
@@ -80,14 +92,7 @@ def loop(
     Returns:
         A line to print, and the record.
     """
-    fixed = [
-        f"task={task}", f"training.total_steps={steps}", f"evaluation.every={steps}",
-        "evaluation.episodes=1", "training.warmup_steps=1000", "run.folder=unused",
-        f"run.log_every={max(1, steps // 5)}",
-        f"run.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}",
-    ]  # fmt: skip
-    with initialize_config_dir(str(CONFIG), version_base="1.3"):
-        config: Any = OmegaConf.to_object(compose("mujoco", fixed + options))
+    config = recipe_config(task, device, steps, options)
     with TemporaryDirectory() as folder:
         trainer = make_trainer(
             folder,

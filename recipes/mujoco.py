@@ -1,7 +1,7 @@
 """Trains ALM on a MuJoCo task: ``python recipes/mujoco.py [preset=...] [task=...] [option=...]``.
 
-The options stand in conf/mujoco.yaml. A run leaves in its folder the configuration, the learning
-curve (curve.csv, curve.png), metrics, checkpoints and the agent for acting.
+The options stand in conf/mujoco.yaml. A run leaves configuration, learning curve, metrics,
+checkpoints and agents in its folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 # The project's root rather than this folder, where this file would pass for the simulator.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -36,13 +35,14 @@ from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
+    EnvironmentFailedError,
     Experience,
     PolicyCopy,
     make_trainer,
     quiet_notices,
     stack_seeds,
 )
-from recipes.conf.schema import Config, prepare
+from recipes.conf.schema import Config, pick, prepare
 
 
 def make_agent(
@@ -67,11 +67,9 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
     agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
+    random_frames = training.warmup_steps * num_seeds
     collector = make_collector(
-        env,
-        policy,
-        frames_per_batch=num_envs,
-        init_random_frames=training.warmup_steps * num_seeds,
+        env, policy, frames_per_batch=num_envs, init_random_frames=random_frames
     )
     replay = make_replay_buffer(
         training.replay_capacity * num_seeds,
@@ -84,19 +82,17 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
     experience = Experience(
         collector,
         replay,
-        total_steps=training.total_steps,
-        warmup_steps=training.warmup_steps,
-        updates_per_step=training.updates_per_step,
+        **pick(training, "total_steps", "warmup_steps", "updates_per_step"),
         noise=agent.noise,
         policy=policy,
         num_seeds=num_seeds,
     )
-    eval_envs = config.evaluation.episodes * num_seeds
+    eval_seed, eval_envs = config.seed + 1000, config.evaluation.episodes * num_seeds
     return ALMModule(
         agent,
         loss,
         experience,
-        make_env(task.id, seed=config.seed + 1000, num_envs=eval_envs, **task.kwargs),
+        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **task.kwargs),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
@@ -109,36 +105,40 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
 @hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
 def main(options: DictConfig) -> None:
     """One run."""
-    config = cast("Config", OmegaConf.to_object(options))
+    config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
     try:
-        folder = prepare(config)
+        folder, start = prepare(config)
         torch.set_float32_matmul_precision(config.run.matmul_precision)
         L.seed_everything(config.seed, verbose=False)
-        task, video = config.task, config.evaluation.video
+        task, training, video = config.task, config.training, config.evaluation.video
         trainer = make_trainer(
             folder,
             seed=config.seed,
             num_seeds=config.num_seeds,
-            title=f"ALM on {config.task.name}",
-            eval_every=int(config.evaluation.every * config.training.updates_per_step),
-            accelerator=config.run.accelerator,
-            precision=config.run.precision,
-            tensorboard=config.run.tensorboard,
-            wandb=config.run.wandb,
+            title=f"ALM on {task.name}",
+            eval_every=int(config.evaluation.every * training.updates_per_step),
+            checkpoint_every=int(config.checkpoint.every * training.updates_per_step),
+            keep_checkpoints=config.checkpoint.keep,
+            start=start,
+            **pick(config.run, "accelerator", "precision", "tensorboard", "wandb"),
             video_env=make_env(task.id, from_pixels=True, **task.kwargs) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(f"{config.task.id}: {config.training.warmup_steps} random steps, then learning; {folder}")
+    begin = f"on from step {start.step}" if start else f"{training.warmup_steps} random steps"
+    print(f"{task.id}: {begin}, then learning; {folder}")
     if module.compiles:
         print("the first update compiles the losses, which takes minutes (run.compile=never: none)")
     try:
-        trainer.fit(module)
-    except SystemExit:  # how Lightning ends after Ctrl-C
-        sys.exit(f"interrupted after {module.experience.steps} steps; all is kept in {folder}")
-    score = trainer.callback_metrics["return"]
-    print(f"return {score:.0f}; curve, agent and checkpoints: {folder}")
+        trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C or SIGTERM
+        sys.exit(f"interrupted after {module.experience.steps} steps; resume={folder} goes on")
+    except (EnvironmentFailedError, FloatingPointError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}; resume={folder} goes on from what was kept")
+    score = trainer.callback_metrics.get("return")
+    result = "nothing was left to do" if score is None else f"return {score:.0f}"
+    print(f"{result}; curve, agent and checkpoints: {folder}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+
+from alm_torchrl.files import replacing
+from alm_torchrl.training import Checkpoint, find_checkpoint
 
 
 @dataclass
@@ -82,6 +86,14 @@ class Evaluation:
 
 
 @dataclass
+class Checkpointing:
+    """What a run can go on from."""
+
+    every: int = MISSING  # steps between two checkpoints
+    keep: int = MISSING  # how many of the newest are kept
+
+
+@dataclass
 class Run:
     """The machine, the folder and the loggers."""
 
@@ -101,22 +113,81 @@ class Config:
 
     seed: int = MISSING  # of everything random
     num_seeds: int = MISSING  # seeds trained at once: seed, seed + 1 and so on
+    resume: str = MISSING  # never, auto, or the folder of the run to go on with
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
     objective: Objective = field(default_factory=Objective)
     learning_rates: LearningRates = field(default_factory=LearningRates)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
     run: Run = field(default_factory=Run)
 
 
-def prepare(config: Config) -> Path:
+def pick(options: object, *names: str) -> dict[str, Any]:
+    """Some of the options, as arguments of the same names."""
+    return {name: getattr(options, name) for name in names}
+
+
+#: What a run cannot change when it goes on.
+_FIXED = ("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity")
+_TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
+
+
+def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
     """Refuses values that contradict each other, and makes the run's folder with its config.yaml.
+
+    Returns:
+        The folder, and the checkpoint in it to go on from, if the run is to be resumed.
 
     Raises:
         ValueError: naming the option and why its value will not do.
         OSError: if the folder cannot be written.
     """
+    _check(config)
+    folder, start = _find_run(config)
+    options = OmegaConf.create(vars(config))
+    if start is not None:
+        before = OmegaConf.load(folder / "config.yaml")
+        for name in _FIXED:
+            old, new = OmegaConf.select(before, name), OmegaConf.select(options, name)
+            if old != new:
+                raise ValueError(
+                    f"{folder} was trained with {name}={old} and cannot go on with {new}"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(options).encode())
+    return folder, start
+
+
+def _find_run(config: Config) -> tuple[Path, Checkpoint | None]:
+    """The folder of a new run, or of the one that ``resume`` asks for."""
+    folder = Path(config.run.folder)
+    if config.resume == "never":
+        if any((folder / "checkpoints").glob("update-*")):
+            raise ValueError(
+                f"there is a run in {folder} already: go on with it by resume=auto, or choose "
+                "another run.folder"
+            )
+        return folder, None
+    if config.resume != "auto":
+        start = find_checkpoint(Path(config.resume) / "checkpoints")
+        if start is None:
+            raise ValueError(f"resume={config.resume}: there is no whole checkpoint in that folder")
+        return Path(config.resume), start
+    earlier = [folder]
+    if _TIMESTAMP.search(folder.name):
+        alike = folder.parent.glob(_TIMESTAMP.sub("*", folder.name))
+        earlier += sorted((f for f in alike if _TIMESTAMP.search(f.name)), reverse=True)
+    for run in earlier:
+        if (start := find_checkpoint(run / "checkpoints")) is not None:
+            return run, start
+    return folder, None
+
+
+def _check(config: Config) -> None:
+    """Raises a ValueError that names the option if values contradict each other."""
     training, every = config.training, config.evaluation.every
     if training.total_steps < 1 or every < 1 or training.total_steps % every:
         raise ValueError(
@@ -140,10 +211,11 @@ def prepare(config: Config) -> Path:
                 f"training.{name}={getattr(training, name)} is no multiple of training.num_envs="
                 f"{training.num_envs}"
             )
-    folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml")
-    return folder
+    if config.checkpoint.keep < 1 or config.checkpoint.every * training.updates_per_step < 1:
+        raise ValueError(
+            f"checkpoint.every={config.checkpoint.every} and checkpoint.keep="
+            f"{config.checkpoint.keep} keep no checkpoint"
+        )
 
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -21,6 +21,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from alm_torchrl.files import replacing
 from alm_torchrl.modules import (
     Actor,
     LatentDynamics,
@@ -177,7 +178,6 @@ class ALMAgent(nn.Module):
         Args:
             path: the file; an existing one is replaced only once the new one is whole.
         """
-        path = Path(path)
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -185,9 +185,8 @@ class ALMAgent(nn.Module):
             "custom": [name for name in COMPONENTS if type(getattr(self, name)) not in _OWN],
             "state_dict": self.state_dict(),
         }
-        partial = path.with_name(path.name + ".partial")
-        torch.save(content, partial)
-        partial.replace(path)
+        with replacing(path) as file:
+            torch.save(content, file)
 
     @classmethod
     def load(

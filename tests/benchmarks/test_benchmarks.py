@@ -62,6 +62,15 @@ def test_the_loop_is_timed_without_its_first_tenth(capsys) -> None:
     assert f"{content['steps_per_second']:.1f} environment steps/s" in line
 
 
+def test_what_checkpoints_cost(monkeypatch, tmp_path: Path) -> None:
+    options = ("--transitions", "20000", "--steps", "8", "--device", "cpu")
+    command(monkeypatch, "saving", *options, "--out", str(tmp_path))
+    content = json.loads((tmp_path / "saving-halfcheetah-cpu.json").read_text())
+    assert len(content["seconds"]) == 4
+    later = sorted(content["seconds"][1:])[1]
+    assert content["share"] == pytest.approx(later / (later + 5000 * content["step"]))
+
+
 def test_memory_that_stays_is_no_leak(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(long, "SETTLING", 20)
     command(monkeypatch, "memory", "--updates", "20", "--device", "cpu", "--out", str(tmp_path))

@@ -12,7 +12,7 @@ import torch
 from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import make_env, random_states, set_random_states
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco")
@@ -288,3 +288,28 @@ def test_seeds_of_their_own_give_the_environments_of_those_seeds() -> None:
         assert torch.equal(start[lane], apart)
     with pytest.raises(ValueError, match="3 seeds were given for num_envs=2"):
         make_env("HalfCheetah-v5", seed=[1, 2, 3], num_envs=2)
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_random_generators_are_given_their_states_back(num_envs: int) -> None:
+    env, other = (make_env("HalfCheetah-v5", seed=s, num_envs=num_envs) for s in (0, 5))
+    env.reset()
+    states = random_states(env)
+    assert len(states) == num_envs
+    expected = env.reset()["observation"]
+    other.reset()
+    set_random_states(other, states)
+    assert torch.equal(other.reset()["observation"], expected)
+    with pytest.raises(ValueError, match="3 states of generators"):
+        set_random_states(other, [*states, *states, *states][:3])
+
+
+def test_without_states_an_environment_is_seeded_from_torch() -> None:
+    env = make_env("HalfCheetah-v5", seed=0)
+    observations = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        set_random_states(env, [])
+        observations.append(env.reset()["observation"])
+    assert torch.equal(observations[0], observations[1])
+    assert not torch.equal(observations[0], observations[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -84,6 +85,16 @@ def test_every_preset_and_task_is_complete_and_its_task_exists(config, preset, t
     assert size < 60 or task in ("ant", "humanoid")
 
 
+def mistake(folder: Path, monkeypatch, *arguments: str) -> str:
+    """Runs the recipe in this process, and returns what it ends with."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["mujoco.py", *arguments])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPES / "mujoco.py"), run_name="__main__")
+    return str(stop.value)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("run")
@@ -130,6 +141,7 @@ def test_a_run_shows_its_bar_and_nothing_else(finished) -> None:
         (["run.compile=true"], "none of auto, always, never"),
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),
+        (["checkpoint.keep=0"], "keep no checkpoint"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -137,12 +149,7 @@ def test_a_mistake_costs_one_line(
     tmp_path: Path, monkeypatch, capfd, arguments: list[str], says: str
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mujoco.py", "run.folder=out", *arguments])
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(RECIPES / "mujoco.py"), run_name="__main__")
-    message = str(stop.value)
+    message = mistake(tmp_path, monkeypatch, "run.folder=out", *arguments)
     assert says in message
     assert "\n" not in message
     assert capfd.readouterr().err == ""  # and no more than this line
@@ -160,7 +167,7 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, package: str) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_ctrl_c_ends_cleanly_with_checkpoint_and_plot(tmp_path: Path) -> None:
+def test_ctrl_c_ends_cleanly_and_the_run_goes_on(tmp_path: Path, monkeypatch) -> None:
     long = [*SHORT[:1], "training.total_steps=100000", "evaluation.every=100000", *SHORT[3:]]
     with subprocess.Popen(
         [sys.executable, str(RECIPES / "mujoco.py"), *long, "run.folder=out", "run.log_every=1"],
@@ -178,8 +185,21 @@ def test_ctrl_c_ends_cleanly_with_checkpoint_and_plot(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert "interrupted after" in errors.strip().splitlines()[-1]
-    for name in ("checkpoints/last.ckpt", "agent_last.pt", "curve.png"):
+    for name in ("agent_last.pt", "curve.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0, name
+    again = mistake(tmp_path, monkeypatch, *long, "run.folder=out")
+    assert "there is a run in out already: go on with it by resume=auto" in again
+    again = mistake(tmp_path, monkeypatch, *long, "run.folder=out", "resume=auto", "seed=7")
+    assert again.endswith("out was trained with seed=0 and cannot go on with 7")
+    again = mistake(tmp_path, monkeypatch, *long, "resume=nowhere")
+    assert again.endswith("resume=nowhere: there is no whole checkpoint in that folder")
+    done = int(re.search(r"interrupted after (\d+) steps; resume=out goes on", errors)[1])
+    steps = (f"training.total_steps={done + 3}", f"evaluation.every={done + 3}")
+    result = run("mujoco.py", *SHORT[:1], *steps, *SHORT[3:], "resume=out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"HalfCheetah-v5: on from step {done}, then learning; out")
+    curve = (tmp_path / "out/curve.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in curve] == ["step", str(done + 3)]
 
 
 def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:

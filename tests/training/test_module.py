@@ -12,15 +12,32 @@ import torch
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, InterruptBetweenUpdates, Video, make_trainer
+from alm_torchrl.training import (
+    ALMModule,
+    Checkpoints,
+    StopOnSignal,
+    Video,
+    find_checkpoint,
+    make_trainer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 
 def trainer(folder: Path, eval_every: int = 6, **options) -> L.Trainer:
     return make_trainer(
-        folder, seed=3, title="test", eval_every=eval_every, accelerator="cpu", **options
+        folder,
+        seed=3,
+        title="test",
+        eval_every=eval_every,
+        checkpoint_every=eval_every,
+        accelerator="cpu",
+        **options,
     )
+
+
+def newest_state(folder: Path) -> dict:
+    return torch.load(find_checkpoint(folder / "checkpoints").state, weights_only=True)
 
 
 def test_a_run_learns_and_leaves_everything_behind(make_module, tmp_path: Path) -> None:
@@ -54,8 +71,9 @@ def test_a_run_learns_and_leaves_everything_behind(make_module, tmp_path: Path) 
         "curve.png",
         "agent_best.pt",
         "agent_last.pt",
-        "checkpoints/best.ckpt",
-        "checkpoints/last.ckpt",
+        "checkpoints/update-0000000006/state.ckpt",
+        "checkpoints/update-0000000012/state.ckpt",
+        "checkpoints/update-0000000012/manifest.json",
         "logs/csv/metrics.csv",
     }
     metrics = list(csv.DictReader((tmp_path / "logs/csv/metrics.csv").open()))
@@ -68,7 +86,7 @@ def test_a_run_learns_and_leaves_everything_behind(make_module, tmp_path: Path) 
 def test_a_checkpoint_restores_loss_and_optimiser(make_module, tmp_path: Path) -> None:
     module = make_module()
     trainer(tmp_path).fit(module)
-    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    content = newest_state(tmp_path)
     fresh = make_module()
     fresh.load_state_dict(content["state_dict"])
     for name, value in module.loss.state_dict().items():
@@ -93,47 +111,50 @@ def test_non_finite_data_stops_the_run_before_it_does_damage(make_module, tmp_pa
     with pytest.raises(FloatingPointError, match=r"at update 3 \(environment step 4\)"):
         run.fit(module)
     assert all(torch.equal(p, poison.before[n]) for n, p in module.named_parameters())
-    assert (tmp_path / "checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("during", ["batch_start", "backward", "validation"])
-def test_ctrl_c_ends_after_the_update_with_checkpoint_agent_and_plot(
-    make_module, tmp_path: Path, during: str
+def test_a_signal_ends_after_the_update_with_checkpoint_agent_and_plot(
+    make_module, tmp_path: Path, during: str, number: signal.Signals
 ) -> None:
     class Interrupt(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if during == "batch_start" and batch_idx == 4:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
         def on_validation_start(self, trainer, pl_module) -> None:
             if during == "validation":
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     module, run = make_module(), trainer(tmp_path, eval_every=4)
     run.callbacks.append(Interrupt())
 
     def interrupt(gradient: torch.Tensor) -> None:
         if during == "backward" and run.global_step == 4:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     next(module.loss.encoder_params.parameters()).register_hook(interrupt)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         run.fit(module)
     signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
-    for name in ("checkpoints/last.ckpt", "agent_last.pt", "curve.png", "curve.csv"):
+    for name in ("agent_last.pt", "curve.png", "curve.csv"):
         assert (tmp_path / name).stat().st_size > 0, name
-    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-    assert content["global_step"] == 5
+    content = newest_state(tmp_path)
+    assert content["global_step"] == (4 if during == "validation" else 5)
     for name, value in module.loss.state_dict().items():
         assert torch.equal(content["state_dict"][f"loss.{name}"], value)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(make_module, tmp_path: Path) -> None:
-    interrupt = InterruptBetweenUpdates()
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, every=1)
+    interrupt = StopOnSignal(checkpoints)
     interrupt.on_fit_start(None, None)
     try:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        assert checkpoints.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:

@@ -23,12 +23,13 @@ from alm_torchrl.training import (
     StackedAgent,
     StackedLoss,
     Update,
+    find_checkpoint,
     make_optimizer,
     make_trainer,
     stack_seeds,
 )
 from alm_torchrl.training.seeds import StackedSoftUpdate
-from tests.training.conftest import make_env
+from tests.training.tiny import make_env
 
 SEEDS = 3
 CONFIG = AgentConfig(
@@ -204,7 +205,13 @@ def make_module(total_steps: int = 12) -> ALMModule:
 def test_a_run_keeps_every_seed_apart(tmp_path: Path) -> None:
     module = make_module()
     trainer = make_trainer(
-        tmp_path, seed=5, num_seeds=2, title="test", eval_every=6, accelerator="cpu"
+        tmp_path,
+        seed=5,
+        num_seeds=2,
+        title="test",
+        eval_every=6,
+        checkpoint_every=6,
+        accelerator="cpu",
     )
     trainer.fit(module)
     assert trainer.global_step == 12
@@ -224,7 +231,8 @@ def test_a_run_keeps_every_seed_apart(tmp_path: Path) -> None:
     one, other = (nn.utils.parameters_to_vector(a.parameters()) for a in module.agents)
     assert not torch.equal(one, other)
 
-    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    start = find_checkpoint(tmp_path / "checkpoints")
+    content = torch.load(start.state, weights_only=True)
     fresh = make_module()
     fresh.load_state_dict(content["state_dict"])
     stacked = fresh.loss.parameter_groups()["actor"][0]

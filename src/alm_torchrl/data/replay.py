@@ -246,6 +246,61 @@ class WindowReplayBuffer(ReplayBuffer):
             if ("next", name) in row.keys(include_nested=True):
                 self.set_at_(("next", name), row["next", name] | closing, newest)
 
+    @property
+    def steps_written(self) -> int:
+        """Time steps stored so far, those included that have been overwritten since."""
+        return int(self.write_count)
+
+    def read(self, start: int, stop: int) -> TensorDictBase:
+        """Copies stored time steps, counted as :attr:`steps_written` counts them.
+
+        Args:
+            start: the first of them.
+            stop: the one after the last.
+
+        Returns:
+            The entries on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``.
+
+        Raises:
+            IndexError: if some of them are not stored, or not any more.
+        """
+        oldest = max(0, self.steps_written - self.max_steps)
+        if not oldest <= start <= stop <= self.steps_written:
+            raise IndexError(
+                f"time steps {start} to {stop} are wanted, and {oldest} to {self.steps_written} "
+                "are stored"
+            )
+        rows = torch.arange(start, stop, device=self.storage.device) % self.max_steps
+        return self.storage.get(slice(None))[rows].to("cpu")
+
+    def restore(self, parts: Iterable[tuple[int, TensorDictBase]], steps_written: int) -> None:
+        """Puts back time steps copied by :meth:`read`, and closes the episodes that were running.
+
+        Args:
+            parts: the first time step and the entries of each, newest first; where two overlap,
+                the newer one counts.
+            steps_written: as it was.
+
+        Raises:
+            ValueError: if the buffer is not empty, or the parts do not hold what it should.
+        """
+        if len(self):
+            raise ValueError("only an empty replay buffer can be restored")
+        oldest, missing = max(0, steps_written - self.max_steps), steps_written
+        for start, data in parts:
+            first, stop = max(start, oldest), min(start + len(data), missing)
+            if start + len(data) < missing:
+                break
+            if first < stop:
+                rows = torch.arange(first, stop) % self.max_steps
+                self.storage.set(rows, data[first - start : stop - start].to(self.storage.device))
+                missing = first
+        if missing > oldest:
+            raise ValueError(f"time steps {oldest} to {missing} of the replay buffer are lacking")
+        cursor = {"_cursor": steps_written % self.max_steps, "_write_count": steps_written}
+        self.writer.load_state_dict(cursor)
+        self.close_episodes()
+
     def loads(self, path: str | Path) -> None:
         """Restores what ``dumps`` saved, and closes the episodes that were running then."""
         super().loads(path)

@@ -1,5 +1,5 @@
 """Environments as TorchRL sees them: Gymnasium tasks with the specs the agent is built from."""
 
-from alm_torchrl.envs.gymnasium import make_env
+from alm_torchrl.envs.gymnasium import make_env, random_states, set_random_states
 
-__all__ = ["make_env"]
+__all__ = ["make_env", "random_states", "set_random_states"]

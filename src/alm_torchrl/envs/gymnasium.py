@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-__all__ = ["make_env"]
+__all__ = ["make_env", "random_states", "set_random_states"]
 
 _INSTALL = "pip install 'alm-torchrl[recipes]'"
 
@@ -92,6 +93,49 @@ def make_env(
     if isinstance(seed, int):
         env.set_seed(seed)
     return env
+
+
+def random_states(env: EnvBase) -> list[str]:
+    """The states of the random generators that the next episodes are drawn from.
+
+    Args:
+        env: an environment, such as :func:`make_env` makes.
+
+    Returns:
+        For each Gymnasium environment in it that lives in this process, its generator's state as
+        JSON; nothing for others, or if the environment is closed.
+    """
+    return [json.dumps(one.np_random.bit_generator.state) for one in _gymnasium_envs(env)]
+
+
+def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
+    """Gives the random generators of an environment back the states that they had.
+
+    Without states, the environment is seeded from torch's generator.
+
+    Args:
+        env: an environment like that of :func:`random_states`.
+        states: what that returned.
+
+    Raises:
+        ValueError: if there are not as many states as environments.
+    """
+    envs = _gymnasium_envs(env)
+    if not states:
+        env.set_seed(int(torch.randint(2**31 - 1, ())))
+        return
+    if len(envs) != len(states):
+        raise ValueError(f"{len(states)} states of generators for {len(envs)} environments")
+    for one, state in zip(envs, states, strict=True):
+        one.np_random.bit_generator.state = json.loads(state)
+
+
+def _gymnasium_envs(env: EnvBase) -> list[Any]:
+    if isinstance(env, TransformedEnv):
+        return _gymnasium_envs(env.base_env)
+    if isinstance(env, SerialEnv):
+        return [one for part in getattr(env, "_envs", ()) for one in _gymnasium_envs(part)]
+    return [env._env.unwrapped] if isinstance(env, GymWrapper) and not env.is_closed else []
 
 
 def _make_one(

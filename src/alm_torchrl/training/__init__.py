@@ -7,13 +7,14 @@ if find_spec("lightning") is None:
 
 from alm_torchrl.training.acting import PolicyCopy
 from alm_torchrl.training.callbacks import (
-    InterruptBetweenUpdates,
     LearningCurve,
     SaveAgent,
+    StopOnSignal,
     Video,
 )
+from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from alm_torchrl.training.compilation import worth_compiling
-from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.experience import EnvironmentFailedError, Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
@@ -31,8 +32,10 @@ from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 __all__ = [
     "ALMModule",
     "CapturedUpdate",
+    "Checkpoint",
+    "Checkpoints",
+    "EnvironmentFailedError",
     "Experience",
-    "InterruptBetweenUpdates",
     "LearningCurve",
     "PolicyCopy",
     "ProgressBar",
@@ -42,9 +45,11 @@ __all__ = [
     "StackedNoise",
     "StackedPolicy",
     "StackedSoftUpdate",
+    "StopOnSignal",
     "Update",
     "Video",
     "choose_precision",
+    "find_checkpoint",
     "make_optimizer",
     "make_trainer",
     "quiet_notices",

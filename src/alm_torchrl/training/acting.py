@@ -42,9 +42,13 @@ class PolicyCopy(TensorDictModuleBase):
         self.policy = policy if self._shares else copy.deepcopy(policy).to("cpu")
         self._slots: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
         self._lag = lag
-        if not self._shares:
-            for _ in range(lag + 1):
-                self.publish()
+        self.restart()
+
+    def restart(self) -> None:
+        """Acts with the weights as they are, as at the start."""
+        self._slots.clear()
+        for _ in range(self._lag + 1):
+            self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:

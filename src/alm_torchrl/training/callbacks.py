@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from alm_torchrl.files import replacing
+from alm_torchrl.training.checkpoints import Checkpoints, validates_next
 from alm_torchrl.training.module import ALMModule
 
-__all__ = ["InterruptBetweenUpdates", "LearningCurve", "SaveAgent", "Video"]
+__all__ = ["LearningCurve", "SaveAgent", "StopOnSignal", "Video"]
 
 
 class LearningCurve(L.Callback):
@@ -42,7 +45,21 @@ class LearningCurve(L.Callback):
         self.title = title
         self.row = row
         self.rows: list[dict[str, float]] = []
+        self._before = 0.0
         self._start = time.monotonic()
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the curve of this seed."""
+        return self._generate_state_key(row=self.row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far, and the seconds that it took."""
+        return {"rows": self.rows, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the curve."""
+        self.rows, self._before = list(state_dict["rows"]), state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Starts the clock."""
@@ -60,7 +77,7 @@ class LearningCurve(L.Callback):
                 "return": round(returns.mean().item(), 2),
                 "return_std": round(returns.std(correction=0).item(), 2),
                 "frames": experience.frames,
-                "seconds": round(time.monotonic() - self._start, 1),
+                "seconds": round(self._seconds(), 1),
             }
         )
         self._write()
@@ -71,14 +88,20 @@ class LearningCurve(L.Callback):
         """Leaves both files behind when a run is interrupted before its first evaluation."""
         self._write()
 
-    def _write(self) -> None:
-        with (self.folder / "curve.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.FIELDS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        self._draw()
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._start
 
-    def _draw(self) -> None:
+    def _write(self) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.FIELDS)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        with replacing(self.folder / "curve.csv") as file:
+            file.write(text.getvalue().encode())
+        with replacing(self.folder / "curve.png") as file:
+            self._draw(file)
+
+    def _draw(self, file: BinaryIO) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -93,7 +116,7 @@ class LearningCurve(L.Callback):
         axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
         axes.set(xlabel="environment steps after the warm-up", ylabel="return", title=self.title)
         axes.grid(alpha=0.3)
-        figure.savefig(self.folder / "curve.png", dpi=150)
+        figure.savefig(file, format="png", dpi=150)
 
 
 class SaveAgent(L.Callback):
@@ -108,6 +131,19 @@ class SaveAgent(L.Callback):
         self.folder = Path(folder)
         self.row = row
         self.best = float("-inf")
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the best return of this seed."""
+        return self._generate_state_key(row=self.row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best return so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from the best return so far."""
+        self.best = state_dict["best"]
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
@@ -126,45 +162,63 @@ class SaveAgent(L.Callback):
         pl_module.agents[self.row].save(self.folder / "agent_last.pt")
 
 
-class InterruptBetweenUpdates(L.Callback):
-    """Lets Ctrl-C end a run after the update in progress, so that what is saved is whole.
+class StopOnSignal(L.Callback):
+    """Lets Ctrl-C and SIGTERM end a run after the update in progress, with a checkpoint.
 
-    A second Ctrl-C interrupts at once.
+    SIGTERM is what cluster managers send before they take a machine away. A second signal ends the
+    run at once, without.
+
+    Args:
+        checkpoints: what saves before the run ends, if anything does.
     """
 
-    def __init__(self) -> None:
-        self._requested = False
-        self._previous: Any = None
+    def __init__(self, checkpoints: Checkpoints | None = None) -> None:
+        self.signal: signal.Signals | None = None
+        self._checkpoints = checkpoints
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Takes over Ctrl-C, where this is the main thread, which alone may."""
+        """Takes over the signals, where this is the main thread, which alone may."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: ALMModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the run if it was asked to; where an evaluation follows, after that."""
+        if not validates_next(trainer, batch_idx):
+            self._stop_if_asked()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Ends the run if it was asked to."""
-        if self._requested:
-            raise KeyboardInterrupt
+        self._stop_if_asked()
 
     def teardown(self, trainer: L.Trainer, pl_module: ALMModule, stage: str) -> None:
-        """Gives Ctrl-C back."""
+        """Gives the signals back."""
         self._restore()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Gives Ctrl-C back."""
+        """Gives the signals back."""
         self._restore()
 
-    def _request(self, *_: Any) -> None:
-        if self._requested:
+    def _stop_if_asked(self) -> None:
+        if self.signal is not None:
             raise KeyboardInterrupt
-        self._requested = True
+
+    def _request(self, number: int, _: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        if self._checkpoints is not None:
+            self._checkpoints.requested = True
 
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()
 
 
 class Video(L.Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector
@@ -13,7 +14,11 @@ from alm_torchrl.modules import NoiseSchedule
 from alm_torchrl.training.acting import PolicyCopy
 from alm_torchrl.training.seeds import StackedNoise
 
-__all__ = ["Experience"]
+__all__ = ["EnvironmentFailedError", "Experience"]
+
+
+class EnvironmentFailedError(RuntimeError):
+    """An environment raised, or returned what is not finite; nothing of it was stored."""
 
 
 class Experience:
@@ -64,6 +69,10 @@ class Experience:
         self.policy = policy
         self.num_seeds = num_seeds
         self.frames = 0
+        self.updates = 0
+        self.collecting = False
+        self._batches = 0
+        self._last_frames = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
         if len(self) < 1:
             raise ValueError(
@@ -80,25 +89,91 @@ class Experience:
         return int(self.total_steps * self.updates_per_step)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Yields ``len(self)`` batches, collecting as it goes."""
-        updates = 0
-        for data in self.collector:
-            self._store(data)
+        """Yields batches until there have been ``len(self)``, collecting as it goes.
+
+        Raises:
+            EnvironmentFailedError: if the environment raises, or returns what is not finite.
+        """
+        batches = iter(self.collector)
+        while True:
             due = min(int(self.steps * self.updates_per_step), len(self))
-            while updates < due:
-                updates += 1
+            while self.updates < due:
+                self.updates += 1
                 yield self.replay.sample()
-            if updates >= len(self):
+            if self.updates >= len(self):
                 return
-            if self.noise is not None and self.steps > 0:
-                self.noise.advance(data.numel() // self.num_seeds)
-            if self.policy is not None and self.steps > 0:
-                self.policy.publish()
+            self._conclude()
+            data = self._collect(batches)
+            if data is None:
+                return
+            self._store(data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on, the replay buffer apart."""
+        return {
+            "frames": self.frames,
+            "updates": self.updates,
+            "batches": self._batches,
+            "last_frames": self._last_frames,
+            "episode_returns": list(self.episode_returns),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting where the state was taken, between two updates."""
+        self.frames = state_dict["frames"]
+        self.updates = state_dict["updates"]
+        self._last_frames = state_dict["last_frames"]
+        self.episode_returns.extend(state_dict["episode_returns"])
+        self._batches = state_dict["batches"]
+        counts = {"frames": self.frames * self.num_seeds, "iter": self._batches}
+        self.collector.load_state_dict(counts, strict=False)
+
+    def restart(self) -> None:
+        """Resets the environments and acts with the newest weights, as a run does that goes on."""
+        self.collector.reset()
+        if self.policy is not None:
+            self.policy.restart()
+
+    def _conclude(self) -> None:
+        """Ends the step that was learnt from."""
+        if self.steps == 0:
+            return
+        if self.noise is not None:
+            self.noise.advance(self._last_frames)
+        if self.policy is not None:
+            self.policy.publish()
+
+    def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
+        """The collector's next batch, if there is one and nothing is wrong with it."""
+        self.collecting = True
+        try:
+            data = next(batches, None)
+        except Exception as error:
+            raise EnvironmentFailedError(
+                f"the environment failed after frame {self.frames}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+        if data is not None:
+            _check_finite(data, self.frames)
+        self.collecting = False
+        return data
 
     def _store(self, data: TensorDictBase) -> None:
         self.replay.extend(data)
-        self.frames += data.numel() // self.num_seeds
+        self._batches += 1
+        self._last_frames = data.numel() // self.num_seeds
+        self.frames += self._last_frames
         outcome = data.get("next")
         returns = outcome.get("episode_reward", None)
         if returns is not None:
             self.episode_returns.extend(returns[outcome.get("done")].tolist())
+
+
+def _check_finite(data: TensorDictBase, frames: int) -> None:
+    """Raises if there is a number in a batch that is not finite."""
+    for key, leaf in data.items(include_nested=True, leaves_only=True):
+        if leaf.is_floating_point() and not leaf.isfinite().all():
+            raise EnvironmentFailedError(
+                f"a value that is not finite was collected in {key!r} after frame {frames}: a "
+                "simulation may have diverged, or the action range is too large"
+            )

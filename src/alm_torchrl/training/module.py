@@ -129,15 +129,20 @@ class ALMModule(L.LightningModule):
         optimizer.step(closure=lambda: metrics.update(self._update(batch)))
         logging = batch_idx % self.log_every == 0
         if logging or self.device.type == "cpu":
-            self._check()
+            self.check()
         if logging:
             self._log_metrics({f"train/{k}": v for k, v in metrics.items()})
 
     def on_validation_start(self) -> None:
         """Finds out whether the updates so far were sound, before anything is kept of them."""
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Waits for the updates so far, and finds out whether they were sound.
+
+        Raises:
+            FloatingPointError: if the norm of a gradient was not finite.
+        """
         try:
             self._update.check()
         except FloatingPointError as error:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torchrl.envs import EnvBase
 
 from alm_torchrl.training.callbacks import (
-    InterruptBetweenUpdates,
     LearningCurve,
     SaveAgent,
+    StopOnSignal,
     Video,
 )
+from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.progress import ProgressBar
 
@@ -30,6 +31,9 @@ def make_trainer(
     num_seeds: int = 1,
     title: str,
     eval_every: int,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
+    start: Checkpoint | None = None,
     accelerator: str = "auto",
     precision: str = "32-true",
     tensorboard: bool = True,
@@ -48,6 +52,10 @@ def make_trainer(
         num_seeds: seeds trained at once: ``seed``, ``seed + 1`` and so on.
         title: of the plot.
         eval_every: updates between two evaluations.
+        checkpoint_every: updates between two checkpoints; none are kept if left out.
+        keep_checkpoints: how many of the newest are kept.
+        start: the checkpoint to go on from; give its ``state`` to ``fit`` as ``ckpt_path``, with
+            ``weights_only=True``.
         accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
         precision: of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
             :func:`choose_precision`. Acting and evaluation stay in float32.
@@ -64,7 +72,7 @@ def make_trainer(
     """
     folder = Path(folder)
     loggers: list[Logger] = [
-        CSVLogger(folder, name="logs", version="csv", flush_logs_every_n_steps=1)
+        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
     ]
     if tensorboard:
         loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
@@ -72,14 +80,14 @@ def make_trainer(
         if find_spec("wandb") is None:
             raise ImportError("logging to Weights & Biases needs it: pip install wandb")
         loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
-    checkpoints = folder / "checkpoints"
-    callbacks: list[Callback] = [
-        *_keep_by_seed(folder, seed, num_seeds, title),
-        ModelCheckpoint(checkpoints, filename="best", monitor="return", mode="max"),
-        ModelCheckpoint(checkpoints, filename="last", save_on_exception=True),
-        ProgressBar(),
-        InterruptBetweenUpdates(),
-    ]
+    callbacks = _keep_by_seed(folder, seed, num_seeds, title)
+    checkpoints = None
+    if checkpoint_every is not None:
+        checkpoints = Checkpoints(
+            folder / "checkpoints", every=checkpoint_every, keep=keep_checkpoints, start=start
+        )
+        callbacks.append(checkpoints)
+    callbacks += [ProgressBar(), StopOnSignal(checkpoints)]
     if video_env is not None:
         callbacks.append(Video(folder, video_env))
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
@@ -93,9 +101,16 @@ def make_trainer(
         num_sanity_val_steps=0,
         logger=loggers,
         callbacks=callbacks,
+        enable_checkpointing=False,  # Lightning's own know no replay buffer
         enable_model_summary=False,
         inference_mode=False,
     )
+
+
+def _unused(folder: Path) -> str:
+    """A name for the metrics, of which the CSV logger would remove those there already."""
+    sessions = len(list((folder / "logs").glob("csv*")))
+    return f"csv{sessions + 1}" if sessions else "csv"
 
 
 def _keep_by_seed(folder: Path, seed: int, num_seeds: int, title: str) -> list[Callback]:

@@ -1,0 +1,97 @@
+"""What checkpoints cost: a full replay buffer saved at the recipe's interval."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L  # noqa: N812 - Lightning's own convention
+import torch
+
+from alm_torchrl.training import Checkpoints, make_trainer
+from benchmarks.long import recipe_config
+from benchmarks.measure import synchronize
+from recipes.mujoco import make_module
+
+#: Transitions put into the buffer at a time.
+CHUNK = 10_000
+
+
+def saving(
+    task: str, device: torch.device, transitions: int, steps: int, interval: int = 5000
+) -> tuple[str, dict[str, Any]]:
+    """Trains for a while in the paper's sizes, fills the buffer, and saves it again and again.
+
+    Args:
+        task: the recipe's task.
+        device: where.
+        transitions: that the replay buffer holds; all of it is full.
+        steps: environment steps timed for comparison.
+        interval: environment steps between two checkpoints; the paper preset has 5,000.
+
+    Returns:
+        A line to print, and the record.
+    """
+    options = ["preset=paper", f"training.replay_capacity={transitions}", "run.compile=never"]
+    config = recipe_config(task, device, steps, options)
+    with TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            folder,
+            seed=0,
+            title="",
+            eval_every=steps,
+            checkpoint_every=10 * steps,
+            accelerator=config.run.accelerator,
+            tensorboard=False,
+        )
+        trainer.limit_val_batches = 0
+        ticks = _Ticks()
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(ticks)
+        module = make_module(config, trainer.strategy.root_device)
+        trainer.fit(module)
+        replay, experience = module.experience.replay, module.experience
+        collected = replay.storage.get(slice(None))
+        rows = collected[torch.arange(CHUNK, device=device) % len(replay)]
+        for _ in range(transitions // CHUNK):
+            replay.extend(rows)
+        saver = next(c for c in callbacks if isinstance(c, Checkpoints))
+        seconds = []
+        for _ in range(4):
+            experience.updates += interval
+            start = time.perf_counter()
+            saver.save(trainer, module)
+            seconds.append(time.perf_counter() - start)
+            replay.extend(rows[:interval])
+        sizes = sum(path.stat().st_size for path in Path(folder, "checkpoints").rglob("*.pt"))
+    whole, *later = seconds
+    share = median(later) / (median(later) + interval * ticks.step)
+    line = (
+        f"{len(replay)} transitions ({sizes / 2**20:.0f} MiB): all at once {whole:.1f} s; what "
+        f"{interval} steps add {median(later):.2f} s, {share:.2%} of the time they train "
+        f"({ticks.step * 1e3:.0f} ms each)"
+    )
+    record = {"seconds": seconds, "step": ticks.step, "interval": interval, "share": share}
+    return line, record
+
+
+class _Ticks(L.Callback):
+    """The median time of a training step, after the first few."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Looks at the clock."""
+        synchronize()
+        self.times.append(time.perf_counter())
+
+    @property
+    def step(self) -> float:
+        """In seconds."""
+        late = self.times[len(self.times) // 4 :]
+        return median(b - a for a, b in pairwise(late))

@@ -1,0 +1,124 @@
+"""A replay buffer on disk, as files that are written once each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from alm_torchrl.data.replay import WindowReplayBuffer
+from alm_torchrl.files import replacing, sha256
+
+__all__ = ["JournalPart", "ReplayJournal"]
+
+
+@dataclass(frozen=True)
+class JournalPart:
+    """A file of a :class:`ReplayJournal`.
+
+    Attributes:
+        file: its name.
+        start: the first time step in it, as ``WindowReplayBuffer.steps_written`` counts.
+        stop: the one after the last.
+        sha256: its checksum.
+    """
+
+    file: str
+    start: int
+    stop: int
+    sha256: str
+
+    def check(self, folder: Path) -> None:
+        """Raises an :class:`OSError` unless the file is in the folder as it was written."""
+        path = folder / self.file
+        if not path.is_file():
+            raise OSError(f"{path} is lacking")
+        if sha256(path) != self.sha256:
+            raise OSError(f"{path} is not as it was written")
+
+
+class ReplayJournal:
+    """Writes what has been stored since it was last asked, so that saving takes as long as that.
+
+    TorchRL's ``dumps`` writes a buffer as a whole, gigabytes of it every time. Here each time step
+    is written once, to a file that is never touched again: what a checkpoint refers to stays as it
+    was while training goes on. A part begins with the last time step of the part before it, whose
+    episode may have been closed since.
+
+    Args:
+        replay: the buffer, in memory of any kind.
+        folder: where the parts go; made if need be.
+    """
+
+    def __init__(self, replay: WindowReplayBuffer, folder: str | Path) -> None:
+        self.replay = replay
+        self.folder = Path(folder)
+        self.parts: list[JournalPart] = []
+
+    def save(self) -> list[JournalPart]:
+        """Writes a part with what is new, and waits until it is on the disk.
+
+        Returns:
+            The parts that make up the buffer, oldest first.
+
+        Raises:
+            OSError: if the part cannot be written; nothing is left of it then.
+        """
+        written = self.replay.steps_written
+        oldest = max(0, written - self.replay.max_steps)
+        saved = self.parts[-1].stop if self.parts else 0
+        if saved < written:
+            start = max(oldest, saved - 1)
+            self.parts.append(self._write(start, written))
+        self.parts = [part for part in self.parts if part.stop > oldest]
+        return list(self.parts)
+
+    def load(self, parts: Iterable[JournalPart]) -> None:
+        """Fills the buffer, which is empty, and closes the episodes that were running.
+
+        Args:
+            parts: what :meth:`save` returned.
+
+        Raises:
+            ValueError: if the buffer has other sizes or entries than the one that was saved.
+            OSError: if a part cannot be read.
+        """
+        self.parts = list(parts)
+        if self.parts:
+            self.replay.restore(self._read(), self.parts[-1].stop)
+
+    def remove_all_but(self, parts: Iterable[JournalPart]) -> None:
+        """Removes the files that are none of these parts."""
+        kept = {part.file for part in parts}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def _write(self, start: int, stop: int) -> JournalPart:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{start:012d}-{stop:012d}.pt"
+        rows = self.replay.read(start, stop)
+        with replacing(path) as file:
+            torch.save({"/".join(key): leaf for key, leaf in _leaves(rows)}, file)
+        return JournalPart(path.name, start, stop, sha256(path))
+
+    def _read(self) -> Iterator[tuple[int, TensorDictBase]]:
+        lanes = [] if self.replay.num_envs == 1 else [self.replay.num_envs]
+        for part in reversed(self.parts):
+            content = torch.load(self.folder / part.file, weights_only=True)
+            shape = [part.stop - part.start, *lanes]
+            if any(list(leaf.shape[: len(shape)]) != shape for leaf in content.values()):
+                raise ValueError(
+                    f"{part.file} does not hold {shape[0]} steps of num_envs="
+                    f"{self.replay.num_envs} environments"
+                )
+            entries = {tuple(name.split("/")): leaf for name, leaf in content.items()}
+            yield part.start, TensorDict(entries, shape)
+
+
+def _leaves(rows: TensorDictBase) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    for key, leaf in rows.items(include_nested=True, leaves_only=True):
+        yield key if isinstance(key, tuple) else (key,), leaf

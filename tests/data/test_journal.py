@@ -1,0 +1,118 @@
+"""A replay buffer on disk: every step written once, and put back where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from alm_torchrl.data import ReplayJournal, WindowReplayBuffer, make_replay_buffer
+
+
+def batch(first: int, steps: int, lanes: int) -> TensorDict:
+    shape = [steps] if lanes == 1 else [lanes, steps]
+    time = torch.arange(first, first + steps).float().expand(shape).unsqueeze(-1)
+    observation = time + 1000 * torch.arange(lanes).reshape(*([] if lanes == 1 else [-1, 1]), 1)
+    flag = torch.zeros(*shape, 1, dtype=torch.bool)
+    outcome = {"reward": time, "done": flag, "terminated": flag, "truncated": flag}
+    step = {"nested": {"position": observation}, "action": time}
+    return TensorDict({**step, "next": {"nested": {"position": observation + 1}, **outcome}}, shape)
+
+
+def buffer(lanes: int = 1, steps: int = 30, storage: str = "memory") -> WindowReplayBuffer:
+    return make_replay_buffer(steps * lanes, batch_size=16, num_envs=lanes, storage=storage)
+
+
+def everything(replay: WindowReplayBuffer) -> TensorDict:
+    return replay.storage.get(slice(None))
+
+
+@pytest.mark.parametrize("total", [7, 30, 47, 95])
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_what_was_saved_is_put_back_where_it_was(
+    tmp_path: Path, lanes: int, storage: str, total: int
+) -> None:
+    replay = buffer(lanes, storage=storage)
+    journal = ReplayJournal(replay, tmp_path)
+    for first in range(0, total, 5):
+        replay.extend(batch(first, min(5, total - first), lanes))
+        if first % 3 == 0 or first + 5 >= total:
+            parts = journal.save()
+    assert replay.steps_written == total
+
+    fresh = buffer(lanes, storage=storage)
+    ReplayJournal(fresh, tmp_path).load(parts)
+    replay.close_episodes()
+    for more in (0, 4):
+        if more:
+            replay.extend(batch(total, more, lanes))
+            fresh.extend(batch(total, more, lanes))
+        assert len(fresh) == len(replay)
+        assert (everything(fresh) == everything(replay)).all()
+        torch.manual_seed(0)
+        sample = replay.sample()
+        torch.manual_seed(0)
+        assert (fresh.sample() == sample).all()
+
+
+def test_a_step_is_written_once_and_forgotten_when_it_is_overwritten(tmp_path: Path) -> None:
+    replay = buffer()
+    journal = ReplayJournal(replay, tmp_path)
+    assert journal.save() == []
+    spans = []
+    for first in range(0, 60, 10):
+        replay.extend(batch(first, 10, 1))
+        spans.append([(part.start, part.stop) for part in journal.save()])
+    assert spans[1] == [(0, 10), (9, 20)]
+    assert spans[-1] == [(29, 40), (39, 50), (49, 60)]
+    assert journal.save() == journal.save()
+    journal.remove_all_but(journal.save()[1:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000000039-000000000050.pt",
+        "000000000049-000000000060.pt",
+    ]
+
+
+def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Path) -> None:
+    replay = buffer()
+    replay.extend(batch(0, 10, 1))
+    for expected in ([9], [9, 14], [9, 14, 19]):
+        journal = ReplayJournal(replay, tmp_path)
+        if replay.steps_written == 10:
+            parts = journal.save()
+        replay = buffer()
+        journal = ReplayJournal(replay, tmp_path)
+        journal.load(parts)
+        closed = everything(replay)["next", "truncated"].flatten().nonzero().flatten()
+        assert closed.tolist() == expected
+        replay.extend(batch(replay.steps_written, 5, 1))
+        parts = journal.save()
+
+
+def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    replay = buffer(lanes=3)
+    journal = ReplayJournal(replay, tmp_path)
+    replay.extend(batch(0, 10, 3))
+    parts = journal.save()
+    with pytest.raises(ValueError, match="num_envs=2"):
+        ReplayJournal(buffer(lanes=2), tmp_path).load(parts)
+    with pytest.raises(ValueError, match="empty"):
+        journal.load(parts)
+    with pytest.raises(ValueError, match="time steps 0 to 10 .* lacking"):
+        buffer().restore([], 10)
+    with pytest.raises(IndexError, match="0 to 10 are stored"):
+        replay.read(5, 11)
+
+
+def test_a_buffer_of_another_capacity_takes_what_fits(tmp_path: Path) -> None:
+    replay = buffer()
+    journal = ReplayJournal(replay, tmp_path)
+    for first in range(0, 40, 5):
+        replay.extend(batch(first, 5, 1))
+        parts = journal.save()
+    small = buffer(steps=20)
+    ReplayJournal(small, tmp_path).load(parts)
+    assert sorted(everything(small)["action"].flatten().tolist()) == list(range(20, 40))

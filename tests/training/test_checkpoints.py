@@ -1,0 +1,323 @@
+"""What a run leaves to go on from, and that it goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L  # noqa: N812
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import Transform, TransformedEnv
+
+from alm_torchrl.training import EnvironmentFailedError, find_checkpoint, make_trainer
+from tests.training.tiny import make_env
+
+
+class Losses(L.Callback):
+    """Notes the losses of every update, and raises a signal after one of them."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.seen: dict[int, tuple[float, ...]] = {}
+        self.stop_after = stop_after
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        update = pl_module.training_step
+
+        def noted(batch, batch_idx):
+            update(batch, batch_idx)
+            weights = [p.sum().item() for p in pl_module.loss.parameters()]
+            self.seen[pl_module.experience.updates] = tuple(weights)
+            if self.stop_after == pl_module.experience.updates:
+                signal.raise_signal(signal.SIGTERM)
+
+        pl_module.training_step = noted
+
+
+def fit(module, folder: Path, *callbacks: L.Callback, resume: bool = False, every: int = 5):
+    start = find_checkpoint(folder / "checkpoints") if resume else None
+    trainer = make_trainer(
+        folder,
+        seed=3,
+        title="tiny",
+        eval_every=6,
+        checkpoint_every=every,
+        accelerator="cpu",
+        tensorboard=False,
+        start=start,
+    )
+    trainer.callbacks.extend(callbacks)
+    trainer.progress_bar_callback.disable()
+    interrupted = False
+    try:
+        trainer.fit(module, ckpt_path=start and start.state, weights_only=True)
+    except SystemExit:
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return trainer, interrupted
+
+
+def curve(folder: Path) -> list[tuple[str, str]]:
+    return [(row["step"], row["frames"]) for row in csv.DictReader((folder / "curve.csv").open())]
+
+
+@pytest.mark.parametrize("stop_after", [5, 6, 7, 11, 12, 17])
+def test_an_interrupted_run_goes_on_where_it_was(make_module, tmp_path, stop_after) -> None:
+    _, interrupted = fit(make_module(24), tmp_path, Losses(stop_after))
+    assert interrupted
+    found = find_checkpoint(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.update == stop_after
+    notes = Losses()
+    module = make_module(24)
+    trainer, interrupted = fit(module, tmp_path, notes, resume=True)
+    assert not interrupted
+    assert list(notes.seen) == list(range(stop_after + 1, 25))
+    assert trainer.global_step == 24
+    assert module.experience.frames == 32
+    assert curve(tmp_path) == [("6", "14"), ("12", "20"), ("18", "26"), ("24", "32")]
+    assert int(module.agent.noise.step_count) == 23
+
+
+def test_losses_go_on_bit_by_bit_from_the_same_experience(make_module, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    uninterrupted, resumed = Losses(), Losses()
+    fit(make_module(2, updates_per_step=20), whole, uninterrupted)
+    fit(make_module(2, updates_per_step=20), parts, Losses(stop_after=5))
+    torch.manual_seed(99)
+    fit(make_module(2, updates_per_step=20), parts, resumed, resume=True)
+    of_this_step = range(6, 21)  # those after them have seen other transitions
+    assert [resumed.seen[n] for n in of_this_step] == [uninterrupted.seen[n] for n in of_this_step]
+    assert len({uninterrupted.seen[n] for n in of_this_step}) == 15
+
+
+def test_the_buffer_is_restored_and_the_running_episode_closed(make_module, tmp_path) -> None:
+    module = make_module(24)
+    fit(module, tmp_path, Losses(stop_after=7))
+    stored = module.experience.replay.storage.get(slice(None)).clone()
+    fresh = make_module(24)
+    fit(fresh, tmp_path, resume=True)
+    kept = fresh.experience.replay.storage.get(slice(None))[: len(stored)]
+    assert len(stored) == 15
+    assert not stored["next", "done"][-1]
+    assert kept["next", "truncated"][-1]
+    assert kept["next", "done"][-1]
+    assert (stored == kept)[:-1].all()
+    assert torch.equal(stored["next", "observation"], kept["next", "observation"])
+    assert not torch.equal(
+        kept["next", "observation"][-1], fresh.experience.replay[15]["observation"]
+    )
+
+
+def test_random_frames_are_not_drawn_again(make_module, tmp_path: Path) -> None:
+    fit(make_module(24), tmp_path, Losses(stop_after=7))
+    module = make_module(24)
+    fit(module, tmp_path, resume=True)
+    assert module.experience.collector.state_dict()["frames"] == 32
+
+
+def test_a_policy_that_lags_goes_on_with_restored_weights(make_module, tmp_path: Path) -> None:
+    fit(make_module(24, policy_lag=1), tmp_path, Losses(stop_after=7))
+    module = make_module(24, policy_lag=1)
+    acted = []
+
+    class Note(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            td = TensorDict({"observation": torch.ones(7)})
+            module.experience.policy(td)
+            weights = module.experience.policy.policy.parameters()
+            learnt = module.agent.policy().parameters()
+            acted.append(all(torch.equal(a, b) for a, b in zip(weights, learnt, strict=True)))
+
+    fit(module, tmp_path, Note(), resume=True)
+    assert acted == [True]
+
+
+def test_no_more_checkpoints_are_kept_than_asked_for(make_module, tmp_path: Path) -> None:
+    fit(make_module(24), tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["replay", "update-0000000020", "update-0000000024"]
+    found = find_checkpoint(tmp_path / "checkpoints")
+    files = {path.name for path in (tmp_path / "checkpoints/replay").iterdir()}
+    assert files == {part.file for part in found.replay}
+    manifest = json.loads((found.folder / "manifest.json").read_text())
+    assert (manifest["update"], manifest["step"], manifest["frames"]) == (24, 24, 32)
+    assert set(manifest["versions"]) >= {"alm-torchrl", "torch", "torchrl"}
+
+
+def test_a_finished_run_is_left_as_it_is(make_module, tmp_path: Path) -> None:
+    fit(make_module(24), tmp_path)
+    before = (tmp_path / "curve.csv").read_text()
+    notes = Losses()
+    fit(make_module(24), tmp_path, notes, resume=True)
+    assert not notes.seen
+    assert (tmp_path / "curve.csv").read_text() == before
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, truncate, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("what", ["state.ckpt", "manifest.json", "replay"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    make_module, tmp_path: Path, what: str, harm
+) -> None:
+    fit(make_module(24), tmp_path)
+    newest = find_checkpoint(tmp_path / "checkpoints")
+    if what == "replay":
+        harm(tmp_path / "checkpoints/replay" / newest.replay[-1].file)
+    else:
+        harm(newest.folder / what)
+    with pytest.warns(UserWarning, match="passing over a checkpoint that is not whole"):
+        found = find_checkpoint(tmp_path / "checkpoints")
+    assert found.update == 20
+    notes = Losses()
+    with pytest.warns(UserWarning, match="passing over"):
+        fit(make_module(24), tmp_path, notes, resume=True)
+    assert list(notes.seen) == [21, 22, 23, 24]
+    assert find_checkpoint(tmp_path / "checkpoints").update == 24
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(make_module, tmp_path: Path) -> None:
+    fit(make_module(12), tmp_path)
+    path = find_checkpoint(tmp_path / "checkpoints").folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest["version"] += 1
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**manifest, "sha256": digest}))
+    with pytest.raises(ValueError, match="newer alm_torchrl"):
+        find_checkpoint(tmp_path / "checkpoints")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up names of open files")
+@pytest.mark.parametrize("file", ["state.ckpt", "manifest.json.partial", "000000000012"])
+def test_a_full_disk_stops_the_run_and_leaves_what_was_saved_before(
+    make_module, tmp_path: Path, monkeypatch, file: str
+) -> None:
+    """The disk is full from the second checkpoint on, when a certain file is written."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if target.name.startswith(file) and saved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(descriptor)
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            saved.extend((tmp_path / "checkpoints").glob("update-*5"))
+
+    saved: list[Path] = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left on device"):
+        fit(make_module(24), tmp_path, Note())
+    assert find_checkpoint(tmp_path / "checkpoints").update == 5
+    assert not list(tmp_path.rglob("*.partial"))
+    monkeypatch.undo()
+    notes = Losses()
+    fit(make_module(24), tmp_path, notes, resume=True)
+    assert list(notes.seen) == list(range(6, 25))
+
+
+class Failing(Transform):
+    """Has the environment fail at a step, in one way or another."""
+
+    def __init__(self, how: str, at: int) -> None:
+        super().__init__()
+        self.how, self.at, self.count = how, at, 0
+
+    def _step(self, tensordict, next_tensordict):
+        self.count += 1
+        if self.count == self.at and self.how == "raises":
+            raise ValueError("the joint came off")
+        if self.count == self.at:
+            key = {"nan": "observation", "inf": "reward"}[self.how]
+            next_tensordict[key].fill_(float(self.how))
+        return next_tensordict
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("raises", "failed after frame 17: ValueError: the joint came off"),
+        ("nan", "not finite was collected in .*observation.* after frame 17"),
+        ("inf", "not finite was collected in .*reward.* after frame 17"),
+    ],
+)
+def test_an_environment_that_fails_loses_nothing(make_module, tmp_path, how, says) -> None:
+    module = make_module(24, env=TransformedEnv(make_env(), Failing(how, at=18)))
+    with pytest.raises(EnvironmentFailedError, match=says):
+        fit(module, tmp_path)
+    assert len(module.experience.replay) == 17
+    assert find_checkpoint(tmp_path / "checkpoints").update == 9
+    notes = Losses()
+    module = make_module(24)
+    fit(module, tmp_path, notes, resume=True)
+    assert list(notes.seen) == list(range(10, 25))
+    assert module.experience.replay.storage.get(slice(None)).isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before(make_module, tmp_path) -> None:
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 8:
+                batch["next", "reward"].fill_(float("inf"))
+
+    with pytest.raises(FloatingPointError, match="at update 8"):
+        fit(make_module(24), tmp_path, Poison())
+    assert find_checkpoint(tmp_path / "checkpoints").update == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
+    """Twenty times SIGKILL, each at a random moment of a run that goes on each time."""
+    rng = random.Random(0)
+    command = [sys.executable, "-m", "tests.training.killed"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", "."])}
+    root = Path(__file__).parents[2]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes) as server:
+
+        def run(kill_after: float | None) -> int:
+            server.stdin.write(f"{tmp_path}\n")
+            server.stdin.flush()
+            child = int(server.stdout.readline())
+            if kill_after is not None:
+                time.sleep(kill_after)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            return int(server.stdout.readline())
+
+        kills, reached = 0, 0
+        for _ in range(20):
+            status = run(kill_after=rng.uniform(0.3, 1.0))
+            kills += status == -signal.SIGKILL
+            assert status in (0, -signal.SIGKILL)
+            found = find_checkpoint(tmp_path / "checkpoints")  # warnings are errors
+            assert (found.update if found else 0) >= reached
+            reached = found.update if found else 0
+        assert run(kill_after=None) == 0
+        server.stdin.close()
+    assert kills >= 10
+    assert [step for step, _ in curve(tmp_path)] == ["100", "200", "300", "400"]

@@ -1,0 +1,43 @@
+"""A tiny agent in a tiny environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchrl.envs import EnvBase, StepCounter, TransformedEnv
+from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+
+from alm_torchrl.agent import ALMAgent
+from alm_torchrl.data import make_collector, make_replay_buffer
+from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training import ALMModule, Experience, PolicyCopy
+
+
+def make_env() -> TransformedEnv:
+    return TransformedEnv(ContinuousActionVecMockEnv(), StepCounter(max_steps=10))
+
+
+def make_module(
+    total_steps: int = 12,
+    *,
+    updates_per_step: float = 1.0,
+    policy_lag: int = 0,
+    env: EnvBase | None = None,
+    **options: Any,
+) -> ALMModule:
+    torch.manual_seed(0)
+    env = make_env() if env is None else env
+    agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
+    loss = ALMLoss(**agent.networks())
+    policy = PolicyCopy(agent.policy(), lag=policy_lag)
+    experience = Experience(
+        make_collector(env, policy, init_random_frames=8),
+        make_replay_buffer(100, batch_size=6),
+        total_steps=total_steps,
+        warmup_steps=8,
+        updates_per_step=updates_per_step,
+        noise=agent.noise,
+        policy=policy,
+    )
+    return ALMModule(agent, loss, experience, make_env(), eval_episodes=2, **options)

@@ -233,9 +233,9 @@ class Checkpoints(L.Callback):
 
     def _remove_others(self) -> None:
         """Removes what belongs to none of the checkpoints kept."""
-        kept = {checkpoint.folder for checkpoint in self.kept}
+        kept = {checkpoint.folder.name for checkpoint in self.kept}
         for found in self.folder.glob("update-*"):
-            if found not in kept:
+            if found.name not in kept:
                 shutil.rmtree(found, ignore_errors=True)
         self._journal.remove_all_but(part for one in self.kept for part in one.replay)
 

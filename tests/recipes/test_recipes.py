@@ -126,6 +126,20 @@ def test_a_run_shows_its_bar_and_nothing_else(finished) -> None:
     assert all("|" in line and "[" in line for line in lines if line.strip()), lines
 
 
+def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = run("mujoco.py", "-m", "seed=0,1", *SHORT, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("return ") == 2
+    more = run("mujoco.py", "-m", "seed=0,1,2", "resume=auto", *SHORT, cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert more.stdout.count("nothing was left to do") == 2
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert [name[: len("halfcheetah-quickstart-seed0")] for name in folders] == [
+        f"halfcheetah-quickstart-seed{seed}" for seed in range(3)
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

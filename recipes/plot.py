@@ -1,0 +1,117 @@
+"""Draws learning curves over seeds: ``python recipes/plot.py runs/halfcheetah-paper-* ...``.
+
+Runs that differ in their seed (and the time of their start) alone become one curve: the
+interquartile mean over seeds, with the interval that 95 % of bootstrap samples of the seeds fall
+into. The numbers go to a CSV file beside the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the folder of this file, where mujoco.py would pass for the simulator
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+#: What follows the name that runs of several seeds share.
+SEED = re.compile(r"-seed\d+(-\d{8}-\d{6})?$")
+Curves = dict[str, dict[int, dict[int, float]]]
+
+
+def read(folders: list[Path]) -> Curves:
+    """The returns by name, seed and step. Of two runs of one seed, the one with more steps counts.
+
+    Raises:
+        FileNotFoundError: if there is no curve in a folder.
+    """
+    curves: Curves = defaultdict(dict)
+    for folder in folders:
+        found = sorted({*folder.glob("curve.csv"), *folder.glob("seed*/curve.csv")})
+        if not found:
+            raise FileNotFoundError(f"{folder} holds no curve.csv, nor do folders seed<n> in it")
+        for path in found:
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["return"]]
+            if not rows:
+                continue
+            seed, name = int(rows[0]["seed"]), SEED.sub("", folder.resolve().name)
+            curve = {int(row["step"]): float(row["return"]) for row in rows}
+            known = curves[name].get(seed, {})
+            if known:
+                print(f"{name}: several runs of seed {seed}; the longest counts", file=sys.stderr)
+            curves[name][seed] = max(known, curve, key=len)
+    return dict(curves)
+
+
+def summarise(
+    curves: dict[int, dict[int, float]], samples: int = 2000
+) -> list[tuple[int, int, float, float, float]]:
+    """Interquartile mean and bootstrap interval at every step.
+
+    Args:
+        curves: return by seed and step.
+        samples: of the bootstrap.
+
+    Returns:
+        For every step that at least half of the seeds have: step, seeds, interquartile mean, and
+        the ends of the interval (both the mean itself with one seed).
+    """
+    rows = []
+    for step in sorted({step for curve in curves.values() for step in curve}):
+        returns = np.array([curve[step] for curve in curves.values() if step in curve])
+        if 2 * len(returns) < len(curves):
+            continue
+        mean = low = high = float(stats.trim_mean(returns, 0.25))
+        if len(returns) > 1:
+            interval = stats.bootstrap(
+                (returns,),
+                lambda sample, axis: stats.trim_mean(sample, 0.25, axis=axis),
+                n_resamples=samples,
+                method="percentile",
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+            low, high = float(interval.low), float(interval.high)
+        rows.append((step, len(returns), mean, low, high))
+    return rows
+
+
+def main() -> None:
+    """Reads, draws and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    arguments = parser.parse_args()
+    try:
+        groups = read(arguments.folders)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    with arguments.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "step", "seeds", "iqm", "low", "high"])
+        for name, curves in groups.items():
+            rows = summarise(curves)
+            writer.writerows([(name, *row) for row in rows])
+            steps, _, mean, low, high = (list(column) for column in zip(*rows, strict=True))
+            axes.plot(steps, mean, label=f"{name} ({len(curves)} seeds)")
+            axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
+    axes.set(xlabel="environment steps after the warm-up", ylabel="return, interquartile mean")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(arguments.out, dpi=150)
+    print(f"{arguments.out} and {arguments.out.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """The agent: built from specs, its policy, saved and loaded."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -171,14 +172,15 @@ def test_a_save_that_fails_keeps_the_old_file(
     path = tmp_path / "agent.pt"
     agent.save(path)
 
-    def full_disk(content: object, file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def full_disk(content: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
         agent.save(path)
     assert torch.equal(act(ALMAgent.load(path)), act(agent))
+    assert [found.name for found in tmp_path.iterdir()] == ["agent.pt"]
 
 
 def test_components_of_ones_own_are_passed_again(tmp_path: Path) -> None:

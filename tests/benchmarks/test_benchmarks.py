@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib.util import find_spec
+from mmap import mmap
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,14 @@ def test_memory_that_stays_is_no_leak(monkeypatch, tmp_path) -> None:
 
 def test_a_leak_is_noticed(monkeypatch) -> None:
     kept = []
+
+    def leak(batch: object) -> None:
+        block = mmap(-1, 4 * 2**20)  # of the system, whatever the allocator has left over
+        block.write(b"x" * len(block))
+        kept.append(block)
+
     monkeypatch.setattr(long, "SETTLING", 2)
-    monkeypatch.setattr(
-        ALMWork,
-        "update",
-        property(lambda self: lambda batch: kept.append(b"x" * 2**20)),
-        raising=False,
-    )
+    monkeypatch.setattr(ALMWork, "update", property(lambda self: leak), raising=False)
     monkeypatch.setattr(ALMWork, "__init__", lambda self, *args, **options: None)
     with pytest.raises(SystemExit, match="memory grows"):
         command(monkeypatch, "memory", "--updates", "40", "--device", "cpu")

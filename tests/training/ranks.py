@@ -1,10 +1,11 @@
-"""A tiny training in two processes: ``python -m tests.training.ranks step|run FOLDER UPDATES``.
+"""A tiny training in two processes: ``python -m tests.training.ranks MODE FOLDER UPDATES``.
 
 Lightning starts the second process by the same command. Each leaves what it holds at the end as
 ``rank<n>.pt`` in the folder.
 
 ``step`` updates on the batches in ``batches.pt``, of which each process takes every other row, with
-every random draw replaced by its mean. ``run`` collects for itself.
+every random draw replaced by its mean. ``run`` collects for itself, and so does ``fail``, where the
+environment of the second process raises before long. ``bf16`` is ``run`` in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
 from alm_torchrl.training import ALMModule, find_checkpoint, make_trainer, quiet_notices
@@ -54,6 +56,20 @@ def given_module(batches: list[TensorDictBase]) -> ALMModule:
     return module
 
 
+class Failing(Transform):
+    """Raises at the 60th step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self.count += 1
+        if self.count == 60:
+            raise ValueError("the joint came off")
+        return next_tensordict
+
+
 def main(mode: str, folder: Path, updates: int) -> None:
     """Trains in two processes."""
     start = find_checkpoint(folder / "checkpoints")
@@ -65,6 +81,7 @@ def main(mode: str, folder: Path, updates: int) -> None:
         checkpoint_every=None if mode == "step" else 10,
         accelerator="cpu",
         devices=2,
+        precision="bf16-mixed" if mode == "bf16" else "32-true",
         tensorboard=False,
         start=start,
     )
@@ -74,7 +91,9 @@ def main(mode: str, folder: Path, updates: int) -> None:
         module = given_module([batch[trainer.global_rank :: 2] for batch in batches])
         trainer.limit_val_batches = 0
     else:
-        module = tiny.make_module(updates, num_processes=2)
+        fails = mode == "fail" and trainer.global_rank == 1
+        env = TransformedEnv(tiny.make_env(), Failing()) if fails else None
+        module = tiny.make_module(updates, num_processes=2, env=env)
     trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
     torch.save(
         {

@@ -114,8 +114,11 @@ def test_two_halves_of_a_batch_take_the_step_of_the_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_processes_stay_equal_and_have_experience_of_their_own(tmp_path: Path) -> None:
-    first, other = run("run", tmp_path, 200)
+@pytest.mark.parametrize("precision", ["run", "bf16"])
+def test_processes_stay_equal_and_have_experience_of_their_own(
+    tmp_path: Path, precision: str
+) -> None:
+    first, other = run(precision, tmp_path, 200)
     assert first["loss"].keys() == other["loss"].keys()
     for key, value in first["loss"].items():
         assert torch.equal(value, other["loss"][key]), key
@@ -158,6 +161,18 @@ def test_when_one_process_dies_the_other_ends_and_says_why(tmp_path: Path, which
     assert "Connection" in errors or "terminated with code -9" in errors
     assert not is_running(other)
     assert find_checkpoint(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.slow
+def test_when_an_environment_fails_in_one_process_all_end_and_the_checkpoint_stays(
+    tmp_path,
+) -> None:
+    with started("fail", tmp_path, 100_000) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "the environment failed after frame 118: ValueError: the joint came off" in errors
+    assert find_checkpoint(tmp_path / "checkpoints").update == 110
+    assert len(run("run", tmp_path, 120)) == 2
 
 
 def test_a_lost_process_is_told_from_other_errors() -> None:

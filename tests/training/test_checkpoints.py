@@ -167,6 +167,18 @@ def test_a_finished_run_is_left_as_it_is(make_module, tmp_path: Path) -> None:
     assert (tmp_path / "curve.csv").read_text() == before
 
 
+@pytest.mark.parametrize("first", [18, 20])
+def test_a_finished_run_goes_on_if_it_is_given_more_steps(make_module, tmp_path, first) -> None:
+    fit(make_module(first), tmp_path)
+    notes = Losses()
+    trainer, _ = fit(make_module(24), tmp_path, notes, resume=True)
+    assert list(notes.seen) == list(range(first + 1, 25))
+    assert trainer.global_step == 24
+    last = [("18", "26"), ("24", "32")]
+    assert curve(tmp_path) == [("6", "14"), ("12", "20"), *last]
+    assert find_checkpoint(tmp_path / "checkpoints").update == 24
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

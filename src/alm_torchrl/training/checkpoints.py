@@ -166,6 +166,14 @@ class Checkpoints(L.Callback):
             "envs": [random_states(env) for env in self._envs],
         }
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: ALMModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has a run that was done go on if it has been given more steps."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["current"]["ready"] < len(pl_module.experience):
+            progress["is_last_batch"] = False
+
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Restores the random generators."""
         if not self._restored:

@@ -254,6 +254,20 @@ def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:
     assert (tmp_path / "agent.pt").stat().st_size > 0
 
 
+@pytest.mark.parametrize("algorithm", ["sac", "redq"])
+def test_a_peer_trains_and_leaves_a_curve_like_alms(tmp_path: Path, algorithm: str) -> None:
+    result = run(
+        "sac.py",
+        *("--algorithm", algorithm, "--warmup", "20", "--steps", "2", "--eval-every", "1"),
+        *("--seed", "3", "--device", "cpu", "--folder", "out"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(",") for line in (tmp_path / "out/curve.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "seed", "return", "return_std", "frames", "seconds"]
+    assert [(row[0], row[1], row[4]) for row in rows[1:]] == [("1", "3", "21"), ("2", "3", "22")]
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.name)
 def test_recipes_stay_thin(path: Path) -> None:
     limit = 100 if path.name == "custom_loop.py" else 150

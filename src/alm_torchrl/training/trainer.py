@@ -88,15 +88,6 @@ def make_trainer(
             "precision='auto' measures, and each process might find another: choose 32-true or "
             "bf16-mixed"
         )
-    loggers: list[Logger] = [
-        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
-    ]
-    if tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
-    if wandb:
-        if find_spec("wandb") is None:
-            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
-        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
     callbacks = _keep_by_seed(folder, seed, num_seeds, title)
     checkpoints = None
     if checkpoint_every is not None:
@@ -122,13 +113,27 @@ def make_trainer(
         val_check_interval=eval_every,
         log_every_n_steps=1,  # the module decides what is logged when
         num_sanity_val_steps=0,
-        logger=loggers,
+        logger=_make_loggers(folder, tensorboard, wandb),
         callbacks=callbacks,
         enable_model_summary=False,
         inference_mode=False,
     )
     end_with_parent(trainer)
     return trainer
+
+
+def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
+    """What is written beside the curve."""
+    loggers: list[Logger] = [
+        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
+    ]
+    if tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
+    if wandb:
+        if find_spec("wandb") is None:
+            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
+        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
+    return loggers
 
 
 def _unused(folder: Path) -> str:

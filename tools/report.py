@@ -81,12 +81,12 @@ def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Pat
     reach = max(row[0] for seeds in curves.values() for row in summary(seeds))
     for what, seeds in sorted(curves.items()):
         steps, _, mean, low, high = (list(c) for c in zip(*summary(seeds), strict=True))
-        axes.plot(steps, mean, label=f"{what} ({len(seeds)} seeds)")
+        axes.plot(steps, mean, label=f"{what}, n={len(seeds)}")
         axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
     published = [row for row in authors if row["step"] <= 1.5 * reach]
     if published:
         x, y, error = (np.array([row[key] for row in published]) for key in ("step", "mean", "std"))
-        axes.errorbar(x, y, error, fmt="k.", capsize=3, label="published (5 seeds, +- std)")
+        axes.errorbar(x, y, error, fmt="k.", capsize=3, label="published, n=5, +- std")
     axes.set(xlabel="environment steps after the warm-up", ylabel="return", title=task)
     axes.legend()
     axes.grid(alpha=0.3)

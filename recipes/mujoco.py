@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alm_torchrl.envs import make_env
 from alm_torchrl.training import EnvironmentFailedError, make_trainer, quiet_notices
 from recipes.conf.components import make_module
-from recipes.conf.schema import Config, pick, prepare
+from recipes.conf.schema import Config, env_options, pick, prepare
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
@@ -52,7 +52,7 @@ def main(options: DictConfig) -> None:
             keep_checkpoints=config.checkpoint.keep,
             start=start,
             **pick(config.run, "accelerator", "precision", "tensorboard", "wandb"),
-            video_env=make_env(task.id, from_pixels=True, **task.kwargs) if video else None,
+            video_env=make_env(task.id, from_pixels=True, **env_options(task)) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:

@@ -8,10 +8,10 @@ from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import ALMModule, Experience, PolicyCopy, stack_seeds
-from recipes.conf.schema import Config, pick
+from recipes.conf.schema import Config, env_options, pick
 
 
 def make_agent(
@@ -32,7 +32,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
     task, training, num_seeds = config.task, config.training, config.num_seeds
     num_envs = training.num_envs * num_seeds
     seeds = range(config.seed, config.seed + num_envs)
-    env = make_env(task.id, seed=seeds, num_envs=num_envs, **task.kwargs)
+    env = make_env(task.id, seed=seeds, num_envs=num_envs, **env_options(task))
     agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
@@ -47,6 +47,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         num_envs=num_envs,
         device=device,
         per_env=num_seeds > 1,
+        frame_stacks=frame_stacks(env),
     )
     experience = Experience(
         collector,
@@ -61,7 +62,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         agent,
         loss,
         experience,
-        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **task.kwargs),
+        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **env_options(task)),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,

@@ -452,10 +452,10 @@ def make_replay_buffer(
     1,000,000 transitions thus takes 2.9 GB.
 
     A stack of frames, and any other window of the last ``n`` observations, is stored frame by frame
-    if it is named in ``frame_stacks``: a transition then takes the one frame that is new in its next
-    observation and ``4 n`` bytes that say where the others are, and an episode the frames that it
-    begins with. Three stacked 84 x 84 RGB frames take 21 kB a transition rather than 127 kB. The
-    windows drawn are the same.
+    if it is named in ``frame_stacks``. A transition then takes the one frame that is new in its
+    next observation, and ``4 n`` bytes that say where the others are; an episode takes the frames
+    that it begins with. Three stacked 84 x 84 RGB frames take 21 kB a transition rather than
+    127 kB. The windows drawn are the same.
 
     Args:
         capacity: transitions to hold, over all environments.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase, GymWrapper
 
+from alm_torchrl.envs.gymnasium import with_own_context
+
 __all__: list[str] = []
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -97,7 +99,7 @@ def make_custom(
         import gymnasium
 
         if isinstance(env, gymnasium.Env):
-            return GymWrapper(env, frame_skip=action_repeat, device=device)
+            return GymWrapper(with_own_context(env), frame_skip=action_repeat, device=device)
     raise ValueError(
         f"{name} makes a {type(env).__name__}, which is neither a torchrl.envs.EnvBase nor a "
         "gymnasium.Env"

@@ -11,7 +11,7 @@ import torch
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.envs.libs.dm_control import DMControlWrapper
 
-from alm_torchrl.envs.transforms import Distractors
+from alm_torchrl.envs.transforms import Distractors, transforms_of
 
 __all__ = ["random_states", "set_random_states"]
 
@@ -56,7 +56,7 @@ def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
 
 def _generators(env: EnvBase) -> list[Any]:
     if isinstance(env, TransformedEnv):
-        noises = [t.np_random for t in env.transform if isinstance(t, Distractors)]
+        noises = [t.np_random for t in transforms_of(env) if isinstance(t, Distractors)]
         return [*_generators(env.base_env), *noises]
     if isinstance(env, SerialEnv):
         return [one for part in getattr(env, "_envs", ()) for one in _generators(part)]

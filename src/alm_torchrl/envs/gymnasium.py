@@ -41,6 +41,8 @@ def make_gymnasium(
             if not re.search("argument '(height|width)'", str(error)):
                 raise
             env = _gym_make(task, options)
+    if render:
+        env = with_own_context(env)
     # GymWrapper and not GymEnv, which keeps arguments such as frame_skip from gymnasium.make
     return GymWrapper(env, frame_skip=action_repeat, device=device)
 
@@ -86,6 +88,49 @@ def _newest_ids(registry: dict[str, Any]) -> list[str]:
         if (spec.version or 0) > (known.version or 0):
             newest[spec.namespace, spec.name] = spec
     return [spec.id for spec in newest.values()]
+
+
+def with_own_context(env: Any) -> Any:
+    """Renders in the environment's own OpenGL context, and frees what it holds there.
+
+    Gymnasium leaves current whichever context came last, so that of several environments in a
+    process, or after another one was closed, frames come out black or another's. Where no camera is
+    chosen, the task's camera ``"track"`` is, if it has one: the free camera stands still, and the
+    robot leaves the picture. Without MuJoCo's renderer the environment is returned as it is.
+    """
+    import gymnasium
+
+    if not hasattr(env.unwrapped, "mujoco_renderer"):
+        return env
+
+    renderer = env.unwrapped.mujoco_renderer
+    if renderer.camera_id == -1:  # neither chosen here nor by the task: the free camera
+        renderer.camera_id = _tracking_camera(env.unwrapped.model)
+
+    class OwnContext(gymnasium.Wrapper):
+        def _viewer(self) -> Any:
+            return renderer._viewers.get("rgb_array")
+
+        def render(self) -> Any:
+            if (viewer := self._viewer()) is not None:
+                viewer.make_context_current()
+            return super().render()
+
+        def close(self) -> None:
+            if (viewer := self._viewer()) is not None:
+                # Left to the garbage collector, it would take the same names from another context
+                viewer.make_context_current()
+                viewer.con.free()
+            super().close()
+
+    return OwnContext(env)
+
+
+def _tracking_camera(model: Any) -> int:
+    """The camera that follows the robot, or -1, the free camera."""
+    import mujoco
+
+    return mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
 
 
 def velocities(env: Any) -> list[int]:

@@ -27,6 +27,7 @@ from torchrl.envs.libs.dm_control import DMControlWrapper
 from torchrl.envs.transforms import Transform
 
 from alm_torchrl.envs import control_suite, custom, gymnasium
+from alm_torchrl.envs.generators import random_states, set_random_states
 from alm_torchrl.envs.transforms import (
     Distractors,
     History,
@@ -34,6 +35,7 @@ from alm_torchrl.envs.transforms import (
     Render,
     RenderFrames,
     SeededEnv,
+    transforms_of,
 )
 
 __all__ = ["frame_stacks", "make_env"]
@@ -162,9 +164,8 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
         {'history': 8}
     """
     if isinstance(env, (SerialEnv, ParallelEnv)):
-        envs = getattr(env, "_envs", None)  # those of a SerialEnv
-        if envs:
-            return frame_stacks(envs[0])
+        if isinstance(env, SerialEnv) and not env.is_closed:
+            return frame_stacks(env._envs[0])
         one = env.create_env_fn[0]()
         stacks = frame_stacks(one)
         one.close()
@@ -173,7 +174,7 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
         return {}
     stacks = frame_stacks(env.base_env)
     spec = env.observation_spec_unbatched
-    for transform in env.transform:
+    for transform in transforms_of(env):
         if isinstance(transform, CatFrames):
             for key in transform.out_keys:
                 if key in spec.keys(True, True) and spec[key].ndim == -transform.dim:
@@ -347,9 +348,12 @@ def _render_frames(env: EnvBase, name: str, size: tuple[int, int] | None) -> Ren
             f"{name} makes an EnvBase, which is not rendered here: write your frames to 'pixels' "
             "yourself, uint8 [3, height, width], and stack them by torchrl.envs.CatFrames"
         )
+    states = random_states(env)
     try:
-        env.reset()
-        return RenderFrames(render, size, channels_first=size is not None)
+        env.set_seed(0)  # a camera without a place of its own takes it from the first state seen
+        frames = RenderFrames(render, size, channels_first=size is not None)
+        set_random_states(env, states)
+        return frames
     except (TypeError, ValueError):
         raise
     except Exception as error:  # every driver fails in its own way

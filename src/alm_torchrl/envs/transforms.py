@@ -11,11 +11,16 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import TransformedEnv
-from torchrl.envs.transforms import ObservationTransform, Transform
+from torchrl.envs.transforms import Compose, ObservationTransform, Transform
 
 __all__ = ["Distractors", "History", "KeepDimensions", "RenderFrames"]
 
 Render = Callable[[], Any]
+
+
+def transforms_of(env: TransformedEnv) -> list[Transform]:
+    """The transforms of an environment, whether it has one or several."""
+    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
 
 
 class SeededEnv(TransformedEnv):
@@ -23,7 +28,7 @@ class SeededEnv(TransformedEnv):
 
     def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
         """Seeds the environment, and the noise apart from it."""
-        for transform in self.transform:
+        for transform in transforms_of(self):
             if isinstance(transform, Distractors):
                 transform.set_seed(seed)
         return super().set_seed(seed, static_seed=static_seed)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torchrl.envs import CatTensors, ExcludeTransform
+from torchrl.envs import CatTensors, ExcludeTransform, FlattenObservation
 from torchrl.envs.libs.dm_control import DMControlWrapper
 from torchrl.envs.transforms import Transform
 
@@ -64,9 +64,13 @@ def as_one_observation(env: DMControlWrapper, mask_velocities: bool) -> list[Tra
         ValueError: if there is no such part.
     """
     keys = list(env.observation_spec.keys())
-    velocities = [key for key in keys if "velocity" in key] if mask_velocities else []
+    velocities = [key for key in keys if "vel" in key] if mask_velocities else []
     if mask_velocities and not velocities:
         raise ValueError(f"mask_velocities: no velocity among the observations {keys}")
     kept = [key for key in keys if key not in velocities]
     drop = [ExcludeTransform(*velocities)] if velocities else []
-    return [*drop, CatTensors(kept, "observation", sort=False)]
+    shaped = [key for key in kept if env.observation_spec[key].ndim > 1]  # such as [joints, 2]
+    flat = [
+        FlattenObservation(-env.observation_spec[key].ndim, -1, in_keys=[key]) for key in shaped
+    ]
+    return [*drop, *flat, CatTensors(kept, "observation", sort=False)]

@@ -291,7 +291,7 @@ class WindowReplayBuffer(ReplayBuffer):
             stop: the one after the last.
 
         Returns:
-            For each key of ``frame_stacks``, what :meth:`FrameStore.read` returns.
+            For each key of ``frame_stacks`` what :meth:`alm_torchrl.data.FrameStore.read` returns.
         """
         rows = self.read(start, stop)
         return {key: store.read(start, stop, rows[key]) for key, store in self.frames.items()}

@@ -19,6 +19,7 @@ from alm_torchrl.data import (
     make_replay_buffer,
 )
 from tests.data.counting import CountingEnv
+from tests.synchronisation import HostReads
 
 STACK, HISTORY = 3, 4
 STACKS = {"pixels": STACK, ("body", "history"): HISTORY}
@@ -121,6 +122,26 @@ def test_windows_are_the_same_whatever_the_episodes(lanes, size, longest, counts
         compact.extend(data)
         plain.extend(data)
     assert_same_windows(compact, plain)
+
+
+@pytest.mark.parametrize("per_env", [False, True])
+def test_sampling_waits_for_no_device(per_env):
+    source = Source(2, longest=6, reset="same")
+    compact, plain = (
+        make_replay_buffer(
+            40, batch_size=16, num_envs=2, seed=0, per_env=per_env, frame_stacks=stacks
+        )
+        for stacks in (STACKS, None)
+    )
+    for _ in range(33):
+        data = source.steps(1)
+        compact.extend(data)
+        plain.extend(data)
+    assert_same_windows(compact, plain)
+    with HostReads() as reads:
+        compact.sample()
+    assert not reads.found
+    assert reads.operators > 10
 
 
 def test_a_lane_that_jumps_without_an_end_keeps_both_sides():

@@ -102,11 +102,11 @@ def test_pixels_reach_the_replay_once_and_come_back_whole(renders):
     env = make_env("HalfCheetah-v5", seed=0, num_envs=2, pixels=8, history=4, max_episode_steps=6)
     collector = make_collector(env, None, frames_per_batch=2)
     compact, plain = (
-        make_replay_buffer(40, batch_size=30, num_envs=2, seed=0, frame_stacks=stacks)
+        make_replay_buffer(20, batch_size=20, num_envs=2, seed=0, frame_stacks=stacks)
         for stacks in (frame_stacks(env), None)
     )
     assert frame_stacks(env) == {"pixels": 3, "history": 4}
-    for _, data in zip(range(45), collector, strict=False):
+    for _, data in zip(range(15), collector, strict=False):
         compact.extend(data)
         plain.extend(data)
     collector.shutdown()

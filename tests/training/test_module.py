@@ -248,4 +248,4 @@ def test_a_video_of_stacked_pixels_shows_the_newest_frames(make_module, tmp_path
             video.seek(index)
             seen.append(video.convert("RGB").getpixel((0, 0))[0])
     assert len(seen) == 3
-    assert [second - first for first, second in zip(seen, seen[1:], strict=False)] == [20, 20]
+    assert [seen[1] - seen[0], seen[2] - seen[1]] == [20, 20]

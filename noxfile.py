@@ -102,6 +102,13 @@ def smoke(session: nox.Session) -> None:
             session.error(f"the run left no {name}")
 
 
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def dmc(session: nox.Session) -> None:
+    """Test the environments with the DeepMind Control Suite, which needs MuJoCo 3."""
+    session.install("-c", "constraints-dmc.txt", "-e", ".[dmc,dev]")
+    session.run("pytest", "tests/envs", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(venv_backend="none", requires=["stack"], default=False)
 def bench(session: nox.Session) -> None:
     """Measure speed, the short form; arguments go to `python -m benchmarks` in its place."""

@@ -36,7 +36,7 @@ from alm_torchrl.training import (
     quiet_notices,
 )
 from recipes.conf.components import make_module
-from recipes.conf.schema import Config, pick, prepare
+from recipes.conf.schema import Config, env_options, pick, prepare
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
@@ -59,7 +59,7 @@ def main(options: DictConfig) -> None:
             start=start,
             **pick(config.run, "accelerator", "devices", "num_nodes"),
             **pick(config.run, "precision", "tensorboard", "wandb"),
-            video_env=make_env(task.id, from_pixels=True, **task.kwargs) if video else None,
+            video_env=make_env(task.id, from_pixels=True, **env_options(task)) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:

@@ -8,10 +8,10 @@ from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import ALMModule, Experience, PolicyCopy, rank_seed, stack_seeds
-from recipes.conf.schema import Config, num_processes, pick
+from recipes.conf.schema import Config, env_options, num_processes, pick
 
 
 def make_agent(
@@ -33,7 +33,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
     processes, num_envs = num_processes(config), training.num_envs * num_seeds
     first = rank_seed(config.seed, rank)
     seeds = range(first, first + num_envs)
-    env = make_env(task.id, seed=seeds, num_envs=num_envs, **task.kwargs)
+    env = make_env(task.id, seed=seeds, num_envs=num_envs, **env_options(task))
     agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
@@ -48,6 +48,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         num_envs=num_envs,
         device=device,
         per_env=num_seeds > 1,
+        frame_stacks=frame_stacks(env),
     )
     experience = Experience(
         collector,
@@ -63,7 +64,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         agent,
         loss,
         experience,
-        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **task.kwargs),
+        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **env_options(task)),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,

@@ -20,11 +20,19 @@ from alm_torchrl.training import Checkpoint, find_checkpoint
 
 @dataclass
 class Task:
-    """A Gymnasium task."""
+    """A task, and what is observed of it (alm_torchrl.envs.make_env)."""
 
     name: str = MISSING  # how folders and plots call it
-    id: str = MISSING  # what gymnasium.make is given
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of gymnasium.make
+    id: str = MISSING  # a Gymnasium id, dm_control/domain-task, or package.module:attribute
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of what makes it
+    pixels: Any = False  # observe frames of this size, 84 or [height, width], not the vector
+    frame_stack: int = 3  # frames observed at once
+    proprioception: bool = False  # keep the vector beside the pixels
+    action_repeat: int = 1  # simulator steps with each action; one environment step
+    mask_velocities: bool = False  # leave the velocities out of the vector
+    distractors: int = 0  # dimensions of Gaussian noise appended to the vector
+    history: int = 0  # vectors in the entry "history", for encoders that read the past
+    history_actions: bool = False  # with the action before each of them
     replay_capacity: int = MISSING  # transitions that the authors keep for this task
     paper_steps: int = MISSING  # length of the authors' curve, in steps after the warm-up
 
@@ -138,6 +146,12 @@ def pick(options: object, *names: str) -> dict[str, Any]:
 def num_processes(config: Config) -> int:
     """Processes that train together; steps, batch size and replay are divided over them."""
     return config.run.devices * config.run.num_nodes
+
+
+def env_options(task: Task) -> dict[str, Any]:
+    """The arguments of make_env after the task's id."""
+    others = {"name", "id", "kwargs", "replay_capacity", "paper_steps"}
+    return {k: v for k, v in vars(task).items() if k not in others} | task.kwargs
 
 
 #: Where the first process tells those that it starts what the run's folder is called.

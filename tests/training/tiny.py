@@ -24,12 +24,13 @@ def make_module(
     updates_per_step: float = 1.0,
     policy_lag: int = 0,
     env: EnvBase | None = None,
+    objective: dict[str, Any] | None = None,
     **options: Any,
 ) -> ALMModule:
     torch.manual_seed(0)
     env = make_env() if env is None else env
     agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
-    loss = ALMLoss(**agent.networks())
+    loss = ALMLoss(**agent.networks(), **(objective or {}))
     policy = PolicyCopy(agent.policy(), lag=policy_lag)
     experience = Experience(
         make_collector(env, policy, init_random_frames=8),

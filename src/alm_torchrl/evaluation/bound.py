@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from alm_torchrl.objectives.alm import ALMLoss
-from alm_torchrl.objectives.functional import k_step_bound
 
 __all__ = ["lower_bound"]
 
@@ -26,6 +25,4 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
     Returns:
         The bound, ``[B, 1]``, in units of return.
     """
-    rollout = loss.imagine(latent, action)
-    reward = rollout["reward"] + loss.consistency_coeff * rollout["log_ratio"]
-    return k_step_bound(reward, rollout["next", "value"][:, -1], loss.value_estimator.gamma)
+    return loss.bound(loss.imagine(latent, action))

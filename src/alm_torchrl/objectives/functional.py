@@ -20,6 +20,7 @@ __all__ = [
     "k_step_bound",
     "kl_divergence",
     "log_ratio",
+    "squared_distance",
     "td_target",
 ]
 
@@ -83,6 +84,29 @@ def _is_diagonal_normal(dist: D.Distribution) -> TypeGuard[Any]:
         and isinstance(dist.base_dist, D.Normal)
         and dist.reinterpreted_batch_ndims == 1
     )
+
+
+def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
+    r"""The squared distance of the means of two latent distributions.
+
+    .. math:: \sum_d (\mu^p_d - \mu^q_d)^2
+
+    For two Normals of scale :math:`\sigma` it is :math:`2 \sigma^2` times their KL divergence.
+
+    Args:
+        p: first distribution over latents ``[D]``, batch shape ``[...]``.
+        q: second distribution, like ``p``.
+
+    Returns:
+        The distance in squared latent units, ``[...]``.
+
+    Examples:
+        >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
+        >>> q = D.Independent(D.Normal(torch.ones(3, 2), 5.0), 1)
+        >>> squared_distance(p, q)
+        tensor([2., 2., 2.])
+    """
+    return (p.mean - q.mean).square().sum(-1)
 
 
 def log_ratio(logits: Tensor) -> Tensor:

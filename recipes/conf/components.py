@@ -10,8 +10,8 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, PolicyCopy, stack_seeds
-from recipes.conf.schema import Config, pick
+from alm_torchrl.training import ALMModule, Experience, PolicyCopy, rank_seed, stack_seeds
+from recipes.conf.schema import Config, num_processes, pick
 
 
 def make_agent(
@@ -27,22 +27,23 @@ def make_agent(
     return agent, loss
 
 
-def make_module(config: Config, device: torch.device) -> ALMModule:
-    """Environment, agent, loss and data, in this order."""
+def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModule:
+    """Environment, agent, loss and data, in this order, of one process of a run."""
     task, training, num_seeds = config.task, config.training, config.num_seeds
-    num_envs = training.num_envs * num_seeds
-    seeds = range(config.seed, config.seed + num_envs)
+    processes, num_envs = num_processes(config), training.num_envs * num_seeds
+    first = rank_seed(config.seed, rank)
+    seeds = range(first, first + num_envs)
     env = make_env(task.id, seed=seeds, num_envs=num_envs, **task.kwargs)
-    agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
+    agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
-    random_frames = training.warmup_steps * num_seeds
+    random_frames = training.warmup_steps * num_seeds // processes
     collector = make_collector(
         env, policy, frames_per_batch=num_envs, init_random_frames=random_frames
     )
     replay = make_replay_buffer(
-        training.replay_capacity * num_seeds,
-        batch_size=training.batch_size,
+        training.replay_capacity * num_seeds // processes,
+        batch_size=training.batch_size // processes,
         window_length=config.objective.horizon,
         num_envs=num_envs,
         device=device,
@@ -55,6 +56,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         noise=agent.noise,
         policy=policy,
         num_seeds=num_seeds,
+        num_processes=processes,
     )
     eval_seed, eval_envs = config.seed + 1000, config.evaluation.episodes * num_seeds
     return ALMModule(

@@ -156,6 +156,11 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),
         (["checkpoint.keep=0"], "keep no checkpoint"),
+        (["run.devices=0"], "run.devices=0 and run.num_nodes=1: at least one of each"),
+        (["run.devices=3"], "training.batch_size=256 cannot be divided over 3 processes"),
+        (["run.devices=2", "training.warmup_steps=1001"], "no multiple of the 2 environments"),
+        (["run.devices=2", "num_seeds=2"], "start a run for each seed"),
+        (["run.devices=2", "run.precision=auto", "run.accelerator=cpu"], "choose 32-true or bf16"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -168,6 +173,28 @@ def test_a_mistake_costs_one_line(
     assert "\n" not in message
     assert capfd.readouterr().err == ""  # and no more than this line
     assert not list(tmp_path.glob("out/*.pt"))
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_PROCID"])
+def test_processes_that_start_by_themselves_need_one_folder(
+    tmp_path: Path, monkeypatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "0")
+    assert "give all of them the same run.folder" in mistake(tmp_path, monkeypatch, "run.devices=2")
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes_is_one_run(tmp_path: Path) -> None:
+    result = run("mujoco.py", *SHORT, "run.devices=2", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    first, *_, last = result.stdout.strip().splitlines()
+    assert first.startswith("HalfCheetah-v5: 20 random steps")
+    assert last.startswith("return ")
+    assert result.stdout.count("return ") == 1
+    (folder,) = (tmp_path / "runs").iterdir()  # one, though its name holds the time of the start
+    assert (folder / "curve.csv").read_text().count("\n") == 3
+    sweep = run("mujoco.py", "-m", "seed=0,1", *SHORT, "run.devices=2", cwd=tmp_path)
+    assert "a sweep (-m) trains in one process" in sweep.stderr
 
 
 @pytest.mark.parametrize("package", ["hydra", "lightning", "matplotlib", "mujoco", "gymnasium"])
@@ -225,6 +252,20 @@ def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "step 2: return " in result.stdout
     assert (tmp_path / "agent.pt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "redq"])
+def test_a_peer_trains_and_leaves_a_curve_like_alms(tmp_path: Path, algorithm: str) -> None:
+    result = run(
+        "sac.py",
+        *("--algorithm", algorithm, "--warmup", "20", "--steps", "2", "--eval-every", "1"),
+        *("--seed", "3", "--device", "cpu", "--folder", "out"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(",") for line in (tmp_path / "out/curve.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "seed", "return", "return_std", "frames", "seconds"]
+    assert [(row[0], row[1], row[4]) for row in rows[1:]] == [("1", "3", "21"), ("2", "3", "22")]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.name)

@@ -23,6 +23,7 @@ def make_module(
     *,
     updates_per_step: float = 1.0,
     policy_lag: int = 0,
+    num_processes: int = 1,
     env: EnvBase | None = None,
     objective: dict[str, Any] | None = None,
     **options: Any,
@@ -33,12 +34,13 @@ def make_module(
     loss = ALMLoss(**agent.networks(), **(objective or {}))
     policy = PolicyCopy(agent.policy(), lag=policy_lag)
     experience = Experience(
-        make_collector(env, policy, init_random_frames=8),
-        make_replay_buffer(100, batch_size=6),
+        make_collector(env, policy, init_random_frames=8 // num_processes),
+        make_replay_buffer(100, batch_size=6 // num_processes),
         total_steps=total_steps,
         warmup_steps=8,
         updates_per_step=updates_per_step,
         noise=agent.noise,
         policy=policy,
+        num_processes=num_processes,
     )
     return ALMModule(agent, loss, experience, make_env(), eval_episodes=2, **options)

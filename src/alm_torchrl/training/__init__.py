@@ -17,6 +17,7 @@ from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import EnvironmentFailedError, Experience
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
+from alm_torchrl.training.processes import is_lost_process, rank_seed
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
 from alm_torchrl.training.seeds import (
     StackedAgent,
@@ -50,9 +51,11 @@ __all__ = [
     "Video",
     "choose_precision",
     "find_checkpoint",
+    "is_lost_process",
     "make_optimizer",
     "make_trainer",
     "quiet_notices",
+    "rank_seed",
     "stack_seeds",
     "worth_compiling",
 ]

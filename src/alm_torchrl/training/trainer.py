@@ -9,6 +9,8 @@ import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torchrl.envs import EnvBase
 
 from alm_torchrl.training.callbacks import (
@@ -17,8 +19,9 @@ from alm_torchrl.training.callbacks import (
     StopOnSignal,
     Video,
 )
-from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints
+from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, check_processes
 from alm_torchrl.training.precision import choose_precision
+from alm_torchrl.training.processes import end_with_parent
 from alm_torchrl.training.progress import ProgressBar
 
 __all__ = ["make_trainer"]
@@ -35,6 +38,8 @@ def make_trainer(
     keep_checkpoints: int = 2,
     start: Checkpoint | None = None,
     accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: str = "32-true",
     tensorboard: bool = True,
     wandb: bool = False,
@@ -57,6 +62,9 @@ def make_trainer(
         start: the checkpoint to go on from; give its ``state`` to ``fit`` as ``ckpt_path``, with
             ``weights_only=True``.
         accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
+        devices: GPUs to train on in each machine, or processes on a CPU. The gradients are averaged
+            over all of them.
+        num_nodes: machines, which share ``folder``.
         precision: of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
             :func:`choose_precision`. Acting and evaluation stay in float32.
         tensorboard: write TensorBoard logs beside the CSV file.
@@ -67,19 +75,19 @@ def make_trainer(
         The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.Experience`.
 
     Raises:
-        ValueError: for an unknown precision.
+        ValueError: for an unknown precision, or one that several processes may not agree on, and
+            if the run that is gone on with had another number of processes.
         ImportError: if ``wandb`` is asked for and not installed.
     """
     folder = Path(folder)
-    loggers: list[Logger] = [
-        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
-    ]
-    if tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
-    if wandb:
-        if find_spec("wandb") is None:
-            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
-        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
+    num_processes = devices * num_nodes
+    if start is not None:
+        check_processes(start, num_processes)
+    if num_processes > 1 and precision == "auto":
+        raise ValueError(
+            "precision='auto' measures, and each process might find another: choose 32-true or "
+            "bf16-mixed"
+        )
     callbacks = _keep_by_seed(folder, seed, num_seeds, title)
     checkpoints = None
     if checkpoint_every is not None:
@@ -91,20 +99,41 @@ def make_trainer(
     if video_env is not None:
         callbacks.append(Video(folder, video_env))
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=accelerator,
         precision=choose_precision(precision, "cuda" if on_gpu else "cpu"),
-        devices=1,
+        devices=devices,
+        num_nodes=num_nodes,
+        # The targets and the noise, which are buffers, move alike in all processes.
+        strategy=DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
+        # Lightning's own checkpoints know no replay buffer, nor does what it requeues a job with.
+        plugins=SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None,
+        enable_checkpointing=False,
         max_epochs=1,
         val_check_interval=eval_every,
         log_every_n_steps=1,  # the module decides what is logged when
         num_sanity_val_steps=0,
-        logger=loggers,
+        logger=_make_loggers(folder, tensorboard, wandb),
         callbacks=callbacks,
-        enable_checkpointing=False,  # Lightning's own know no replay buffer
         enable_model_summary=False,
         inference_mode=False,
     )
+    end_with_parent(trainer)
+    return trainer
+
+
+def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
+    """What is written beside the curve."""
+    loggers: list[Logger] = [
+        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
+    ]
+    if tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
+    if wandb:
+        if find_spec("wandb") is None:
+            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
+        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
+    return loggers
 
 
 def _unused(folder: Path) -> str:

@@ -64,7 +64,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         loss,
         experience,
         make_env(task.id, seed=eval_seed, num_envs=eval_envs, **task.kwargs),
-        learning_rates=vars(config.learning_rates),
+        learning_rates=pick(config.learning_rates, *loss.parameter_groups()),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
         eval_episodes=config.evaluation.episodes,

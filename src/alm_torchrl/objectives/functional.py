@@ -20,6 +20,7 @@ __all__ = [
     "k_step_bound",
     "kl_divergence",
     "log_ratio",
+    "log_return_bound",
     "squared_distance",
     "td_target",
 ]
@@ -184,6 +185,36 @@ def k_step_bound(reward: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
     """
     steps = reward.shape[-2]
     return (discounts(gamma, steps) * reward).sum(-2) + gamma**steps * value
+
+
+def log_return_bound(reward: Tensor, log_ratio: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
+    r"""The K-step lower bound on the logarithm of the return, as the theorem has it.
+
+    .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big((1 - \gamma) \log r_t + \rho_t\big)
+              + \gamma^K \log Q_K,
+              \qquad \rho_t = \log e(z_{t+1} \mid s_{t+1}) - \log m(z_{t+1} \mid z_t, a_t)
+
+    Its mean over trajectories whose latents come from the model is at most
+    :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` under the real ones, if rewards and
+    values are those of the states. See :func:`k_step_bound` for what is maximised in practice.
+
+    Args:
+        reward: positive rewards, ``[..., K, 1]``.
+        log_ratio: of encoder to model in nats, or the negated divergence of the model from the
+            encoder, ``[..., K, 1]``.
+        value: normalised value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
+            state and action, ``[..., 1]``.
+        gamma: discount, a scalar.
+
+    Returns:
+        The bound in nats, ``[..., 1]``.
+
+    Examples:
+        >>> r, gamma = torch.full((4, 3, 1), 2.0), torch.tensor(0.5)
+        >>> log_return_bound(r, 0 * r, r[:, 0], gamma).exp().flatten()
+        tensor([2., 2., 2., 2.])
+    """
+    return k_step_bound((1 - gamma) * reward.log() + log_ratio, value.log(), gamma)
 
 
 def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -94,6 +94,8 @@ class Evaluation:
     every: int = MISSING  # steps between two evaluations
     episodes: int = MISSING  # episodes of each
     video: bool = MISSING  # record an episode at the end
+    bias: bool = MISSING  # measure the bias of values and bound against the returns that follow
+    diagnostics: bool = MISSING  # measure latents, dynamics and classifier
 
 
 @dataclass

@@ -173,7 +173,8 @@ def mistake(folder: Path, monkeypatch, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("run")
-    result = run("mujoco.py", *SHORT, "run.folder=out", cwd=folder)
+    measured = ("evaluation.bias=true", "evaluation.diagnostics=true")
+    result = run("mujoco.py", *SHORT, *measured, "run.folder=out", cwd=folder)
     return folder, result
 
 
@@ -190,6 +191,10 @@ def test_a_short_run_ends_well_and_names_its_folder(finished) -> None:
         "config.yaml",
         "curve.csv",
         "curve.png",
+        "bias.csv",
+        "bias.png",
+        "diagnostics.csv",
+        "diagnostics.png",
         "agent_best.pt",
         "checkpoints",
         "logs",

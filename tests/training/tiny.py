@@ -25,6 +25,7 @@ def make_module(
     policy_lag: int = 0,
     num_processes: int = 1,
     env: EnvBase | None = None,
+    eval_env: EnvBase | None = None,
     objective: dict[str, Any] | None = None,
     **options: Any,
 ) -> ALMModule:
@@ -43,4 +44,4 @@ def make_module(
         policy=policy,
         num_processes=num_processes,
     )
-    return ALMModule(agent, loss, experience, make_env(), eval_episodes=2, **options)
+    return ALMModule(agent, loss, experience, eval_env or make_env(), eval_episodes=2, **options)

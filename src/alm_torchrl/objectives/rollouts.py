@@ -59,11 +59,45 @@ class RolloutLoss(ComponentLoss):
         observations = self.encoder.in_keys
         current = windows[:, :1].select(*observations)
         following = windows.get("next").select(*observations)
+        encoded = self._encode(torch.cat([current, following], 1))
+        return Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
+
+    @torch.no_grad()
+    def _encode(self, observations: TensorDictBase) -> TensorDictBase:
+        """Parameters of the target encoder's distributions."""
         averaged = self.latent_target == "moving_average"
         params = self.target_encoder_params if averaged else self.encoder_params.detach()
-        with torch.no_grad():
-            encoded = self._dist_params("encoder", torch.cat([current, following], 1), params)
-        return Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
+        return self._dist_params("encoder", observations, params)
+
+    # ------------------------------------------------------------------- parts of the model
+
+    def encoding(self, observations: TensorDictBase) -> D.Distribution:
+        """The target encoder's distribution over the latent, without a gradient.
+
+        Args:
+            observations: the encoder's entries, batch shape ``[...]``.
+
+        Returns:
+            The distribution, batch shape ``[...]``.
+        """
+        parameters = self._encode(observations.select(*self.encoder.in_keys))
+        return self.encoder.build_dist_from_params(parameters)
+
+    def encode(self, observations: TensorDictBase) -> Tensor:
+        """A latent drawn from :meth:`encoding`, ``[..., D]``."""
+        return self._draw(self.encoding(observations))
+
+    def value(self, latent: Tensor, action: Tensor) -> Tensor:
+        """The smallest of the action values, without a gradient to their networks.
+
+        Args:
+            latent: ``[..., D]``.
+            action: ``[..., A]``.
+
+        Returns:
+            In units of return, ``[..., 1]``.
+        """
+        return self._value(latent, action, self.qvalue_network_params.detach())
 
     # ------------------------------------------------------------------------ the rollouts
 

@@ -35,7 +35,7 @@ from alm_torchrl.training import (
     make_trainer,
     quiet_notices,
 )
-from recipes.conf.components import make_module
+from recipes.conf.components import make_measurements, make_module
 from recipes.conf.schema import Config, env_options, pick, prepare
 
 
@@ -59,6 +59,7 @@ def main(options: DictConfig) -> None:
             start=start,
             **pick(config.run, "accelerator", "devices", "num_nodes"),
             **pick(config.run, "precision", "tensorboard", "wandb"),
+            measurements=make_measurements(config),
             video_env=make_env(task.id, from_pixels=True, **env_options(task)) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)

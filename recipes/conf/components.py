@@ -10,7 +10,16 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, PolicyCopy, rank_seed, stack_seeds
+from alm_torchrl.training import (
+    ALMModule,
+    Diagnostics,
+    Experience,
+    Measurement,
+    PolicyCopy,
+    ValueBias,
+    rank_seed,
+    stack_seeds,
+)
 from recipes.conf.schema import Config, env_options, num_processes, pick
 
 
@@ -65,10 +74,19 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         loss,
         experience,
         make_env(task.id, seed=eval_seed, num_envs=eval_envs, **env_options(task)),
-        learning_rates=vars(config.learning_rates),
+        learning_rates=pick(config.learning_rates, *loss.parameter_groups()),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
         eval_episodes=config.evaluation.episodes,
         log_every=config.run.log_every,
         compile=config.run.compile,
     )
+
+
+def make_measurements(config: Config) -> list[type[Measurement]]:
+    """What is measured at every evaluation."""
+    chosen: dict[type[Measurement], bool] = {
+        ValueBias: config.evaluation.bias,
+        Diagnostics: config.evaluation.diagnostics,
+    }
+    return [measurement for measurement, wanted in chosen.items() if wanted]

@@ -61,6 +61,12 @@ class Objective:
     consistency_coeff: float = MISSING  # weight of the log-ratio in the actor's reward
     bootstrap_terminated: bool = MISSING  # keep the value term after a terminal state
     short_windows: str = MISSING  # windows cut short by an episode's end: mask or drop
+    reward_term: bool = MISSING  # rewards in the world-model loss
+    value_term: bool = MISSING  # the value at the window's end in the world-model loss
+    consistency: str = MISSING  # reverse_kl, forward_kl, squared_distance or classifier
+    consistency_target: float | None = MISSING  # level that a learnt weight holds it at
+    latent_target: str = MISSING  # the encoder's moving_average, stop_gradient or online
+    actor_objective: str = MISSING  # lambda_returns, bound, or value (without the model)
 
 
 @dataclass
@@ -71,6 +77,7 @@ class LearningRates:
     reward: float = MISSING  # reward model and classifier
     value: float = MISSING  # action values
     actor: float = MISSING  # actor
+    multiplier: float = MISSING  # weight of the consistency term, where it is learnt
 
 
 @dataclass
@@ -95,6 +102,8 @@ class Evaluation:
     every: int = MISSING  # steps between two evaluations
     episodes: int = MISSING  # episodes of each
     video: bool = MISSING  # record an episode at the end
+    bias: bool = MISSING  # measure the bias of values and bound against the returns that follow
+    diagnostics: bool = MISSING  # measure latents, dynamics and classifier
 
 
 @dataclass
@@ -157,7 +166,10 @@ def env_options(task: Task) -> dict[str, Any]:
 #: Where the first process tells those that it starts what the run's folder is called.
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 #: What a run cannot change when it goes on.
-_FIXED = ("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity")
+_FIXED = (
+    *("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity"),
+    *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
+)
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 
@@ -178,7 +190,8 @@ def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
     if start is not None:
         before = OmegaConf.load(folder / "config.yaml")
         for name in _FIXED:
-            old, new = OmegaConf.select(before, name), OmegaConf.select(options, name)
+            new = OmegaConf.select(options, name)
+            old = OmegaConf.select(before, name, default=new)  # a run may be older than an option
             if old != new:
                 raise ValueError(
                     f"{folder} was trained with {name}={old} and cannot go on with {new}"
@@ -298,4 +311,10 @@ def _check_processes(config: Config) -> None:
         )
 
 
+def _suffix(ablation: str) -> str:
+    """What an ablation adds to the name of a run's folder, so that its curves stay apart."""
+    return "" if ablation == "none" else f"-{ablation}"
+
+
+OmegaConf.register_new_resolver("suffix", _suffix, replace=True)
 ConfigStore.instance().store(name="schema", node=Config)

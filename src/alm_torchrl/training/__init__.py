@@ -15,6 +15,7 @@ from alm_torchrl.training.callbacks import (
 from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import EnvironmentFailedError, Experience
+from alm_torchrl.training.measurements import Diagnostics, Measurement, ValueBias
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.processes import is_lost_process, rank_seed
@@ -35,9 +36,11 @@ __all__ = [
     "CapturedUpdate",
     "Checkpoint",
     "Checkpoints",
+    "Diagnostics",
     "EnvironmentFailedError",
     "Experience",
     "LearningCurve",
+    "Measurement",
     "PolicyCopy",
     "ProgressBar",
     "SaveAgent",
@@ -48,6 +51,7 @@ __all__ = [
     "StackedSoftUpdate",
     "StopOnSignal",
     "Update",
+    "ValueBias",
     "Video",
     "choose_precision",
     "find_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from alm_torchrl.training.callbacks import (
     Video,
 )
 from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, check_processes
+from alm_torchrl.training.measurements import Measurement
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.processes import end_with_parent
 from alm_torchrl.training.progress import ProgressBar
@@ -43,6 +45,7 @@ def make_trainer(
     precision: str = "32-true",
     tensorboard: bool = True,
     wandb: bool = False,
+    measurements: Sequence[type[Measurement]] = (),
     video_env: EnvBase | None = None,
 ) -> L.Trainer:
     """Makes a trainer that evaluates, logs, plots and keeps the best and the last state.
@@ -69,6 +72,8 @@ def make_trainer(
             :func:`choose_precision`. Acting and evaluation stay in float32.
         tensorboard: write TensorBoard logs beside the CSV file.
         wandb: write to Weights & Biases too.
+        measurements: what else is measured at every evaluation: :class:`ValueBias`,
+            :class:`Diagnostics`.
         video_env: an environment with frames to record an episode in at the end.
 
     Returns:
@@ -88,7 +93,7 @@ def make_trainer(
             "precision='auto' measures, and each process might find another: choose 32-true or "
             "bf16-mixed"
         )
-    callbacks = _keep_by_seed(folder, seed, num_seeds, title)
+    callbacks = _keep_by_seed(folder, seed, num_seeds, title, measurements)
     checkpoints = None
     if checkpoint_every is not None:
         checkpoints = Checkpoints(
@@ -142,15 +147,17 @@ def _unused(folder: Path) -> str:
     return f"csv{sessions + 1}" if sessions else "csv"
 
 
-def _keep_by_seed(folder: Path, seed: int, num_seeds: int, title: str) -> list[Callback]:
-    """What keeps the curve and the agents of every seed."""
-    if num_seeds == 1:
-        return [LearningCurve(folder, seed=seed, title=title), SaveAgent(folder)]
+def _keep_by_seed(
+    folder: Path, seed: int, num_seeds: int, title: str, measurements: Sequence[type[Measurement]]
+) -> list[Callback]:
+    """What keeps the curve, the agents and the measurements of every seed."""
     callbacks: list[Callback] = []
     for row in range(num_seeds):
-        own = folder / f"seed{seed + row}"
-        own.mkdir(exist_ok=True)
-        title_of_seed = f"{title}, seed {seed + row}"
-        callbacks.append(LearningCurve(own, seed=seed + row, title=title_of_seed, row=row))
+        number, own, title_of_seed = seed + row, folder, title
+        if num_seeds > 1:
+            own, title_of_seed = folder / f"seed{number}", f"{title}, seed {number}"
+            own.mkdir(exist_ok=True)
+        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, row=row))
         callbacks.append(SaveAgent(own, row=row))
+        callbacks += [measure(own, seed=number, row=row) for measure in measurements]
     return callbacks

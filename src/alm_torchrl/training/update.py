@@ -168,7 +168,7 @@ class Update:
         """Clips the norm of a group's gradient, of each seed apart, and returns what it was."""
         if not isinstance(self.loss, StackedLoss):
             return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
-        grads = [p.grad.flatten(1) for p in parameters if p.grad is not None]
+        grads = [p.grad.view(len(p), -1) for p in parameters if p.grad is not None]
         norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
         torch._foreach_mul_(grads, [factors] * len(grads))

@@ -228,6 +228,7 @@ class ALMLoss(LossModule):
             self.convert_to_functional(
                 network, name, create_target_params=name in ("encoder", "qvalue_network")
             )
+        _share_untrained(self.encoder_params, self.target_encoder_params)
         self.horizon = horizon
         self.reduction = reduction
         self.bootstrap_terminated = bootstrap_terminated
@@ -672,6 +673,16 @@ class ALMLoss(LossModule):
 
     def _reduce(self, loss: Tensor, mask: Tensor) -> Tensor:
         return self._reduce_loss(loss, TensorDict({self.tensor_keys.validity_mask: mask}))
+
+
+def _share_untrained(source: TensorDictBase, target: TensorDictBase) -> None:
+    """Lets a target read what no gradient moves, such as running statistics, where the source does.
+
+    ``SoftUpdate`` follows trained parameters alone and would leave a copy of these behind.
+    """
+    for key, value in source.items(True, True):
+        if not value.requires_grad:
+            target.get(key).data = value.data
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Trains ALM on a MuJoCo task: ``python recipes/mujoco.py [preset=...] [task=...] [option=...]``.
 
-The options stand in conf/mujoco.yaml. A run leaves configuration, learning curve, metrics,
+The options stand in conf/mujoco.yaml, the encoders to choose from in conf/encoder. A run leaves configuration, learning curve, metrics,
 checkpoints and agents in its folder.
 """
 
@@ -27,9 +27,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alm_torchrl.envs import make_env
 from alm_torchrl.training import EnvironmentFailedError, make_trainer, quiet_notices
-from recipes.conf.components import make_module
+from recipes.conf.components import make_module, make_task
 from recipes.conf.schema import Config, pick, prepare
 
 
@@ -52,7 +51,7 @@ def main(options: DictConfig) -> None:
             keep_checkpoints=config.checkpoint.keep,
             start=start,
             **pick(config.run, "accelerator", "precision", "tensorboard", "wandb"),
-            video_env=make_env(task.id, from_pixels=True, **task.kwargs) if video else None,
+            video_env=make_task(config, from_pixels=True) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from hydra.utils import instantiate
 from torchrl.envs import EnvBase
 from torchrl.objectives.utils import ValueEstimators
 
@@ -19,7 +22,11 @@ def make_agent(
 ) -> tuple[ALMAgent, ALMLoss]:
     """The networks of a seed and their objective."""
     torch.manual_seed(seed)
-    agent = ALMAgent.from_env(env, **vars(config.agent)).to(device)
+    options = dict(vars(config.agent))
+    sizes = {"latent_dim": options.pop("latent_dim"), "hidden_dim": options["hidden_dim"]}
+    build = instantiate(config.encoder.build, _partial_=True)
+    encoder = build(env.observation_spec_unbatched, **sizes)
+    agent = ALMAgent.from_env(env, encoder=encoder, **options).to(device)
     objective = dict(vars(config.objective))
     estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
     loss = ALMLoss(**agent.networks(), **objective)
@@ -27,12 +34,21 @@ def make_agent(
     return agent, loss
 
 
+def make_task(config: Config, *, from_pixels: bool = False, **options: Any) -> EnvBase:
+    """The task's environments, with what the encoder needs of them."""
+    task = config.task
+    env = make_env(task.id, from_pixels=from_pixels, **options, **task.kwargs)
+    for transform in config.encoder.transforms:
+        env.append_transform(instantiate(transform))
+    return env
+
+
 def make_module(config: Config, device: torch.device) -> ALMModule:
     """Environment, agent, loss and data, in this order."""
-    task, training, num_seeds = config.task, config.training, config.num_seeds
+    training, num_seeds = config.training, config.num_seeds
     num_envs = training.num_envs * num_seeds
     seeds = range(config.seed, config.seed + num_envs)
-    env = make_env(task.id, seed=seeds, num_envs=num_envs, **task.kwargs)
+    env = make_task(config, seed=seeds, num_envs=num_envs)
     agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
@@ -54,6 +70,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         **pick(training, "total_steps", "warmup_steps", "updates_per_step"),
         noise=agent.noise,
         policy=policy,
+        observe=agent.update_statistics if isinstance(agent, ALMAgent) else None,
         num_seeds=num_seeds,
     )
     eval_seed, eval_envs = config.seed + 1000, config.evaluation.episodes * num_seeds
@@ -61,7 +78,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         agent,
         loss,
         experience,
-        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **task.kwargs),
+        make_task(config, seed=eval_seed, num_envs=eval_envs),
         learning_rates=vars(config.learning_rates),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,

@@ -40,6 +40,14 @@ class Agent:
 
 
 @dataclass
+class Encoder:
+    """The representation; a _target_ is an import path, called with the options beside it."""
+
+    transforms: list[Any] = MISSING  # what the environment adds to its observations for it
+    build: dict[str, Any] = MISSING  # from observation_spec, latent_dim, hidden_dim to the encoder
+
+
+@dataclass
 class Objective:
     """The losses (alm_torchrl.objectives.ALMLoss)."""
 
@@ -116,6 +124,7 @@ class Config:
     resume: str = MISSING  # never, auto, or the folder of the run to go on with
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
+    encoder: Encoder = field(default_factory=Encoder)
     objective: Objective = field(default_factory=Objective)
     learning_rates: LearningRates = field(default_factory=LearningRates)
     training: Training = field(default_factory=Training)
@@ -130,7 +139,15 @@ def pick(options: object, *names: str) -> dict[str, Any]:
 
 
 #: What a run cannot change when it goes on.
-_FIXED = ("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity")
+_FIXED = (
+    "seed",
+    "num_seeds",
+    "task",
+    "agent",
+    "encoder",
+    "training.num_envs",
+    "training.replay_capacity",
+)
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 

@@ -31,6 +31,9 @@ def described(cls: _T) -> _T:
         init(self, *args, **kwargs)
         if type(self) is cls:
             given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
+            for parameter in signature.parameters.values():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    given |= given.pop(parameter.name, {})
             object.__setattr__(self, "_given", given)
 
     cls.__init__ = remember  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -228,7 +228,8 @@ class ALMLoss(LossModule):
             self.convert_to_functional(
                 network, name, create_target_params=name in ("encoder", "qvalue_network")
             )
-        _share_untrained(self.encoder_params, self.target_encoder_params)
+        # Not as an attribute, which warns that nothing updates it yet.
+        _share_untrained(self.encoder_params, self._modules["target_encoder_params"])
         self.horizon = horizon
         self.reduction = reduction
         self.bootstrap_terminated = bootstrap_terminated
@@ -675,7 +676,7 @@ class ALMLoss(LossModule):
         return self._reduce_loss(loss, TensorDict({self.tensor_keys.validity_mask: mask}))
 
 
-def _share_untrained(source: TensorDictBase, target: TensorDictBase) -> None:
+def _share_untrained(source: TensorDictParams, target: Any) -> None:
     """Lets a target read what no gradient moves, such as running statistics, where the source does.
 
     ``SoftUpdate`` follows trained parameters alone and would leave a copy of these behind.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -36,6 +36,8 @@ class Experience:
         updates_per_step: updates for each environment step; may be a fraction.
         noise: the schedule to advance with every environment step.
         policy: the collector's, if it has to be told when there are new weights.
+        observe: what is to see every collected batch once it is stored, such as
+            :meth:`ALMAgent.update_statistics`.
         num_seeds: seeds trained at once, between which the collector's environments are divided;
             steps, frames and updates are then those of one seed.
 
@@ -53,6 +55,7 @@ class Experience:
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | StackedNoise | None = None,
         policy: PolicyCopy | None = None,
+        observe: Callable[[TensorDictBase], None] | None = None,
         num_seeds: int = 1,
     ) -> None:
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
@@ -67,6 +70,7 @@ class Experience:
         self.updates_per_step = updates_per_step
         self.noise = noise
         self.policy = policy
+        self.observe = observe
         self.num_seeds = num_seeds
         self.frames = 0
         self.updates = 0
@@ -160,6 +164,8 @@ class Experience:
 
     def _store(self, data: TensorDictBase) -> None:
         self.replay.extend(data)
+        if self.observe is not None:
+            self.observe(data)
         self._batches += 1
         self._last_frames = data.numel() // self.num_seeds
         self.frames += self._last_frames

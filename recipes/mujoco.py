@@ -1,7 +1,7 @@
 """Trains ALM on a MuJoCo task: ``python recipes/mujoco.py [preset=...] [task=...] [option=...]``.
 
-The options stand in conf/mujoco.yaml, the encoders to choose from in conf/encoder. A run leaves configuration, learning curve, metrics,
-checkpoints and agents in its folder.
+The options stand in conf/mujoco.yaml, the encoders to choose from in conf/encoder. A run leaves
+configuration, learning curve, metrics, checkpoints and agents in its folder.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from alm_torchrl.modules import (
     state_primer,
 )
 from alm_torchrl.objectives import ALMLoss, check_encoder
+from alm_torchrl.objectives.functional import kl_divergence
 
 SIDE = 20
 
@@ -243,25 +244,45 @@ def test_saved_and_loaded_it_acts_the_same(world: World, tmp_path: Path) -> None
     assert torch.equal(act(loaded, world.env), act(world.agent, world.env))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_it_equals_eager(name: str) -> None:
+def assert_compiles(world: World, call: Callable[[TensorDict], Tensor], backend: str) -> None:
+    """Compiled as one graph, a value and its gradients are those of eager; drawn, they are new."""
     torch._dynamo.reset()
-    world = build(name)
     world.loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
-    backend = "inductor" if name == "discrete" else "aot_eager"
-    compiled = torch.compile(world.loss.world_model_loss, fullgraph=True, backend=backend)
-    found = {}
-    for way, call in (("eager", world.loss.world_model_loss), ("compiled", compiled)):
-        value, metrics = call(world.batch)
-        found[way] = {"loss": value.detach(), **metrics, **gradients(world.loss, value)}
-    assert found["compiled"].keys() == found["eager"].keys()
-    for key, wanted in found["eager"].items():
-        floor = 1e-4 * wanted.abs().max().item() + 1e-6
-        torch.testing.assert_close(found["compiled"][key], wanted, rtol=0, atol=floor)
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    found = []
+    for way in (call, compiled):
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            value = way(world.batch)
+        found.append({"value": value.detach(), **gradients(world.loss, value)})
     world.loss.deterministic_sampling_mode = ExplorationType.RANDOM
-    assert not torch.equal(compiled(world.batch)[0], compiled(world.batch)[0])
+    world.loss.zero_grad()
+    assert found[0].keys() == found[1].keys()
+    for key, wanted in found[0].items():
+        floor = 1e-4 * wanted.abs().max().item() + 1e-6
+        torch.testing.assert_close(found[1][key], wanted, rtol=0, atol=floor)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_encoding_and_divergence_compile_as_one_graph(world: World) -> None:
+    encoder, prior = world.agent.encoder, None
+
+    def call(batch: TensorDict) -> Tensor:
+        dist = encoder.get_dist(batch.select(*encoder.in_keys))
+        divergence = kl_divergence(dist, prior).mean()
+        return divergence + (dist.deterministic_sample**3 + dist.rsample().detach() * 0).mean()
+
+    with torch.no_grad():
+        prior = encoder.get_dist(world.batch.flip(0).select(*encoder.in_keys))
+    if any(True for _ in encoder.parameters()):
+        assert_compiles(world, call, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "backend"), [("discrete", "inductor"), ("window", "aot_eager")])
+def test_the_world_model_loss_compiles_as_one_graph(name: str, backend: str) -> None:
+    world = build(name, horizon=1)
+    assert_compiles(world, lambda batch: world.loss.world_model_loss(batch)[0], backend)
 
 
 @pytest.mark.parametrize("name", CASES)

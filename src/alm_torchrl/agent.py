@@ -158,6 +158,7 @@ class ALMAgent(nn.Module):
             spec, size = env.observation_spec_unbatched, options.get("latent_dim")
             options["latent_dim"] = check_encoder(components["encoder"], spec, latent_dim=size)
         agent = cls(AgentConfig(action_low=low, action_high=high, **options), **components)
+        agent = agent.to(env.device or "cpu")
         if "encoder" in components or "dynamics" in components:
             check_encoder(
                 agent.encoder,
@@ -166,7 +167,7 @@ class ALMAgent(nn.Module):
                 action_spec=env.action_spec_unbatched,
                 latent_dim=agent.config.latent_dim,
             )
-        return agent.to(env.device or "cpu")
+        return agent
 
     @property
     def noise(self) -> NoiseSchedule:

@@ -35,6 +35,7 @@ from alm_torchrl.modules import (
 )
 from alm_torchrl.objectives import ALMLoss, check_encoder
 from alm_torchrl.objectives.functional import kl_divergence
+from alm_torchrl.training import StackedAgent, StackedLoss
 
 SIDE = 20
 
@@ -104,6 +105,7 @@ CASES = {
     "frozen": Case(FrozenEncoder.from_spec, drawn, {"module": pretrained()}, described=False),
     "own": Case(own, described=False),
 }
+NORMALISED = ("normalised", "identity")
 GROUPS = {
     "loss_world_model": {"encoder_params", "dynamics_params"},
     "loss_reward": {"reward_model_params"},
@@ -283,6 +285,29 @@ def test_encoding_and_divergence_compile_as_one_graph(world: World) -> None:
 def test_the_world_model_loss_compiles_as_one_graph(name: str, backend: str) -> None:
     world = build(name, horizon=1)
     assert_compiles(world, lambda batch: world.loss.world_model_loss(batch)[0], backend)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NORMALISED])
+def test_seeds_trained_at_once_have_the_losses_that_they_have_alone(name: str) -> None:
+    worlds = [build(name, frames=70) for _ in range(2)]
+    losses, batches = [world.loss for world in worlds], [world.batch for world in worlds]
+    for loss in losses:
+        loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
+    wanted = torch.stack([loss(batch) for loss, batch in zip(losses, batches, strict=True)])
+    stacked = StackedLoss(losses)
+    found = stacked(torch.stack(batches))
+    torch.testing.assert_close(found["loss_world_model"], wanted["loss_world_model"])
+    for loss in losses:
+        loss.deterministic_sampling_mode = ExplorationType.RANDOM
+    sum(stacked(torch.stack(batches))[name].sum() for name in GROUPS).backward()
+    policy = StackedAgent([world.agent for world in worlds]).policy()
+    assert policy(worlds[0].data[:4].exclude("action"))["action"].shape == (4, 1)
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_running_statistics_are_not_stacked(name: str) -> None:
+    with pytest.raises(ValueError, match="one seed at a time"):
+        StackedLoss([build(name, frames=70).loss])
 
 
 @pytest.mark.parametrize("name", CASES)

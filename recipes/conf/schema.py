@@ -52,6 +52,14 @@ class Agent:
 
 
 @dataclass
+class Encoder:
+    """The representation; a _target_ is an import path, called with the options beside it."""
+
+    transforms: list[Any] = MISSING  # what the environment adds to its observations for it
+    build: dict[str, Any] = MISSING  # from observation_spec, latent_dim, hidden_dim to the encoder
+
+
+@dataclass
 class Objective:
     """The losses (alm_torchrl.objectives.ALMLoss)."""
 
@@ -139,6 +147,7 @@ class Config:
     resume: str = MISSING  # never, auto, or the folder of the run to go on with
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
+    encoder: Encoder = field(default_factory=Encoder)
     objective: Objective = field(default_factory=Objective)
     learning_rates: LearningRates = field(default_factory=LearningRates)
     training: Training = field(default_factory=Training)
@@ -167,7 +176,8 @@ def env_options(task: Task) -> dict[str, Any]:
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 #: What a run cannot change when it goes on.
 _FIXED = (
-    *("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity"),
+    *("seed", "num_seeds", "task", "agent", "encoder"),
+    *("training.num_envs", "training.replay_capacity"),
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
 )
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")

@@ -67,6 +67,8 @@ def main(options: DictConfig) -> None:
         sys.exit(f"interrupted after {module.experience.steps} steps; resume={folder} goes on")
     except (EnvironmentFailedError, FloatingPointError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}; resume={folder} goes on from what was kept")
+    finally:
+        module.experience.shutdown()
     score = trainer.callback_metrics.get("return")
     result = "nothing was left to do" if score is None else f"return {score:.0f}"
     print(f"{result}; curve, agent and checkpoints: {folder}")

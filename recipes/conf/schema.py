@@ -67,7 +67,12 @@ class Training:
 
     total_steps: int = MISSING  # environment steps after the warm-up (the authors' counter)
     warmup_steps: int = MISSING  # uniformly random steps before them
-    num_envs: int = MISSING  # environments stepped together
+    num_envs: int = MISSING  # environments, altogether
+    collector: str = MISSING  # what steps them: sync (this process), multi (processes) or ray
+    num_workers: int = MISSING  # processes or Ray actors, between which environments are divided
+    overlap: bool = MISSING  # workers collect on while the last batch is learnt from
+    frames_per_batch: int = MISSING  # frames collected before the updates that they pay for
+    sync_every: int = MISSING  # updates between two times that workers get the weights
     updates_per_step: float = MISSING  # updates for each environment step
     batch_size: int = MISSING  # windows in an update
     policy_lag: int = MISSING  # updates that acting is behind: 0, or 1 to overlap with a GPU
@@ -130,7 +135,10 @@ def pick(options: object, *names: str) -> dict[str, Any]:
 
 
 #: What a run cannot change when it goes on.
-_FIXED = ("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity")
+_FIXED = (
+    *("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity"),
+    *("training.collector", "training.num_workers", "training.overlap"),
+)
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 
@@ -151,7 +159,7 @@ def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
         before = OmegaConf.load(folder / "config.yaml")
         for name in _FIXED:
             old, new = OmegaConf.select(before, name), OmegaConf.select(options, name)
-            if old != new:
+            if old is not None and old != new:  # None: an option that there was not
                 raise ValueError(
                     f"{folder} was trained with {name}={old} and cannot go on with {new}"
                 )
@@ -211,11 +219,50 @@ def _check(config: Config) -> None:
                 f"training.{name}={getattr(training, name)} is no multiple of training.num_envs="
                 f"{training.num_envs}"
             )
+    _check_workers(config)
     if config.checkpoint.keep < 1 or config.checkpoint.every * training.updates_per_step < 1:
         raise ValueError(
             f"checkpoint.every={config.checkpoint.every} and checkpoint.keep="
             f"{config.checkpoint.keep} keep no checkpoint"
         )
+
+
+def _check_workers(config: Config) -> None:
+    """Raises a ValueError that names the option if what collects cannot be as asked."""
+    training = config.training
+    kind, workers, frames = training.collector, training.num_workers, training.frames_per_batch
+    if kind not in ("sync", "multi", "ray"):
+        raise ValueError(f"training.collector={kind}: choose sync, multi or ray")
+    if kind == "sync" and (workers != 1 or training.overlap):
+        raise ValueError(
+            f"training.num_workers={workers} and training.overlap={training.overlap} need workers: "
+            "training.collector=multi or ray"
+        )
+    if kind != "sync" and (config.num_seeds > 1 or training.policy_lag):
+        raise ValueError(
+            f"training.collector={kind} trains one seed, at training.policy_lag=0: num_seeds="
+            f"{config.num_seeds} and training.policy_lag={training.policy_lag} need "
+            "training.collector=sync"
+        )
+    if workers < 1 or training.num_envs % workers or training.sync_every < 1:
+        raise ValueError(
+            f"training.num_envs={training.num_envs} environments cannot be divided between "
+            f"training.num_workers={workers}, or training.sync_every={training.sync_every} is "
+            "less than 1"
+        )
+    envs = training.num_envs // workers if training.overlap else training.num_envs
+    shortest = envs * (config.objective.horizon if training.overlap else 1)
+    if frames % envs or frames < shortest:
+        raise ValueError(
+            f"training.frames_per_batch={frames} is no multiple of the {envs} environments that a "
+            f"batch comes from, or less than {shortest}"
+        )
+    for name in ("warmup_steps", "total_steps"):
+        if getattr(training, name) % frames:
+            raise ValueError(
+                f"training.{name}={getattr(training, name)} is no multiple of "
+                f"training.frames_per_batch={frames}"
+            )
 
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -47,7 +47,7 @@ def test_without_lag_the_newest_weights_act() -> None:
     for update in range(4):
         assert act(copied) == 11 * update
         learn(network)
-        copied.publish()
+        copied.publish(update + 1)
 
 
 def test_with_lag_the_weights_before_act() -> None:
@@ -55,11 +55,11 @@ def test_with_lag_the_weights_before_act() -> None:
     network, policy = make_policy()
     copied = PolicyCopy(policy, lag=1)
     acted = []
-    for _ in range(5):
+    for update in range(5):
         acted.append(act(copied))
         learn(network)
         assert act(copied) == acted[-1]  # nothing changes before it is published
-        copied.publish()
+        copied.publish(update + 1)
     assert acted == [0, 0, 11, 22, 33]
     assert network.weight.item() == 5  # what is learnt is not touched
 
@@ -68,7 +68,7 @@ def test_publishing_asks_the_device_nothing() -> None:
     _, policy = make_policy()
     copied = PolicyCopy(policy, lag=1)
     with HostReads() as reads:
-        copied.publish()
+        copied.publish(1)
         copied(TensorDict(observation=torch.ones(1)))
     assert not reads.found
     assert reads.operators > 0

@@ -126,7 +126,7 @@ class Checkpoints(L.Callback):
         """Restores the replay buffer."""
         if stage != "fit":
             return
-        self._envs = [pl_module.experience.collector.env, pl_module.eval_env]
+        self._envs = [pl_module.experience.env, pl_module.eval_env]
         replay = pl_module.experience.replay
         self._journal = ReplayJournal(replay, _replay_folder(self.folder))
         if self.start is not None:

@@ -91,9 +91,9 @@ def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path:
         acting = list(copied.policy.parameters())[index]
         behind.append(next(i for i, old in enumerate(history[::-1]) if torch.equal(old, acting)))
 
-    def publish() -> None:
+    def publish(update: int) -> None:
         history.append(source.detach().clone())
-        PolicyCopy.publish(copied)
+        PolicyCopy.publish(copied, update)
 
     copied.policy.register_forward_hook(look)
     copied.publish = publish

@@ -99,7 +99,7 @@ def make_collector(
     }
     if kind == "sync":  # trajectory ids cost time and nothing here reads them
         options |= {"track_traj_ids": False, "exploration_type": ExplorationType.RANDOM}
-        collector = Collector(create_env, policy, **options, **collector_kwargs)
+        collector = Collector(create_env, policy, **{**options, **collector_kwargs})
         if seed is not None:
             collector.set_seed(seed)
             collector.reset()
@@ -114,14 +114,15 @@ def make_collector(
         "seed": int(torch.randint(2**31 - 1, ())) if seed is None else seed,
         "timeout": timeout,
         "max_losses": max_losses,
-        **collector_kwargs,
     }
+    create_envs = [create_env] * num_workers
     if kind == "ray":
-        return RayWorkers([create_env] * num_workers, policy, track_traj_ids=False, **options)
+        options["track_traj_ids"] = False
+        return RayWorkers(create_envs, policy, **{**options, **collector_kwargs})
+    options["exploration_type"] = ExplorationType.RANDOM
     if not overlap:
         options["cat_results"] = "stack"
-    options["exploration_type"] = ExplorationType.RANDOM
-    return ProcessCollector([create_env] * num_workers, policy, **options)
+    return ProcessCollector(create_envs, policy, **{**options, **collector_kwargs})
 
 
 def _check_workers(kind: str, num_workers: int, overlap: bool) -> None:

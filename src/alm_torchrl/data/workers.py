@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -118,6 +119,9 @@ class ProcessCollector(BaseCollector):
         self._weights: TensorDictBase | None = None
         self._frames = self._iter = 0
         self._inner: Any = None
+        self._running: list[Any] = []
+        # Python waits for children when it ends, and TorchRL's wait for a word of their parent.
+        weakref.finalize(self, _kill, self._running)
         self._start()
 
     @property
@@ -128,7 +132,7 @@ class ProcessCollector(BaseCollector):
     @property
     def procs(self) -> list[Any]:
         """The worker processes."""
-        return [] if self._inner is None else list(self._inner.procs)
+        return list(self._running)
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yields batches, from other processes where some were lost.
@@ -137,13 +141,11 @@ class ProcessCollector(BaseCollector):
             RuntimeError: with the message of an environment that raised, or if too many processes
                 were lost.
         """
-        batches = iter(self._inner)
         while self.total_frames < 0 or self._frames < self.total_frames:
             try:
-                data = self._bounded(partial(next, batches))
+                data = self._bounded(partial(next, self._batches))
             except Exception as error:  # noqa: BLE001 - sorted out there
                 self._replace(error)
-                batches = iter(self._inner)
                 continue
             self._frames += data.numel()
             self._iter += 1
@@ -179,14 +181,15 @@ class ProcessCollector(BaseCollector):
         """Ends the processes."""
         inner, self._inner = self._inner, None
         if inner is not None:
-            procs = list(inner.procs)
             inner.shutdown(timeout=timeout, raise_on_error=False)
-            _kill(procs)
+            _kill(self._running)
         self._reports.cleanup()
 
     def _start(self) -> None:
         """Makes the processes, seeds them, and sends them what the lost ones had."""
         self._inner = self._make(init_random_frames=self._random_frames(), total_frames=-1)
+        self._running[:] = self._inner.procs
+        self._batches = iter(self._inner)
         seed = (self._seed + 1009 * self.losses) % 2**31  # others than those before
         self._bounded(partial(self._inner.set_seed, seed))
         if self._weights is not None:
@@ -210,8 +213,8 @@ class ProcessCollector(BaseCollector):
             reports = sorted(Path(self._reports.name).glob("*.txt"))
             if reports:
                 raise RuntimeError(reports[0].read_text()) from error
-            lost = isinstance(error, TimeoutError) or not all(map(_alive, self.procs))
-            if not lost or self._inner is None:
+            lost = isinstance(error, TimeoutError) or self._dead()
+            if not lost or self._inner is None:  # None: it could not even be made again
                 raise error
             self._stop()
             self._losses.note(f"a worker process was lost ({' '.join(str(error).split())})")
@@ -219,6 +222,11 @@ class ProcessCollector(BaseCollector):
                 return self._start()
             except Exception as again:  # noqa: BLE001 - sorted out above
                 error = again
+
+    def _dead(self) -> str:
+        """Names the processes that have ended."""
+        ended = (f"process {i}: {_exit_code(p)}" for i, p in enumerate(self._running))
+        return ", ".join(text for text in ended if not text.endswith("None"))
 
     def _stop(self) -> None:
         """Ends all processes at once."""
@@ -233,7 +241,10 @@ class ProcessCollector(BaseCollector):
 
         Raises:
             TimeoutError: if there was no answer in time.
+            ChildProcessError: if a process was dead before.
         """
+        if dead := self._dead():
+            raise ChildProcessError(dead)
         outcome: list[tuple[Any, Exception | None]] = []
 
         def run() -> None:
@@ -250,7 +261,7 @@ class ProcessCollector(BaseCollector):
             if not thread.is_alive():
                 break
             now = time.monotonic()
-            if died is None and not all(map(_alive, self.procs)):
+            if died is None and self._dead():
                 died = now
             if now - started > self._timeout or (died is not None and now - died > _GRACE):
                 raise TimeoutError(f"no answer of the workers within {now - started:.0f} s")
@@ -285,10 +296,12 @@ def prepare_process(reports: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _alive(process: Any) -> bool:
-    with suppress(ValueError):  # closed
-        return bool(process.is_alive())
-    return False
+def _exit_code(process: Any) -> str:
+    """How a process ended; ends in None if it has not."""
+    try:
+        return f"exit code {process.exitcode}"
+    except ValueError:
+        return "closed"
 
 
 def _kill(processes: list[Any]) -> None:

@@ -141,6 +141,12 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         make_collector(policy=constant_policy(), **arguments)
 
 
+def test_without_ray_its_remedy_is_named(monkeypatch) -> None:
+    monkeypatch.setattr("alm_torchrl.data.ray_workers.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'alm-torchrl\[ray\]'"):
+        make_collector(CountingEnv, None, kind="ray", num_workers=2, frames_per_batch=2)
+
+
 # --------------------------------------------------------------------- into the replay buffer
 
 

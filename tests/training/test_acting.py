@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from alm_torchrl.training import PolicyCopy, make_trainer
+from alm_torchrl.training import PolicyCopy, SentPolicy, StampedPolicy, make_trainer
 from tests.synchronisation import HostReads
 
 
@@ -100,3 +100,15 @@ def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path:
     make_trainer(tmp_path, seed=0, title="", eval_every=6, accelerator="cpu").fit(module)
     assert len(history) == 12
     assert behind == [0] + [lag] * 11
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_age_without_workers_is_the_lag(make_module, tmp_path: Path, lag) -> None:
+    module = make_module(policy_lag=lag)
+    make_trainer(tmp_path, seed=0, title="", eval_every=6, accelerator="cpu").fit(module)
+    assert list(module.experience._ages) == [0.0] + [float(lag)] * 11
+
+
+def test_weights_that_are_never_sent_are_refused() -> None:
+    with pytest.raises(ValueError, match="every 1 or more updates, not 0"):
+        SentPolicy(StampedPolicy(make_policy()[1]), None, every=0)

@@ -16,7 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import lightning as L
+import lightning as L  # noqa: N812
 import pytest
 import torch
 from torchrl.envs import TransformedEnv
@@ -33,15 +33,13 @@ from alm_torchrl.training import (
     make_trainer,
 )
 from tests.data.counting import CountingEnv
-from tests.training import tiny
 from tests.training.test_checkpoints import Failing
 
 ROOT = Path(__file__).parents[2]
 NO_RAY = find_spec("ray") is None
-RAY = pytest.param(
-    "ray",
-    marks=[pytest.mark.slow, pytest.mark.skipif(NO_RAY, reason="Ray is not installed")],
-)
+RAY = pytest.param("ray", marks=pytest.mark.skipif(NO_RAY, reason="Ray is not installed"))
+
+pytestmark = pytest.mark.slow  # for the time that processes need to start
 
 
 def failing_env(how: str, at: int) -> TransformedEnv:
@@ -210,7 +208,9 @@ def test_a_worker_that_keeps_dying_ends_the_run() -> None:
     collector = make_collector(
         dying_env, None, kind="multi", num_workers=2, frames_per_batch=20, max_losses=1
     )
-    experience = Experience(collector, make_replay_buffer(100, num_envs=2), total_steps=20)
+    experience = Experience(
+        collector, make_replay_buffer(100, batch_size=6, num_envs=2), total_steps=20
+    )
     says = "loss 2 within an hour: look for what ends the workers"
     with (
         pytest.warns(UserWarning, match="exit code 11"),
@@ -218,24 +218,6 @@ def test_a_worker_that_keeps_dying_ends_the_run() -> None:
     ):
         next(iter(experience))
     experience.shutdown()
-
-
-def test_without_ray_its_remedy_is_named(monkeypatch) -> None:
-    monkeypatch.setattr("alm_torchrl.data.ray_workers.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'alm-torchrl\[ray\]'"):
-        make_collector(CountingEnv, None, kind="ray", num_workers=2, frames_per_batch=2)
-
-
-@pytest.mark.parametrize("lag", [0, 1])
-def test_the_age_without_workers_is_the_lag(lag, tmp_path) -> None:
-    module = tiny.make_module(12, policy_lag=lag)
-    fit(module, tmp_path)
-    assert list(module.experience._ages) == [0.0] + [float(lag)] * 11
-
-
-def test_weights_that_are_never_sent_are_refused() -> None:
-    with pytest.raises(ValueError, match="every 1 or more updates, not 0"):
-        SentPolicy(None, None, every=0)
 
 
 SCRIPT = """

@@ -143,7 +143,13 @@ def _keep_cluster(request):
         import ray
 
         if not ray.is_initialized():
-            ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+            paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+            ray.init(
+                num_cpus=4,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            )
 
 
 @pytest.mark.parametrize("kind", ["multi", RAY])

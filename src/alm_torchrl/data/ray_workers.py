@@ -27,7 +27,7 @@ class RayWorkers(RayCollector):
 
     Weights go through Ray's object store, with the request for the next batch. A process group,
     as TorchRL's scheme has it, would have to be made anew for all whenever one actor is replaced.
-    An exception that the environment raises in an actor ends the collection with that exception.
+    An exception that the environment raises in an actor ends the collection with its message.
 
     Args:
         create_envs: one function for each actor.
@@ -45,7 +45,7 @@ class RayWorkers(RayCollector):
 
     Raises:
         ImportError: if Ray is not installed.
-        WorkersLostError: if the cluster has no room for the actors.
+        WorkersLostError: if the actors cannot start, or the cluster has no room for them.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RayWorkers(RayCollector):
             **devices,
         )
         self.init_random_frames = init_random_frames
-        self.set_seed(seed)
+        self._begin()
 
     @property
     def losses(self) -> int:
@@ -105,7 +105,7 @@ class RayWorkers(RayCollector):
         """Yields batches, ``[num_workers, ...]``, or of one actor where they overlap.
 
         Raises:
-            Exception: what an environment raised.
+            RuntimeError: with the message of an environment that raised.
             WorkersLostError: if too many actors were lost, or there is no room for another.
         """
         pending = {self._request(i): i for i in range(self.num_workers)} if not self._sync else {}
@@ -148,6 +148,19 @@ class RayWorkers(RayCollector):
         self.collected_frames = state_dict["frames"]
         self._random_left = max(0, self.init_random_frames - self.collected_frames)
 
+    def _begin(self) -> None:
+        """Waits until the actors are there."""
+        from ray.exceptions import RayActorError
+
+        try:
+            self.set_seed(self._seed)
+        except RayActorError as error:
+            self.shutdown()
+            raise WorkersLostError(
+                "a Ray worker could not start: is this version of alm-torchrl, with all that the "
+                f"environment needs, installed on its machine? ({' '.join(str(error).split())})"
+            ) from error
+
     def _gather(self) -> TensorDictBase:
         """A batch of every actor."""
         pending = {self._request(i): i for i in range(self.num_workers)}
@@ -187,11 +200,13 @@ class RayWorkers(RayCollector):
         reason = f"did not answer within {self._timeout:.0f} s"
         if ready:
             try:
-                return index, ray.get(future, timeout=self._timeout)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+                data = ray.get(future, timeout=self._timeout)
             except ray.exceptions.RayError as error:  # of the actor, its node, or their objects
                 reason = f"was lost ({type(error).__name__})"
+            else:
+                if isinstance(data, str):
+                    raise RuntimeError(data)
+                return index, data
         self._replace(index, reason)
         return index, None
 
@@ -236,8 +251,6 @@ class RayWorkers(RayCollector):
                 f"{self.num_workers} asks for {self._remote_config}, and the cluster may have no "
                 "room"
             ) from None
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
 
 
 class RayWorker(Collector):
@@ -250,9 +263,16 @@ class RayWorker(Collector):
         self.reset()
         return seed
 
-    def collect(self, weights: TensorDictBase | None, random: bool) -> TensorDictBase | None:
-        """A batch, with the weights given and at random if asked."""
+    def collect(self, weights: TensorDictBase | None, random: bool) -> TensorDictBase | str | None:
+        """A batch, with the weights given and at random if asked, or what was raised.
+
+        Ray would ask the actor for its length on the way to raising that elsewhere, and an endless
+        collector has none, so that the actor would die of it.
+        """
         if weights is not None:
             self.update_policy_weights_(weights)
         self.init_random_frames = float("inf") if random else -1
-        return self.next()
+        try:
+            return self.next()
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"

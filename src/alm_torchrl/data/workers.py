@@ -26,7 +26,7 @@ _GRACE = 20.0  # seconds that TorchRL has to notice a dead process and to end th
 _HOUR = 3600.0
 
 
-class WorkersLostError(RuntimeError):
+class WorkersLostError(ChildProcessError):
     """More workers were lost than a run should replace, or one could not be replaced."""
 
 

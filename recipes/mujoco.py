@@ -83,6 +83,8 @@ def main(options: DictConfig) -> None:
         if not is_lost_process(error):
             raise
         sys.exit(f"another process of this run has ended, for its own reason; resume={folder}")
+    finally:
+        module.experience.shutdown()
     score = trainer.callback_metrics.get("return")
     result = "nothing was left to do" if score is None else f"return {score:.0f}"
     say(f"{result}; curve, agent and checkpoints: {folder}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.objectives.utils import ValueEstimators
 
@@ -19,6 +22,9 @@ from alm_torchrl.training import (
     Experience,
     Measurement,
     PolicyCopy,
+    SentPolicy,
+    StackedAgent,
+    StampedPolicy,
     ValueBias,
     rank_seed,
     stack_seeds,
@@ -52,6 +58,33 @@ def make_task(config: Config, *, from_pixels: bool = False, **options: Any) -> E
     return env
 
 
+def make_experience_collector(
+    config: Config, env: EnvBase, agent: ALMAgent | StackedAgent
+) -> tuple[BaseCollector, PolicyCopy | SentPolicy]:
+    """What collects, in this process or in workers, and what is told of new weights."""
+    training, num_seeds = config.training, config.num_seeds
+    frames: dict[str, Any] = {
+        "frames_per_batch": training.frames_per_batch * num_seeds,
+        "init_random_frames": training.warmup_steps * num_seeds // num_processes(config),
+    }
+    if training.collector == "sync":
+        policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
+        return make_collector(env, policy, **frames), policy
+    env.close(raise_if_closed=False)  # each worker makes its own
+    stamped = StampedPolicy(agent.policy())
+    own_envs = training.num_envs // training.num_workers
+    collector = make_collector(
+        partial(make_task, config, num_envs=own_envs),
+        copy.deepcopy(stamped).to("cpu"),
+        kind=training.collector,  # type: ignore[arg-type]
+        num_workers=training.num_workers,
+        overlap=training.overlap,
+        seed=config.seed,
+        **frames,
+    )
+    return collector, SentPolicy(stamped, collector, training.sync_every)
+
+
 def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModule:
     """Environment, agent, loss and data, in this order, of one process of a run."""
     training, num_seeds = config.training, config.num_seeds
@@ -60,16 +93,13 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
     env = make_task(config, seed=range(first, first + num_envs), num_envs=num_envs)
     agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
-    policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
-    random_frames = training.warmup_steps * num_seeds // processes
-    collector = make_collector(
-        env, policy, frames_per_batch=num_envs, init_random_frames=random_frames
-    )
+    collector, policy = make_experience_collector(config, env, agent)
+    lanes = num_envs // training.num_workers if training.overlap else num_envs
     replay = make_replay_buffer(
         training.replay_capacity * num_seeds // processes,
         batch_size=training.batch_size // processes,
         window_length=config.objective.horizon,
-        num_envs=num_envs,
+        num_envs=lanes,
         device=device,
         per_env=num_seeds > 1,
         frame_stacks=frame_stacks(env),

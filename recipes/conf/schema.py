@@ -94,7 +94,12 @@ class Training:
 
     total_steps: int = MISSING  # environment steps after the warm-up (the authors' counter)
     warmup_steps: int = MISSING  # uniformly random steps before them
-    num_envs: int = MISSING  # environments stepped together in each process
+    num_envs: int = MISSING  # environments, altogether; of several run.devices, in each process
+    collector: str = MISSING  # what steps them: sync (this process), multi (processes) or ray
+    num_workers: int = MISSING  # processes or Ray actors, between which environments are divided
+    overlap: bool = MISSING  # workers collect on while the last batch is learnt from
+    frames_per_batch: int = MISSING  # frames collected before the updates that they pay for
+    sync_every: int = MISSING  # updates between two times that workers get the weights
     updates_per_step: float = MISSING  # updates for each environment step
     batch_size: int = MISSING  # windows in an update
     policy_lag: int = MISSING  # updates that acting is behind: 0, or 1 to overlap with a GPU
@@ -178,6 +183,7 @@ _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 _FIXED = (
     *("seed", "num_seeds", "task", "agent", "encoder"),
     *("training.num_envs", "training.replay_capacity"),
+    *("training.collector", "training.num_workers", "training.overlap"),
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
 )
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
@@ -279,13 +285,7 @@ def _check(config: Config) -> None:
             f"num_seeds={config.num_seeds} at training.num_envs={training.num_envs}: train one "
             "seed in several environments, or several seeds in one environment each"
         )
-    together = training.num_envs * num_processes(config)
-    for name in ("warmup_steps", "total_steps"):
-        if getattr(training, name) % together:
-            raise ValueError(
-                f"training.{name}={getattr(training, name)} is no multiple of the {together} "
-                "environments that step together (training.num_envs in each process)"
-            )
+    _check_workers(config)
     if config.checkpoint.keep < 1 or config.checkpoint.every * training.updates_per_step < 1:
         raise ValueError(
             f"checkpoint.every={config.checkpoint.every} and checkpoint.keep="
@@ -309,6 +309,12 @@ def _check_processes(config: Config) -> None:
                 f"training.{name}={getattr(config.training, name)} cannot be divided over "
                 f"{processes} processes"
             )
+    if config.training.collector != "sync":
+        raise ValueError(
+            f"training.collector={config.training.collector} serves one process, and run.devices "
+            f"times run.num_nodes is {processes}: take training.collector=sync, where each process "
+            "steps environments of its own"
+        )
     if config.num_seeds > 1:
         raise ValueError(
             f"num_seeds={config.num_seeds} are trained at once in one process: start a run for "
@@ -327,4 +333,46 @@ def _suffix(ablation: str) -> str:
 
 
 OmegaConf.register_new_resolver("suffix", _suffix, replace=True)
+
+
+def _check_workers(config: Config) -> None:
+    """Raises a ValueError that names the option if what collects cannot be as asked."""
+    training = config.training
+    kind, workers, frames = training.collector, training.num_workers, training.frames_per_batch
+    if kind not in ("sync", "multi", "ray"):
+        raise ValueError(f"training.collector={kind}: choose sync, multi or ray")
+    if kind == "sync" and (workers != 1 or training.overlap):
+        raise ValueError(
+            f"training.num_workers={workers} and training.overlap={training.overlap} need workers: "
+            "training.collector=multi or ray"
+        )
+    if kind != "sync" and (config.num_seeds > 1 or training.policy_lag):
+        raise ValueError(
+            f"training.collector={kind} trains one seed, at training.policy_lag=0: num_seeds="
+            f"{config.num_seeds} and training.policy_lag={training.policy_lag} need "
+            "training.collector=sync"
+        )
+    if workers < 1 or training.num_envs % workers or training.sync_every < 1:
+        raise ValueError(
+            f"training.num_envs={training.num_envs} environments cannot be divided between "
+            f"training.num_workers={workers}, or training.sync_every={training.sync_every} is "
+            "less than 1"
+        )
+    envs = training.num_envs // workers if training.overlap else training.num_envs
+    shortest = envs * (config.objective.horizon if training.overlap else 1)
+    if frames % envs or frames < shortest:
+        raise ValueError(
+            f"training.frames_per_batch={frames} is no multiple of the {envs} environments that a "
+            f"batch comes from, or less than {shortest}"
+        )
+    together = frames * num_processes(config)
+    for name in ("warmup_steps", "total_steps"):
+        if getattr(training, name) % together:
+            raise ValueError(
+                f"training.{name}={getattr(training, name)} is no multiple of the {together} "
+                "frames that are collected before each update (training.frames_per_batch in each "
+                "process)"
+            )
+
+
 ConfigStore.instance().store(name="schema", node=Config)

@@ -124,21 +124,27 @@ def test_the_seed_decides_the_first_episode_too():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "fast"}, "'sync', 'multi_sync' or 'multi_async', not 'fast'"),
+        ({"kind": "fast"}, "'sync', 'multi' or 'ray', not 'fast'"),
         ({"frames_per_batch": 0}, "frames_per_batch must be at least 1"),
         ({"num_workers": 0}, "num_workers must be at least 1"),
         ({"num_workers": 2}, "kind='sync' runs in this process"),
         ({"init_random_frames": -1}, "init_random_frames must be at least 0"),
         ({"init_random_frames": 25}, "not a multiple of frames_per_batch 10: take 20 or 30"),
-        ({"kind": "multi_sync", "num_workers": 3}, "10 is not a multiple of num_workers=3"),
-        ({"kind": "multi_async", "num_workers": 3, "init_random_frames": 20}, "take 30, or 0"),
-        ({"kind": "multi_sync", "create_env": CountingEnv()}, "pass a function that makes it"),
+        ({"overlap": True}, "cannot overlap with learning"),
+        ({"kind": "multi", "num_workers": 3}, "10 is not a multiple of num_workers=3"),
+        ({"kind": "multi", "create_env": CountingEnv()}, "pass a function that makes it"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     arguments = {"create_env": CountingEnv, "frames_per_batch": 10, **arguments}
     with pytest.raises(ValueError, match=message):
         make_collector(policy=constant_policy(), **arguments)
+
+
+def test_without_ray_its_remedy_is_named(monkeypatch) -> None:
+    monkeypatch.setattr("alm_torchrl.data.ray_workers.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'alm-torchrl\[ray\]'"):
+        make_collector(CountingEnv, None, kind="ray", num_workers=2, frames_per_batch=2)
 
 
 # --------------------------------------------------------------------- into the replay buffer
@@ -185,7 +191,7 @@ def multi_sync():
     """Batches of two workers with two environments each, and the policy's change half-way."""
     policy = constant_policy()
     collector = make_collector(
-        partial(SerialEnv, 2, partial(CountingEnv, length=LENGTH)), policy, kind="multi_sync",
+        partial(SerialEnv, 2, partial(CountingEnv, length=LENGTH)), policy, kind="multi",
         num_workers=2, frames_per_batch=20, init_random_frames=40, total_frames=160, seed=3,
     )  # fmt: skip
     batches = []
@@ -194,7 +200,7 @@ def multi_sync():
         if index == 4:
             with torch.no_grad():
                 policy.module.bias.fill_(0.5)
-            collector.update_policy_weights_()
+            collector.update_policy_weights_(policy)
     collector.shutdown()
     return batches
 
@@ -218,8 +224,8 @@ def test_multi_sync_windows(multi_sync, storage):
 @pytest.fixture(scope="module")
 def multi_async():
     collector = make_collector(
-        partial(CountingEnv, length=LENGTH), constant_policy(), kind="multi_async", num_workers=2,
-        frames_per_batch=10, init_random_frames=40, total_frames=200, seed=3,
+        partial(CountingEnv, length=LENGTH), constant_policy(), kind="multi", num_workers=2,
+        overlap=True, frames_per_batch=10, init_random_frames=40, total_frames=200, seed=3,
     )  # fmt: skip
     batches = [batch.clone() for batch in collector]
     collector.shutdown()

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from alm_torchrl.training import PolicyCopy, make_trainer
+from alm_torchrl.training import PolicyCopy, SentPolicy, StampedPolicy, make_trainer
 from tests.synchronisation import HostReads
 
 
@@ -47,7 +47,7 @@ def test_without_lag_the_newest_weights_act() -> None:
     for update in range(4):
         assert act(copied) == 11 * update
         learn(network)
-        copied.publish()
+        copied.publish(update + 1)
 
 
 def test_with_lag_the_weights_before_act() -> None:
@@ -55,11 +55,11 @@ def test_with_lag_the_weights_before_act() -> None:
     network, policy = make_policy()
     copied = PolicyCopy(policy, lag=1)
     acted = []
-    for _ in range(5):
+    for update in range(5):
         acted.append(act(copied))
         learn(network)
         assert act(copied) == acted[-1]  # nothing changes before it is published
-        copied.publish()
+        copied.publish(update + 1)
     assert acted == [0, 0, 11, 22, 33]
     assert network.weight.item() == 5  # what is learnt is not touched
 
@@ -68,7 +68,7 @@ def test_publishing_asks_the_device_nothing() -> None:
     _, policy = make_policy()
     copied = PolicyCopy(policy, lag=1)
     with HostReads() as reads:
-        copied.publish()
+        copied.publish(1)
         copied(TensorDict(observation=torch.ones(1)))
     assert not reads.found
     assert reads.operators > 0
@@ -91,12 +91,24 @@ def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path:
         acting = list(copied.policy.parameters())[index]
         behind.append(next(i for i, old in enumerate(history[::-1]) if torch.equal(old, acting)))
 
-    def publish() -> None:
+    def publish(update: int) -> None:
         history.append(source.detach().clone())
-        PolicyCopy.publish(copied)
+        PolicyCopy.publish(copied, update)
 
     copied.policy.register_forward_hook(look)
     copied.publish = publish
     make_trainer(tmp_path, seed=0, title="", eval_every=6, accelerator="cpu").fit(module)
     assert len(history) == 12
     assert behind == [0] + [lag] * 11
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_age_without_workers_is_the_lag(make_module, tmp_path: Path, lag) -> None:
+    module = make_module(policy_lag=lag)
+    make_trainer(tmp_path, seed=0, title="", eval_every=6, accelerator="cpu").fit(module)
+    assert list(module.experience._ages) == [0.0] + [float(lag)] * 11
+
+
+def test_weights_that_are_never_sent_are_refused() -> None:
+    with pytest.raises(ValueError, match="every 1 or more updates, not 0"):
+        SentPolicy(StampedPolicy(make_policy()[1]), None, every=0)

@@ -462,7 +462,7 @@ def make_replay_buffer(
         batch_size: windows in a sample, ``B``.
         window_length: transitions in a window, ``T``.
         num_envs: environments that are stepped in parallel (workers times environments for a
-            ``"multi_sync"`` collector); each keeps its own lane.
+            ``"multi"`` collector); each keeps its own lane.
         storage: ``"memory"``, or ``"memmap"`` for files.
         scratch_dir: folder of those files; a temporary one if left out. Only for ``"memmap"``.
         device: where samples are wanted. A memory storage lives there too; files stay on the CPU.

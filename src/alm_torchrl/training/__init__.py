@@ -5,7 +5,7 @@ from importlib.util import find_spec
 if find_spec("lightning") is None:
     raise ImportError("alm_torchrl.training needs Lightning: pip install 'alm-torchrl[recipes]'")
 
-from alm_torchrl.training.acting import PolicyCopy
+from alm_torchrl.training.acting import PolicyCopy, SentPolicy, StampedPolicy
 from alm_torchrl.training.callbacks import (
     LearningCurve,
     SaveAgent,
@@ -44,11 +44,13 @@ __all__ = [
     "PolicyCopy",
     "ProgressBar",
     "SaveAgent",
+    "SentPolicy",
     "StackedAgent",
     "StackedLoss",
     "StackedNoise",
     "StackedPolicy",
     "StackedSoftUpdate",
+    "StampedPolicy",
     "StopOnSignal",
     "Update",
     "ValueBias",

@@ -141,7 +141,7 @@ class Checkpoints(L.Callback):
         """Restores the replay buffer."""
         if stage != "fit":
             return
-        self._envs = [pl_module.experience.collector.env, pl_module.eval_env]
+        self._envs = [pl_module.experience.env, pl_module.eval_env]
         replay, rank = pl_module.experience.replay, trainer.global_rank
         self._journal = ReplayJournal(replay, _replay_folder(self.folder, rank))
         if self.start is not None:

@@ -9,9 +9,10 @@ from typing import Any
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
+from torchrl.envs import EnvBase
 
 from alm_torchrl.modules import NoiseSchedule
-from alm_torchrl.training.acting import PolicyCopy
+from alm_torchrl.training.acting import PolicyCopy, SentPolicy
 from alm_torchrl.training.seeds import StackedNoise
 
 __all__ = ["EnvironmentFailedError", "Experience"]
@@ -26,7 +27,11 @@ class Experience:
 
     Warm-up frames are stored without an update. After them every collected batch is stored first,
     then sampled as often as ``updates_per_step`` asks, and only then is the noise moved on, so
-    that acting and the updates after it see the same scale.
+    that acting and the updates after it see the same scale. Workers act with the scale that came
+    with their weights.
+
+    Where workers of the collector were replaced, the episodes that were running are closed in the
+    replay buffer, so that no window joins what does not follow.
 
     Args:
         collector: a TorchRL collector that never stops by itself.
@@ -35,7 +40,8 @@ class Experience:
         warmup_steps: frames collected before the first update.
         updates_per_step: updates for each environment step; may be a fraction.
         noise: the schedule to advance with every environment step.
-        policy: the collector's, if it has to be told when there are new weights.
+        policy: what has to be told when there are new weights: the collector's policy, or what
+            sends them to its workers.
         observe: what is to see every collected batch once it is stored, such as
             :meth:`ALMAgent.update_statistics`.
         num_seeds: seeds trained at once, between which the collector's environments are divided;
@@ -56,7 +62,7 @@ class Experience:
         warmup_steps: int = 5000,
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | StackedNoise | None = None,
-        policy: PolicyCopy | None = None,
+        policy: PolicyCopy | SentPolicy | None = None,
         observe: Callable[[TensorDictBase], None] | None = None,
         num_seeds: int = 1,
         num_processes: int = 1,
@@ -81,7 +87,9 @@ class Experience:
         self.collecting = False
         self._batches = 0
         self._last_frames = 0
+        self._losses = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
+        self._ages: deque[float] = deque(maxlen=100)
         if len(self) < 1:
             raise ValueError(
                 f"{total_steps} steps at {updates_per_step} updates per step give no update"
@@ -91,6 +99,20 @@ class Experience:
     def steps(self) -> int:
         """Environment steps after the warm-up: the x-axis of the authors' curves."""
         return max(0, self.frames - self.warmup_steps)
+
+    @property
+    def env(self) -> EnvBase | BaseCollector:
+        """The environments, or the collector where they are in its workers: what is seeded."""
+        return getattr(self.collector, "env", self.collector)
+
+    @property
+    def policy_age(self) -> float | None:
+        """Updates between the weights acted with and the newest, when a batch arrives.
+
+        The mean over the last 100 batches, by what the policy noted with its actions (see
+        :class:`~alm_torchrl.training.StampedPolicy`); None before the first such batch.
+        """
+        return sum(self._ages) / len(self._ages) if self._ages else None
 
     def __len__(self) -> int:
         """Updates altogether. Without a length, Lightning would collect one step ahead."""
@@ -141,21 +163,23 @@ class Experience:
         """Resets the environments and acts with the newest weights, as a run does that goes on."""
         self.collector.reset()
         if self.policy is not None:
-            self.policy.restart()
+            self.policy.restart(self.updates)
+
+    def shutdown(self) -> None:
+        """Closes the environments and ends the workers; there is no more to collect after it."""
+        self.collector.shutdown()
 
     def _conclude(self) -> None:
         """Ends the step that was learnt from."""
-        if self.steps == 0:
-            return
-        if self.noise is not None:
+        if self.steps and self.noise is not None:
             self.noise.advance(self._last_frames)
-        if self.policy is not None:
-            self.policy.publish()
 
     def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
         """The collector's next batch, if there is one and nothing is wrong with it."""
         self.collecting = True
         try:
+            if self.steps and self.policy is not None:
+                self.policy.publish(self.updates)
             data = next(batches, None)
         except Exception as error:
             raise EnvironmentFailedError(
@@ -168,6 +192,13 @@ class Experience:
         return data
 
     def _store(self, data: TensorDictBase) -> None:
+        losses = getattr(self.collector, "losses", 0)
+        if losses != self._losses:
+            self._losses = losses
+            self.replay.close_episodes()
+        acted_with = data.get("policy_update", None)
+        if acted_with is not None and self.frames >= self.warmup_steps:
+            self._ages.append(self.updates - acted_with.float().mean().item())
         self.replay.extend(data)
         if self.observe is not None:
             self.observe(data)

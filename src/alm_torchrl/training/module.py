@@ -210,6 +210,8 @@ class ALMModule(L.LightningModule):
         if self.experience.episode_returns:
             recent = list(self.experience.episode_returns)[-10:]
             values["train/episode_return"] = sum(recent) / len(recent)
+        if self.experience.policy_age is not None:
+            values["train/policy_age"] = self.experience.policy_age
         for logger in self.loggers:
             logger.log_metrics(values, step=self.experience.steps)
 

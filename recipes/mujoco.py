@@ -34,13 +34,12 @@ from alm_torchrl.training import (
     make_trainer,
     quiet_notices,
 )
-from recipes.conf.components import make_measurements, make_module, make_task
+from recipes.conf.components import env_factory, make_measurements, make_module
 from recipes.conf.schema import Config, pick, prepare
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="mujoco")
-def main(options: DictConfig) -> None:
-    """One run."""
+def train(options: DictConfig) -> None:
+    """One run: environment, agent, loss, data, training."""
     config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
     try:
         folder, start = prepare(config)
@@ -59,7 +58,7 @@ def main(options: DictConfig) -> None:
             **pick(config.run, "accelerator", "devices", "num_nodes"),
             **pick(config.run, "precision", "tensorboard", "wandb"),
             measurements=make_measurements(config),
-            video_env=make_task(config, from_pixels=True) if video else None,
+            video_env=env_factory(config)(from_pixels=True) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
@@ -90,10 +89,16 @@ def main(options: DictConfig) -> None:
     say(f"{result}; curve, agent and checkpoints: {folder}")
 
 
-if __name__ == "__main__":
+def launch(config_name: str) -> None:
+    """Reads the command line and trains; a mistake costs one line."""
     quiet_notices()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that an error in an option arrives here
+    options = {"config_path": str(Path(__file__).parent / "conf"), "config_name": config_name}
     try:
-        main()
+        hydra.main(version_base="1.3", **options)(train)()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(" ".join(f"{error} {error.__cause__ or ''}".split()))
+
+
+if __name__ == "__main__":
+    launch("mujoco")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,13 +50,10 @@ def make_agent(
     return agent, loss
 
 
-def make_task(config: Config, *, from_pixels: bool = False, **options: Any) -> EnvBase:
-    """The task's environments, with what the encoder needs of them."""
-    task = config.task
-    env = make_env(task.id, from_pixels=from_pixels, **options, **env_options(task))
-    for transform in config.encoder.transforms:
-        env.append_transform(instantiate(transform))
-    return env
+def env_factory(config: Config) -> Callable[..., EnvBase]:
+    """What makes the task's environments, with what the encoder needs of them."""
+    transforms = [instantiate(transform) for transform in config.encoder.transforms]
+    return partial(make_env, config.task.id, transforms=transforms, **env_options(config.task))
 
 
 def make_experience_collector(
@@ -74,7 +72,7 @@ def make_experience_collector(
     stamped = StampedPolicy(agent.policy())
     own_envs = training.num_envs // training.num_workers
     collector = make_collector(
-        partial(make_task, config, num_envs=own_envs),
+        partial(env_factory(config), num_envs=own_envs),
         copy.deepcopy(stamped).to("cpu"),
         kind=training.collector,  # type: ignore[arg-type]
         num_workers=training.num_workers,
@@ -90,7 +88,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
     training, num_seeds = config.training, config.num_seeds
     processes, num_envs = num_processes(config), training.num_envs * num_seeds
     first = rank_seed(config.seed, rank)
-    env = make_task(config, seed=range(first, first + num_envs), num_envs=num_envs)
+    env = env_factory(config)(seed=range(first, first + num_envs), num_envs=num_envs)
     agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     collector, policy = make_experience_collector(config, env, agent)
@@ -119,7 +117,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         agent,
         loss,
         experience,
-        make_task(config, seed=eval_seed, num_envs=eval_envs),
+        env_factory(config)(seed=eval_seed, num_envs=eval_envs),
         learning_rates=pick(config.learning_rates, *loss.parameter_groups()),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,

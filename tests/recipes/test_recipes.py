@@ -344,6 +344,16 @@ def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:
     assert (tmp_path / "agent.pt").stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_images_are_learnt_from_where_they_can_be_rendered(tmp_path: Path) -> None:
+    task = ["task.id=InvertedPendulum-v5", "task.name=pendulum", "task.pixels=32"]
+    result = run("pixels.py", *task, *SHORT, "run.folder=out", cwd=tmp_path)
+    if "cannot be rendered" in result.stderr:
+        pytest.skip(result.stderr.strip().splitlines()[-1])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/curve.csv").read_text().count("\n") == 3
+
+
 @pytest.mark.parametrize("algorithm", ["sac", "redq"])
 def test_a_peer_trains_and_leaves_a_curve_like_alms(tmp_path: Path, algorithm: str) -> None:
     result = run(
@@ -372,11 +382,11 @@ PIXELS = ("pixels", "pixels_and_vector")
 def test_every_encoder_is_an_option_of_the_state_tasks(config, encoder: str) -> None:
     import torch
 
-    from recipes.conf.components import make_agent, make_task
+    from recipes.conf.components import env_factory, make_agent
 
     sizes = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
     options = config(f"encoder={encoder}", *sizes)
-    env = make_task(options, seed=0)
+    env = env_factory(options)(seed=0)
     agent, loss = make_agent(options, env, torch.device("cpu"), seed=0)
     rollout = env.rollout(4, agent.policy()).unsqueeze(0)
     assert loss(rollout)["loss_world_model"].isfinite()

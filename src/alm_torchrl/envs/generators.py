@@ -20,7 +20,8 @@ def random_states(env: EnvBase) -> list[str]:
     """The states of the random generators that the next episodes are drawn from.
 
     Args:
-        env: an environment, such as :func:`make_env` makes.
+        env: an environment, such as :func:`make_env` makes; or a collector with environments in
+            processes of their own, of which nothing is known.
 
     Returns:
         For each Gymnasium or DeepMind Control environment in it that lives in this process, its
@@ -60,7 +61,7 @@ def _generators(env: EnvBase) -> list[Any]:
         return [*_generators(env.base_env), *noises]
     if isinstance(env, SerialEnv):
         return [one for part in getattr(env, "_envs", ()) for one in _generators(part)]
-    if env.is_closed:
+    if not isinstance(env, EnvBase) or env.is_closed:
         return []
     if isinstance(env, GymWrapper):
         return [env._env.unwrapped.np_random]

@@ -58,6 +58,7 @@ def make_env(
     history: int = 0,
     history_actions: bool = False,
     from_pixels: bool = False,
+    transforms: Sequence[Transform] = (),
     device: torch.device | str = "cpu",
     **task_kwargs: Any,
 ) -> EnvBase:
@@ -93,6 +94,8 @@ def make_env(
         from_pixels: for videos, add frames as they are rendered, uint8 ``[height, width, 3]``, as
             ``"pixels"`` beside the observation, unless ``pixels`` are observed. Where rendering is
             impossible, a warning and no frames.
+        transforms: further ones of TorchRL's, copies of which come last, such as what primes an
+            encoder's memory.
         device: where the tensors live.
         **task_kwargs: passed to ``gymnasium.make``, ``dm_control.suite.load``, or your class or
             function. Ant-v5 with ``include_cfrc_ext_in_observation=False`` is the 27-d truncated
@@ -142,7 +145,8 @@ def make_env(
         env.close()  # made above so that an error is raised in this process, before any worker
         makes = [partial(make, seed=own) for own in seeds]
         env = (ParallelEnv if parallel else SerialEnv)(num_envs, makes, device=device)
-    env = TransformedEnv(env, Compose(DoubleToFloat(), RewardSum()), auto_unwrap=False)
+    chain = Compose(DoubleToFloat(), RewardSum(), *(transform.clone() for transform in transforms))
+    env = TransformedEnv(env, chain, auto_unwrap=False)
     if isinstance(seed, int):
         env.set_seed(seed)
     return env

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import InteractionType, TensorDictModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchrl.data import Bounded
-from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import CapturedUpdate, Update, make_optimizer, stack_seeds
 from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
+from recipes.sac import make_loss
 
 
 @dataclass(frozen=True)
@@ -181,24 +180,7 @@ class PeerWork:
         self, kind: type[SACLoss] | type[REDQLoss], task: Task, device: torch.device
     ) -> None:
         spec = Bounded(-1.0, 1.0, (task.actions,), device=device)
-
-        def network(inputs: int, outputs: int) -> MLP:
-            return MLP(inputs, outputs, num_cells=[256, 256], device=device)
-
-        body = nn.Sequential(network(task.observations, 2 * task.actions), NormalParamExtractor())
-        actor = ProbabilisticActor(
-            TensorDictModule(body, in_keys=["observation"], out_keys=["loc", "scale"]),
-            in_keys=["loc", "scale"],
-            spec=spec,
-            distribution_class=TanhNormal,
-            distribution_kwargs={"low": spec.space.low, "high": spec.space.high},
-            default_interaction_type=InteractionType.RANDOM,
-        )
-        critic = ValueOperator(
-            network(task.observations + task.actions, 1), in_keys=["observation", "action"]
-        )
-        count = 10 if kind is REDQLoss else 2
-        self.loss = kind(actor, critic, num_qvalue_nets=count).to(device)
+        _, self.loss = make_loss(kind, task.observations, spec, device)
         self.batch = windows(task, (256,), device)
         parameters = [p for p in self.loss.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=3e-4, fused=True)

@@ -24,11 +24,17 @@ import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alm_torchrl.training import EnvironmentFailedError, make_trainer, quiet_notices
-from recipes.conf.components import make_module, make_task
+from alm_torchrl.training import (
+    EnvironmentFailedError,
+    is_lost_process,
+    make_trainer,
+    quiet_notices,
+)
+from recipes.conf.components import make_measurements, make_module, make_task
 from recipes.conf.schema import Config, pick, prepare
 
 
@@ -50,25 +56,36 @@ def main(options: DictConfig) -> None:
             checkpoint_every=int(config.checkpoint.every * training.updates_per_step),
             keep_checkpoints=config.checkpoint.keep,
             start=start,
-            **pick(config.run, "accelerator", "precision", "tensorboard", "wandb"),
+            **pick(config.run, "accelerator", "devices", "num_nodes"),
+            **pick(config.run, "precision", "tensorboard", "wandb"),
+            measurements=make_measurements(config),
             video_env=make_task(config, from_pixels=True) if video else None,
         )
-        module = make_module(config, trainer.strategy.root_device)
+        module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    say = rank_zero_only(print)  # of several processes, the first
     begin = f"on from step {start.step}" if start else f"{training.warmup_steps} random steps"
-    print(f"{task.id}: {begin}, then learning; {folder}")
+    say(f"{task.id}: {begin}, then learning; {folder}")
     if module.compiles:
-        print("the first update compiles the losses, which takes minutes (run.compile=never: none)")
+        say("the first update compiles the losses, which takes minutes (run.compile=never: none)")
     try:
         trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
     except SystemExit:  # how Lightning ends after Ctrl-C or SIGTERM
-        sys.exit(f"interrupted after {module.experience.steps} steps; resume={folder} goes on")
+        say(
+            f"interrupted after {module.experience.steps} steps; resume={folder} goes on",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except (EnvironmentFailedError, FloatingPointError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}; resume={folder} goes on from what was kept")
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        sys.exit(f"another process of this run has ended, for its own reason; resume={folder}")
     score = trainer.callback_metrics.get("return")
     result = "nothing was left to do" if score is None else f"return {score:.0f}"
-    print(f"{result}; curve, agent and checkpoints: {folder}")
+    say(f"{result}; curve, agent and checkpoints: {folder}")
 
 
 if __name__ == "__main__":

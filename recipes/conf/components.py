@@ -11,10 +11,19 @@ from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, PolicyCopy, stack_seeds
-from recipes.conf.schema import Config, pick
+from alm_torchrl.training import (
+    ALMModule,
+    Diagnostics,
+    Experience,
+    Measurement,
+    PolicyCopy,
+    ValueBias,
+    rank_seed,
+    stack_seeds,
+)
+from recipes.conf.schema import Config, env_options, num_processes, pick
 
 
 def make_agent(
@@ -37,32 +46,33 @@ def make_agent(
 def make_task(config: Config, *, from_pixels: bool = False, **options: Any) -> EnvBase:
     """The task's environments, with what the encoder needs of them."""
     task = config.task
-    env = make_env(task.id, from_pixels=from_pixels, **options, **task.kwargs)
+    env = make_env(task.id, from_pixels=from_pixels, **options, **env_options(task))
     for transform in config.encoder.transforms:
         env.append_transform(instantiate(transform))
     return env
 
 
-def make_module(config: Config, device: torch.device) -> ALMModule:
-    """Environment, agent, loss and data, in this order."""
+def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModule:
+    """Environment, agent, loss and data, in this order, of one process of a run."""
     training, num_seeds = config.training, config.num_seeds
-    num_envs = training.num_envs * num_seeds
-    seeds = range(config.seed, config.seed + num_envs)
-    env = make_task(config, seed=seeds, num_envs=num_envs)
-    agents = [make_agent(config, env, device, seed) for seed in seeds[:num_seeds]]
+    processes, num_envs = num_processes(config), training.num_envs * num_seeds
+    first = rank_seed(config.seed, rank)
+    env = make_task(config, seed=range(first, first + num_envs), num_envs=num_envs)
+    agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
-    random_frames = training.warmup_steps * num_seeds
+    random_frames = training.warmup_steps * num_seeds // processes
     collector = make_collector(
         env, policy, frames_per_batch=num_envs, init_random_frames=random_frames
     )
     replay = make_replay_buffer(
-        training.replay_capacity * num_seeds,
-        batch_size=training.batch_size,
+        training.replay_capacity * num_seeds // processes,
+        batch_size=training.batch_size // processes,
         window_length=config.objective.horizon,
         num_envs=num_envs,
         device=device,
         per_env=num_seeds > 1,
+        frame_stacks=frame_stacks(env),
     )
     experience = Experience(
         collector,
@@ -72,6 +82,7 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         policy=policy,
         observe=agent.update_statistics if isinstance(agent, ALMAgent) else None,
         num_seeds=num_seeds,
+        num_processes=processes,
     )
     eval_seed, eval_envs = config.seed + 1000, config.evaluation.episodes * num_seeds
     return ALMModule(
@@ -79,10 +90,19 @@ def make_module(config: Config, device: torch.device) -> ALMModule:
         loss,
         experience,
         make_task(config, seed=eval_seed, num_envs=eval_envs),
-        learning_rates=vars(config.learning_rates),
+        learning_rates=pick(config.learning_rates, *loss.parameter_groups()),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
         eval_episodes=config.evaluation.episodes,
         log_every=config.run.log_every,
         compile=config.run.compile,
     )
+
+
+def make_measurements(config: Config) -> list[type[Measurement]]:
+    """What is measured at every evaluation."""
+    chosen: dict[type[Measurement], bool] = {
+        ValueBias: config.evaluation.bias,
+        Diagnostics: config.evaluation.diagnostics,
+    }
+    return [measurement for measurement, wanted in chosen.items() if wanted]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import MISSING, OmegaConf
 
 from alm_torchrl.files import replacing
@@ -16,11 +20,19 @@ from alm_torchrl.training import Checkpoint, find_checkpoint
 
 @dataclass
 class Task:
-    """A Gymnasium task."""
+    """A task, and what is observed of it (alm_torchrl.envs.make_env)."""
 
     name: str = MISSING  # how folders and plots call it
-    id: str = MISSING  # what gymnasium.make is given
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of gymnasium.make
+    id: str = MISSING  # a Gymnasium id, dm_control/domain-task, or package.module:attribute
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of what makes it
+    pixels: Any = False  # observe frames of this size, 84 or [height, width], not the vector
+    frame_stack: int = 3  # frames observed at once
+    proprioception: bool = False  # keep the vector beside the pixels
+    action_repeat: int = 1  # simulator steps with each action; one environment step
+    mask_velocities: bool = False  # leave the velocities out of the vector
+    distractors: int = 0  # dimensions of Gaussian noise appended to the vector
+    history: int = 0  # vectors in the entry "history", for encoders that read the past
+    history_actions: bool = False  # with the action before each of them
     replay_capacity: int = MISSING  # transitions that the authors keep for this task
     paper_steps: int = MISSING  # length of the authors' curve, in steps after the warm-up
 
@@ -57,6 +69,12 @@ class Objective:
     consistency_coeff: float = MISSING  # weight of the log-ratio in the actor's reward
     bootstrap_terminated: bool = MISSING  # keep the value term after a terminal state
     short_windows: str = MISSING  # windows cut short by an episode's end: mask or drop
+    reward_term: bool = MISSING  # rewards in the world-model loss
+    value_term: bool = MISSING  # the value at the window's end in the world-model loss
+    consistency: str = MISSING  # reverse_kl, forward_kl, squared_distance or classifier
+    consistency_target: float | None = MISSING  # level that a learnt weight holds it at
+    latent_target: str = MISSING  # the encoder's moving_average, stop_gradient or online
+    actor_objective: str = MISSING  # lambda_returns, bound, or value (without the model)
 
 
 @dataclass
@@ -67,15 +85,16 @@ class LearningRates:
     reward: float = MISSING  # reward model and classifier
     value: float = MISSING  # action values
     actor: float = MISSING  # actor
+    multiplier: float = MISSING  # weight of the consistency term, where it is learnt
 
 
 @dataclass
 class Training:
-    """How much is collected and learnt."""
+    """How much is collected and learnt, over all processes."""
 
     total_steps: int = MISSING  # environment steps after the warm-up (the authors' counter)
     warmup_steps: int = MISSING  # uniformly random steps before them
-    num_envs: int = MISSING  # environments stepped together
+    num_envs: int = MISSING  # environments stepped together in each process
     updates_per_step: float = MISSING  # updates for each environment step
     batch_size: int = MISSING  # windows in an update
     policy_lag: int = MISSING  # updates that acting is behind: 0, or 1 to overlap with a GPU
@@ -91,6 +110,8 @@ class Evaluation:
     every: int = MISSING  # steps between two evaluations
     episodes: int = MISSING  # episodes of each
     video: bool = MISSING  # record an episode at the end
+    bias: bool = MISSING  # measure the bias of values and bound against the returns that follow
+    diagnostics: bool = MISSING  # measure latents, dynamics and classifier
 
 
 @dataclass
@@ -107,6 +128,8 @@ class Run:
 
     folder: str = MISSING  # where everything goes
     accelerator: str = MISSING  # cpu, gpu, or auto
+    devices: int = MISSING  # GPUs on each machine, or processes on a CPU
+    num_nodes: int = MISSING  # machines
     precision: str = MISSING  # of the losses: 32-true, bf16-mixed, or auto (bf16 where faster)
     compile: str = MISSING  # torch.compile for the losses: auto, always or never
     matmul_precision: str = MISSING  # torch.set_float32_matmul_precision: highest, high or medium
@@ -138,15 +161,24 @@ def pick(options: object, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def num_processes(config: Config) -> int:
+    """Processes that train together; steps, batch size and replay are divided over them."""
+    return config.run.devices * config.run.num_nodes
+
+
+def env_options(task: Task) -> dict[str, Any]:
+    """The arguments of make_env after the task's id."""
+    others = {"name", "id", "kwargs", "replay_capacity", "paper_steps"}
+    return {k: v for k, v in vars(task).items() if k not in others} | task.kwargs
+
+
+#: Where the first process tells those that it starts what the run's folder is called.
+_FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 #: What a run cannot change when it goes on.
 _FIXED = (
-    "seed",
-    "num_seeds",
-    "task",
-    "agent",
-    "encoder",
-    "training.num_envs",
-    "training.replay_capacity",
+    *("seed", "num_seeds", "task", "agent", "encoder"),
+    *("training.num_envs", "training.replay_capacity"),
+    *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
 )
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
@@ -162,20 +194,44 @@ def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
         OSError: if the folder cannot be written.
     """
     _check(config)
+    _share_folder(config)
     folder, start = _find_run(config)
     options = OmegaConf.create(vars(config))
     if start is not None:
         before = OmegaConf.load(folder / "config.yaml")
         for name in _FIXED:
-            old, new = OmegaConf.select(before, name), OmegaConf.select(options, name)
+            new = OmegaConf.select(options, name)
+            old = OmegaConf.select(before, name, default=new)  # a run may be older than an option
             if old != new:
                 raise ValueError(
                     f"{folder} was trained with {name}={old} and cannot go on with {new}"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(options).encode())
+    os.environ[_FOLDER] = str(folder)
+    if _rank() == 0:
+        with replacing(folder / "config.yaml") as file:
+            file.write(OmegaConf.to_yaml(options).encode())
     return folder, start
+
+
+def _share_folder(config: Config) -> None:
+    """Has all processes of a run take the folder of the first, whose name may hold its start."""
+    if num_processes(config) == 1:
+        return
+    if _rank() > 0 and _FOLDER in os.environ:
+        config.run.folder = os.environ[_FOLDER]
+    elif os.environ.keys() & {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} and _TIMESTAMP.search(
+        config.run.folder
+    ):
+        raise ValueError(
+            "torchrun and srun start every process by itself, each of which would name the run "
+            "after its own time: give all of them the same run.folder=..."
+        )
+
+
+def _rank() -> int:
+    """This process's number, 0 for the first."""
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 def _find_run(config: Config) -> tuple[Path, Checkpoint | None]:
@@ -217,16 +273,18 @@ def _check(config: Config) -> None:
             f"evaluation.every={every} at training.updates_per_step={training.updates_per_step} "
             "is no whole number of updates"
         )
+    _check_processes(config)
     if config.num_seeds < 1 or (config.num_seeds > 1 and training.num_envs > 1):
         raise ValueError(
             f"num_seeds={config.num_seeds} at training.num_envs={training.num_envs}: train one "
             "seed in several environments, or several seeds in one environment each"
         )
+    together = training.num_envs * num_processes(config)
     for name in ("warmup_steps", "total_steps"):
-        if getattr(training, name) % training.num_envs:
+        if getattr(training, name) % together:
             raise ValueError(
-                f"training.{name}={getattr(training, name)} is no multiple of training.num_envs="
-                f"{training.num_envs}"
+                f"training.{name}={getattr(training, name)} is no multiple of the {together} "
+                "environments that step together (training.num_envs in each process)"
             )
     if config.checkpoint.keep < 1 or config.checkpoint.every * training.updates_per_step < 1:
         raise ValueError(
@@ -235,4 +293,38 @@ def _check(config: Config) -> None:
         )
 
 
+def _check_processes(config: Config) -> None:
+    """Raises a ValueError that names the option if the run cannot be divided over processes."""
+    processes = num_processes(config)
+    if config.run.devices < 1 or config.run.num_nodes < 1:
+        raise ValueError(
+            f"run.devices={config.run.devices} and run.num_nodes={config.run.num_nodes}: at least "
+            "one of each is needed"
+        )
+    if processes == 1:
+        return
+    for name in ("batch_size", "replay_capacity"):
+        if getattr(config.training, name) % processes:
+            raise ValueError(
+                f"training.{name}={getattr(config.training, name)} cannot be divided over "
+                f"{processes} processes"
+            )
+    if config.num_seeds > 1:
+        raise ValueError(
+            f"num_seeds={config.num_seeds} are trained at once in one process: start a run for "
+            "each seed to train it on several devices"
+        )
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise ValueError(
+            f"a sweep (-m) trains in one process, and run.devices times run.num_nodes is "
+            f"{processes}: start its runs one by one"
+        )
+
+
+def _suffix(ablation: str) -> str:
+    """What an ablation adds to the name of a run's folder, so that its curves stay apart."""
+    return "" if ablation == "none" else f"-{ablation}"
+
+
+OmegaConf.register_new_resolver("suffix", _suffix, replace=True)
 ConfigStore.instance().store(name="schema", node=Config)

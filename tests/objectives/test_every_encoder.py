@@ -17,7 +17,7 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env, stack_history
+from alm_torchrl.envs import History, make_env
 from alm_torchrl.modules import (
     CategoricalHead,
     FrozenEncoder,
@@ -94,7 +94,9 @@ CASES = {
     "identity": Case(IdentityEncoder.from_spec, options={"normalise": True, "scale": 0.3}),
     "pixels": Case(PixelEncoder.from_spec, drawn, CONV),
     "pixels_and_vector": Case(MultiInputEncoder.from_spec, drawn, CONV),
-    "window": Case(WindowEncoder.from_spec, lambda: [stack_history(4)]),
+    "window": Case(
+        WindowEncoder.from_spec, lambda: [History(), CatFrames(4, dim=-2, in_keys=["history"])]
+    ),
     "recurrent": Case(RecurrentEncoder.from_spec, lambda: [state_primer(16)]),
     "discrete": Case(MLPEncoder.from_spec, options={"head": CategoricalHead(classes=4)}),
     "discrete_pixels": Case(

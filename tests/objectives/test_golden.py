@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,25 +82,38 @@ def networks() -> dict[str, nn.Module]:
     return nets
 
 
+def golden_loss(nets: dict[str, nn.Module], **options: Any) -> tuple[ALMLoss, SoftUpdate]:
+    """The loss with the authors' weights and settings, without noise, and its target update."""
+    loss = ALMLoss(**nets, **{"horizon": 3, **options})
+    loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
+    loss.consistency_coeff = torch.tensor(COEFF, dtype=torch.float64)
+    loss.value_estimator.gamma = torch.tensor(GAMMA, dtype=torch.float64)
+    loss.value_estimator.lmbda = torch.tensor(LMBDA, dtype=torch.float64)
+    generated = torch.zeros(6, dtype=torch.bool)
+    generated[tensor("classifier/generated_index")] = True
+    loss._generated_rows = lambda _: generated
+    update = SoftUpdate(loss, tau=TAU)
+    for net, ours in TARGETS.items():
+        if ours == "qvalue_network" or loss.latent_target == "moving_average":
+            for name, value in target_parameters(loss, net).items():
+                value.data.copy_(tensor(f"weights/{net}/{name}"))
+    return loss, update
+
+
+def target_parameters(loss: ALMLoss, net: str) -> dict[str, torch.Tensor]:
+    """A target network's tensors under the authors' names."""
+    ours = TARGETS[net]
+    params = getattr(loss, f"target_{ours}_params")
+    names = [tuple(name.split(".")) for name, _ in getattr(loss, ours).named_parameters()]
+    return {k: params.get(name) for k, name in zip(parameter_names(net), names, strict=True)}
+
+
 class Golden:
     """The loss with the authors' weights, and each of their numbers computed with it."""
 
     def __init__(self) -> None:
         self.nets = networks()
-        loss = ALMLoss(**self.nets, horizon=3)
-        loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
-        loss.consistency_coeff = torch.tensor(COEFF, dtype=torch.float64)
-        loss.value_estimator.gamma = torch.tensor(GAMMA, dtype=torch.float64)
-        loss.value_estimator.lmbda = torch.tensor(LMBDA, dtype=torch.float64)
-        generated = torch.zeros(6, dtype=torch.bool)
-        generated[tensor("classifier/generated_index")] = True
-        loss._generated_rows = lambda _: generated
-        self.loss = loss
-        self.update = SoftUpdate(loss, tau=TAU)
-        for net in TARGETS:
-            for name, value in self.target_parameters(net).items():
-                value.data.copy_(tensor(f"weights/{net}/{name}"))
-
+        self.loss, self.update = golden_loss(self.nets)
         self.windows, self.transitions = self.inputs()
         self.state = tensor("transition/state")
         self.action = tensor("transition/action")
@@ -143,14 +157,6 @@ class Golden:
             batch_size=[6],
         )
         return windows, transitions
-
-    def target_parameters(self, net: str) -> dict[str, torch.Tensor]:
-        """A target network's tensors under the authors' names."""
-        ours = TARGETS[net]
-        params = getattr(self.loss, f"target_{ours}_params")
-        names = [tuple(name.split(".")) for name, _ in self.nets[ours].named_parameters()]
-        theirs = parameter_names(net)
-        return {k: params.get(name) for k, name in zip(theirs, names, strict=True)}
 
     def target_loc(self, observation: torch.Tensor) -> torch.Tensor:
         td = TensorDict(observation=observation, batch_size=observation.shape[:1])
@@ -248,7 +254,7 @@ class Golden:
     def soft_update(self) -> None:
         self.update.step()
         for net in TARGETS:
-            for name, value in self.target_parameters(net).items():
+            for name, value in target_parameters(self.loss, net).items():
                 self.numbers[f"soft_update/{net}/{name}"] = value.clone()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import runpy
@@ -9,11 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+
+from alm_torchrl.evaluation import evaluate_policy
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TASKS = sorted(path.stem for path in (RECIPES / "conf/task").glob("*.yaml"))
@@ -85,6 +91,75 @@ def test_every_preset_and_task_is_complete_and_its_task_exists(config, preset, t
     assert size < 60 or task in ("ant", "humanoid")
 
 
+ABLATIONS = {
+    "no_consistency_reward": {"consistency_coeff": 0.0},
+    "no_reward_term": {"reward_term": False},
+    "no_value_term": {"value_term": False},
+    "consistency_only": {"reward_term": False, "value_term": False},
+    "horizon_1": {"horizon": 1},
+    "horizon_2": {"horizon": 2},
+    "horizon_5": {"horizon": 5},
+    "horizon_10": {"horizon": 10},
+    "value_at_horizon": {"lmbda": 1.0},
+    "bound": {"actor_objective": "bound"},
+    "classifier_consistency": {"consistency": "classifier"},
+    "forward_kl": {"consistency": "forward_kl"},
+    "squared_distance": {"consistency": "squared_distance"},
+    "stop_gradient_target": {"latent_target": "stop_gradient"},
+    "online_target": {"latent_target": "online"},
+    "no_model": {"actor_objective": "value"},
+    "self_prediction": {"actor_objective": "value", "reward_term": False, "value_term": False},
+    "learnt_weight": {"consistency_target": 1.0},
+}
+
+
+def test_every_ablation_is_listed() -> None:
+    found = {path.stem for path in (RECIPES / "conf/ablation").glob("*.yaml")}
+    assert found == {"none", *ABLATIONS}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_its_switch_alone_and_trains(
+    config, name: str, tmp_path: Path, monkeypatch
+) -> None:
+    from alm_torchrl.training import make_trainer
+    from recipes.conf.components import make_module
+
+    brief = partial(evaluate_policy, max_steps=5)
+    monkeypatch.setattr("alm_torchrl.training.module.evaluate_policy", brief)
+    plain, options = config(), config(f"ablation={name}", *SHORT)
+    assert vars(options.objective) == {**vars(plain.objective), **ABLATIONS[name]}
+    torch.manual_seed(0)
+    module = make_module(options, torch.device("cpu"))
+    before = {key: value.clone() for key, value in module.loss.named_parameters()}
+    trainer = make_trainer(
+        tmp_path, seed=0, title=name, eval_every=6, accelerator="cpu", tensorboard=False
+    )
+    trainer.fit(module)
+    assert trainer.global_step == 6
+    assert trainer.callback_metrics["return"].isfinite()
+    for key, value in module.loss.named_parameters():
+        assert value.isfinite().all()
+        assert not torch.equal(value, before[key]), key
+    rows = list(csv.DictReader((tmp_path / "logs/csv/metrics.csv").open()))
+    assert ("train/multiplier" in rows[0]) == (name == "learnt_weight")
+
+
+def test_an_ablation_has_folders_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    """Or its curves would be averaged with those of the whole objective."""
+    monkeypatch.chdir(tmp_path)
+    folders = {}
+    for ablation in ("none", "no_model"):
+        with initialize_config_dir(str(RECIPES / "conf"), version_base="1.3"):
+            options = compose(
+                "mujoco", overrides=[f"ablation={ablation}"], return_hydra_config=True
+            )
+        HydraConfig.instance().set_config(options)
+        folders[ablation] = options.run.folder
+    assert re.fullmatch(r"runs/halfcheetah-quickstart-seed0-\d{8}-\d{6}", folders["none"])
+    assert folders["no_model"].startswith("runs/halfcheetah-quickstart-no_model-seed0-")
+
+
 def mistake(folder: Path, monkeypatch, *arguments: str) -> str:
     """Runs the recipe in this process, and returns what it ends with."""
     monkeypatch.chdir(folder)
@@ -98,7 +173,8 @@ def mistake(folder: Path, monkeypatch, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("run")
-    result = run("mujoco.py", *SHORT, "run.folder=out", cwd=folder)
+    measured = ("evaluation.bias=true", "evaluation.diagnostics=true")
+    result = run("mujoco.py", *SHORT, *measured, "run.folder=out", cwd=folder)
     return folder, result
 
 
@@ -115,6 +191,10 @@ def test_a_short_run_ends_well_and_names_its_folder(finished) -> None:
         "config.yaml",
         "curve.csv",
         "curve.png",
+        "bias.csv",
+        "bias.png",
+        "diagnostics.csv",
+        "diagnostics.png",
         "agent_best.pt",
         "checkpoints",
         "logs",
@@ -156,6 +236,11 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),
         (["checkpoint.keep=0"], "keep no checkpoint"),
+        (["run.devices=0"], "run.devices=0 and run.num_nodes=1: at least one of each"),
+        (["run.devices=3"], "training.batch_size=256 cannot be divided over 3 processes"),
+        (["run.devices=2", "training.warmup_steps=1001"], "no multiple of the 2 environments"),
+        (["run.devices=2", "num_seeds=2"], "start a run for each seed"),
+        (["run.devices=2", "run.precision=auto", "run.accelerator=cpu"], "choose 32-true or bf16"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -168,6 +253,28 @@ def test_a_mistake_costs_one_line(
     assert "\n" not in message
     assert capfd.readouterr().err == ""  # and no more than this line
     assert not list(tmp_path.glob("out/*.pt"))
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", "SLURM_PROCID"])
+def test_processes_that_start_by_themselves_need_one_folder(
+    tmp_path: Path, monkeypatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "0")
+    assert "give all of them the same run.folder" in mistake(tmp_path, monkeypatch, "run.devices=2")
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes_is_one_run(tmp_path: Path) -> None:
+    result = run("mujoco.py", *SHORT, "run.devices=2", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    first, *_, last = result.stdout.strip().splitlines()
+    assert first.startswith("HalfCheetah-v5: 20 random steps")
+    assert last.startswith("return ")
+    assert result.stdout.count("return ") == 1
+    (folder,) = (tmp_path / "runs").iterdir()  # one, though its name holds the time of the start
+    assert (folder / "curve.csv").read_text().count("\n") == 3
+    sweep = run("mujoco.py", "-m", "seed=0,1", *SHORT, "run.devices=2", cwd=tmp_path)
+    assert "a sweep (-m) trains in one process" in sweep.stderr
 
 
 @pytest.mark.parametrize("package", ["hydra", "lightning", "matplotlib", "mujoco", "gymnasium"])
@@ -225,6 +332,20 @@ def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "step 2: return " in result.stdout
     assert (tmp_path / "agent.pt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "redq"])
+def test_a_peer_trains_and_leaves_a_curve_like_alms(tmp_path: Path, algorithm: str) -> None:
+    result = run(
+        "sac.py",
+        *("--algorithm", algorithm, "--warmup", "20", "--steps", "2", "--eval-every", "1"),
+        *("--seed", "3", "--device", "cpu", "--folder", "out"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(",") for line in (tmp_path / "out/curve.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "seed", "return", "return_std", "frames", "seconds"]
+    assert [(row[0], row[1], row[4]) for row in rows[1:]] == [("1", "3", "21"), ("2", "3", "22")]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.name)

@@ -149,10 +149,10 @@ def test_a_policy_that_lags_goes_on_with_restored_weights(make_module, tmp_path:
 def test_no_more_checkpoints_are_kept_than_asked_for(make_module, tmp_path: Path) -> None:
     fit(make_module(24), tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["replay", "update-0000000020", "update-0000000024"]
+    assert names == ["replay-0", "update-0000000020", "update-0000000024"]
     found = find_checkpoint(tmp_path / "checkpoints")
-    files = {path.name for path in (tmp_path / "checkpoints/replay").iterdir()}
-    assert files == {part.file for part in found.replay}
+    files = {path.name for path in (tmp_path / "checkpoints/replay-0").iterdir()}
+    assert files == {part.file for part in found.replay[0]}
     manifest = json.loads((found.folder / "manifest.json").read_text())
     assert (manifest["update"], manifest["step"], manifest["frames"]) == (24, 24, 32)
     assert set(manifest["versions"]) >= {"alm-torchrl", "torch", "torchrl"}
@@ -165,6 +165,18 @@ def test_a_finished_run_is_left_as_it_is(make_module, tmp_path: Path) -> None:
     fit(make_module(24), tmp_path, notes, resume=True)
     assert not notes.seen
     assert (tmp_path / "curve.csv").read_text() == before
+
+
+@pytest.mark.parametrize("first", [18, 20])
+def test_a_finished_run_goes_on_if_it_is_given_more_steps(make_module, tmp_path, first) -> None:
+    fit(make_module(first), tmp_path)
+    notes = Losses()
+    trainer, _ = fit(make_module(24), tmp_path, notes, resume=True)
+    assert list(notes.seen) == list(range(first + 1, 25))
+    assert trainer.global_step == 24
+    last = [("18", "26"), ("24", "32")]
+    assert curve(tmp_path) == [("6", "14"), ("12", "20"), *last]
+    assert find_checkpoint(tmp_path / "checkpoints").update == 24
 
 
 def flip_a_bit(path: Path) -> None:
@@ -185,7 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     fit(make_module(24), tmp_path)
     newest = find_checkpoint(tmp_path / "checkpoints")
     if what == "replay":
-        harm(tmp_path / "checkpoints/replay" / newest.replay[-1].file)
+        harm(tmp_path / "checkpoints/replay-0" / newest.replay[0][-1].file)
     else:
         harm(newest.folder / what)
     with pytest.warns(UserWarning, match="passing over a checkpoint that is not whole"):

@@ -23,21 +23,25 @@ def make_module(
     *,
     updates_per_step: float = 1.0,
     policy_lag: int = 0,
+    num_processes: int = 1,
     env: EnvBase | None = None,
+    eval_env: EnvBase | None = None,
+    objective: dict[str, Any] | None = None,
     **options: Any,
 ) -> ALMModule:
     torch.manual_seed(0)
     env = make_env() if env is None else env
     agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
-    loss = ALMLoss(**agent.networks())
+    loss = ALMLoss(**agent.networks(), **(objective or {}))
     policy = PolicyCopy(agent.policy(), lag=policy_lag)
     experience = Experience(
-        make_collector(env, policy, init_random_frames=8),
-        make_replay_buffer(100, batch_size=6),
+        make_collector(env, policy, init_random_frames=8 // num_processes),
+        make_replay_buffer(100, batch_size=6 // num_processes),
         total_steps=total_steps,
         warmup_steps=8,
         updates_per_step=updates_per_step,
         noise=agent.noise,
         policy=policy,
+        num_processes=num_processes,
     )
-    return ALMModule(agent, loss, experience, make_env(), eval_episodes=2, **options)
+    return ALMModule(agent, loss, experience, eval_env or make_env(), eval_episodes=2, **options)

@@ -6,17 +6,21 @@ import torch
 from torch import Tensor
 
 from alm_torchrl.objectives.alm import ALMLoss
-from alm_torchrl.objectives.functional import k_step_bound
 
 __all__ = ["lower_bound"]
 
 
 @torch.no_grad()
 def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> Tensor:
-    r"""The K-step lower bound of the return from given latents, along one imagined rollout.
+    r"""The K-step bound from given latents, along one imagined rollout, as ALM maximises it.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \left(r(z_t, a_t) + c \cdot \mathrm{logratio}_t\right)
               + \gamma^K \min_i Q_i(z_K, a_K)
+
+    Without the theorem's logarithms, and with learnt rewards and values, it is an estimate of the
+    return, and nothing keeps it below; :func:`alm_torchrl.evaluation.value_bias` measures by how
+    much it is off. The theorem itself is
+    :func:`~alm_torchrl.objectives.functional.log_return_bound`.
 
     Args:
         loss: the objective, whose networks, horizon, discount and coefficient are used.
@@ -26,6 +30,4 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
     Returns:
         The bound, ``[B, 1]``, in units of return.
     """
-    rollout = loss.imagine(latent, action)
-    reward = rollout["reward"] + loss.consistency_coeff * rollout["log_ratio"]
-    return k_step_bound(reward, rollout["next", "value"][:, -1], loss.value_estimator.gamma)
+    return loss.bound(loss.imagine(latent, action))

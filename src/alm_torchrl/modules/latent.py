@@ -18,7 +18,7 @@ from alm_torchrl.distributions import BoundedNormalParamExtractor
 from alm_torchrl.modules.augmentation import Augmented
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 
-__all__ = ["GaussianLatentModule", "LatentModule", "next_key", "suffix_key"]
+__all__ = ["GaussianLatentModule", "LatentModule", "keeps_statistics", "next_key", "suffix_key"]
 
 
 def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
@@ -142,6 +142,16 @@ class LatentModule(ProbabilisticTensorDictSequential):
         update = getattr(self.network, "update_statistics", None)
         if update is not None:
             update(*(tensordict.get(key) for key in self[0].in_keys))
+
+
+def keeps_statistics(encoder: nn.Module) -> bool:
+    """Whether a layer of an encoder has running statistics that its data moves on.
+
+    Args:
+        encoder: such as a :class:`LatentModule`.
+    """
+    inner = list(encoder.modules())[1:]
+    return any(hasattr(module, "update_statistics") for module in inner)
 
 
 class GaussianLatentModule(LatentModule):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, get_args
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
@@ -16,49 +14,25 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
-from torch import distributions as D
 from torch.nn import functional as F
-from torchrl.envs.utils import ExplorationType
-from torchrl.objectives import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
-from alm_torchrl.objectives.checks import (
-    blank,
-    check_choice,
-    check_horizon,
-    check_latents,
-    check_networks,
-    check_output,
-    explained,
-    read_windows,
-)
-from alm_torchrl.objectives.functional import (
-    discounts,
-    episode_mask,
-    kl_divergence,
-    log_ratio,
-    td_target,
-)
+from alm_torchrl.objectives.checks import check_choice, check_horizon, check_positive
+from alm_torchrl.objectives.functional import discounts, log_ratio, td_target
+from alm_torchrl.objectives.rollouts import Batch, RolloutLoss
 
 __all__ = ["ALMLoss"]
 
 LOSS_KEYS = ("loss_world_model", "loss_reward", "loss_classifier", "loss_value", "loss_actor")
+#: How far the dynamics is from the encoder, in the world-model loss.
+Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifier"]
+#: Which parameters encode what the dynamics should predict, and what all other terms start from.
+LatentTarget = Literal["moving_average", "stop_gradient", "online"]
+#: What the actor maximises.
+ActorObjective = Literal["lambda_returns", "bound", "value"]
 
 
-class _Batch(NamedTuple):
-    """A checked batch of windows with the target encoder's view of it."""
-
-    windows: TensorDictBase
-    """The entries of ``ALMLoss.in_keys``, ``[B, T]``."""
-    mask: Tensor
-    """Which steps of a window belong to the episode of its first, bool ``[B, T]``."""
-    current: TensorDictBase
-    """Target-encoder distribution parameters of the first observation, ``[B]``."""
-    following: TensorDictBase
-    """Target-encoder distribution parameters of the next observations, ``[B, T]``."""
-
-
-class ALMLoss(LossModule):
+class ALMLoss(RolloutLoss):
     r"""The objective of Aligned Latent Models (Ghugare et al., ICLR 2023, arXiv 2209.08466).
 
     Encoder, latent dynamics and policy maximise one lower bound on the return; reward, transition
@@ -113,13 +87,29 @@ class ALMLoss(LossModule):
         bootstrap_terminated (bool): whether a window keeps its value term after a terminal state.
         short_windows (str): ``"mask"`` keeps the steps that a window cut short has; ``"drop"``
             leaves such windows out of the world-model loss.
+        reward_term (bool): whether the world-model loss holds the rewards.
+        value_term (bool): whether it holds the value at the window's end.
+        consistency (str): its measure of how far the dynamics :math:`m` is from the encoder
+            :math:`e`: ``"reverse_kl"`` :math:`KL(m \| e)`, ``"forward_kl"`` :math:`KL(e \| m)`,
+            ``"squared_distance"`` of the two means, or ``"classifier"``, the negated log-ratio of
+            the latents drawn from :math:`m`.
+        consistency_target (float): if given, this term gets a learnt weight in place of 1, a
+            Lagrange multiplier that holds its mean over steps at this level (nats, or squared
+            latent units); it brings ``loss_multiplier`` and a parameter group ``multiplier``.
+        latent_target (str): which encoder the dynamics is held against, and latents of the other
+            losses come from: the ``"moving_average"`` of its weights, or the encoder itself with a
+            ``"stop_gradient"``, or ``"online"``, where the consistency term trains both sides.
+        actor_objective (str): ``"lambda_returns"`` of every imagined step, the K-step ``"bound"``
+            alone, or the ``"value"`` of the first latent and action, without the model.
 
-    The discount and lambda of the imagined returns are set by :meth:`make_value_estimator`
-    (TD-lambda with 0.99 and 0.95 by default). Targets are moved by
-    ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``, built before a checkpoint is loaded.
+    The last six are for ablations, which the documentation compares. The discount and lambda of
+    the imagined returns are set by :meth:`make_value_estimator` (TD-lambda with 0.99 and 0.95 by
+    default). Targets are moved by ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``, built before
+    a checkpoint is loaded.
 
     Raises:
-        ValueError: for modules of the wrong kind or whose keys do not fit together.
+        ValueError: for modules of the wrong kind or whose keys do not fit together, and for
+            settings that do not exist.
 
     Examples:
         >>> import torch
@@ -173,28 +163,8 @@ class ALMLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.TDLambda
-    deterministic_sampling_mode = ExplorationType.RANDOM
     _schedulable_buffers = frozenset({"consistency_coeff"})
     _loss_mask_key = "validity_mask"
-
-    encoder: ProbabilisticTensorDictSequential
-    encoder_params: TensorDictParams
-    target_encoder_params: TensorDictParams
-    dynamics: ProbabilisticTensorDictSequential
-    dynamics_params: TensorDictParams
-    target_dynamics_params: TensorDictParams
-    reward_model: TensorDictModule
-    reward_model_params: TensorDictParams
-    target_reward_model_params: TensorDictParams
-    classifier: TensorDictModule
-    classifier_params: TensorDictParams
-    target_classifier_params: TensorDictParams
-    qvalue_network: TensorDictModule
-    qvalue_network_params: TensorDictParams
-    target_qvalue_network_params: TensorDictParams
-    actor: ProbabilisticTensorDictSequential
-    actor_params: TensorDictParams
-    target_actor_params: TensorDictParams
 
     def __init__(
         self,
@@ -210,34 +180,44 @@ class ALMLoss(LossModule):
         reduction: Literal["none", "mean", "sum"] = "mean",
         bootstrap_terminated: bool = False,
         short_windows: Literal["mask", "drop"] = "mask",
+        reward_term: bool = True,
+        value_term: bool = True,
+        consistency: Consistency = "reverse_kl",
+        consistency_target: float | None = None,
+        latent_target: LatentTarget = "moving_average",
+        actor_objective: ActorObjective = "lambda_returns",
     ) -> None:
-        super().__init__()
+        averaged = ("encoder",) if latent_target == "moving_average" else ()
+        super().__init__(
+            targets=(*averaged, "qvalue_network"),
+            encoder=encoder,
+            dynamics=dynamics,
+            reward_model=reward_model,
+            classifier=classifier,
+            qvalue_network=qvalue_network,
+            actor=actor,
+        )
         check_horizon(horizon)
         check_choice("reduction", reduction, ("none", "mean", "sum"))
         check_choice("short_windows", short_windows, ("mask", "drop"))
-        networks = {
-            "encoder": encoder,
-            "dynamics": dynamics,
-            "reward_model": reward_model,
-            "classifier": classifier,
-            "qvalue_network": qvalue_network,
-            "actor": actor,
-        }
-        check_networks(**networks)
-        for name, network in networks.items():
-            self.convert_to_functional(
-                network, name, create_target_params=name in ("encoder", "qvalue_network")
-            )
-        # Not as an attribute, which warns that nothing updates it yet.
-        _share_untrained(self.encoder_params, self._modules["target_encoder_params"])
+        check_choice("consistency", consistency, get_args(Consistency))
+        check_choice("latent_target", latent_target, get_args(LatentTarget))
+        check_choice("actor_objective", actor_objective, get_args(ActorObjective))
         self.horizon = horizon
         self.reduction = reduction
         self.bootstrap_terminated = bootstrap_terminated
         self.short_windows = short_windows
+        self.reward_term = reward_term
+        self.value_term = value_term
+        self.consistency = consistency
+        self.latent_target = latent_target
+        self.actor_objective = actor_objective
+        self.consistency_target = consistency_target
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
-        self._latent_key = encoder.dist_sample_keys[-1]
-        self._next_latent_key = dynamics.dist_sample_keys[-1]
-        self._action_key = actor.dist_sample_keys[-1]
+        if consistency_target is not None:
+            check_positive("consistency_target", consistency_target)
+            like = next(self.parameters())
+            self.log_multiplier = nn.Parameter(like.new_zeros(()))
         self.set_keys(action=self._action_key)
         self.make_value_estimator()
 
@@ -252,8 +232,9 @@ class ALMLoss(LossModule):
 
     @property
     def out_keys(self) -> list[str]:
-        """The five losses."""
-        return list(LOSS_KEYS)
+        """The five losses, and that of the multiplier if it is learnt."""
+        learnt = self.consistency_target is not None
+        return [*LOSS_KEYS, "loss_multiplier"] if learnt else list(LOSS_KEYS)
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
         """Renames the entries read from the input; see :class:`ALMLoss._AcceptedKeys`.
@@ -310,7 +291,7 @@ class ALMLoss(LossModule):
 
         Returns:
             ``world_model`` (encoder and dynamics), ``reward`` (reward model and classifier),
-            ``value`` and ``actor``.
+            ``value`` and ``actor``; with a ``consistency_target`` also ``multiplier``.
         """
         members = {
             "world_model": (self.encoder_params, self.dynamics_params),
@@ -318,10 +299,13 @@ class ALMLoss(LossModule):
             "value": (self.qvalue_network_params,),
             "actor": (self.actor_params,),
         }
-        return {
+        groups = {
             name: [p for params in group for p in params.parameters() if p.requires_grad]
             for name, group in members.items()
         }
+        if self.consistency_target is not None:
+            groups["multiplier"] = [self.log_multiplier]
+        return groups
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Does nothing: the estimator reads imagined rollouts, whose keys are the loss's own."""
@@ -330,7 +314,7 @@ class ALMLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All five losses and their metrics from one batch.
+        """All losses and their metrics from one batch.
 
         Args:
             tensordict: windows ``[B, T]`` with ``T >= horizon``, or transitions ``[B]``, holding
@@ -344,10 +328,18 @@ class ALMLoss(LossModule):
             ValueError: if an entry has the wrong shape or the windows are too short.
         """
         batch = self._prepare(tensordict, steps=self.horizon)
+        rollout = self._world_model_rollout(batch)
+        terms = {
+            "loss_world_model": self._world_model_term(batch, rollout),
+            "loss_reward": self._reward_term(batch),
+            "loss_classifier": self._classifier_term(batch),
+            "loss_value": self._value_term(batch),
+            "loss_actor": self._actor_term(batch),
+        }
+        if self.consistency_target is not None:
+            terms["loss_multiplier"] = self._multiplier_term(batch, rollout)
         out: dict[str, Tensor] = {}
-        for name in LOSS_KEYS:
-            term = getattr(self, "_" + name.removeprefix("loss_") + "_term")
-            loss, metrics = term(batch)
+        for name, (loss, metrics) in terms.items():
             out |= {name: loss, **metrics}
         return TensorDict(out)
 
@@ -360,7 +352,8 @@ class ALMLoss(LossModule):
         Returns:
             The loss and its metrics.
         """
-        return self._world_model_term(self._prepare(tensordict, steps=self.horizon))
+        batch = self._prepare(tensordict, steps=self.horizon)
+        return self._world_model_term(batch, self._world_model_rollout(batch))
 
     def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean squared error of the reward model, on the first transition of each window.
@@ -408,26 +401,65 @@ class ALMLoss(LossModule):
         """
         return self._actor_term(self._prepare(tensordict, steps=1))
 
-    def _world_model_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        rollout = self._world_model_rollout(batch)
-        steps = (rollout["kl"] - rollout["reward"]).squeeze(-1) * batch.mask
-        loss = steps.sum(-1) - rollout["value"].squeeze(-1)
-        mask = batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
+    def multiplier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""The dual of the constraint that the consistency term stays below its target.
+
+        .. math:: -\log \beta \sum_t \big(\mathrm{sg}[\mathrm{consistency}_t] -
+                  \mathrm{target}\big)
+
+        The multiplier :math:`\beta`, which weighs the term in the world-model loss, grows while
+        the term is above its target and shrinks while it is below.
+
+        Args:
+            tensordict: as for :meth:`forward`.
+
+        Returns:
+            The loss and its metrics.
+
+        Raises:
+            ValueError: if the loss was built without a ``consistency_target``.
+        """
+        if self.consistency_target is None:
+            raise ValueError("there is no multiplier to learn: give ALMLoss a consistency_target")
+        batch = self._prepare(tensordict, steps=self.horizon)
+        return self._multiplier_term(batch, self._world_model_rollout(batch))
+
+    def _world_model_term(
+        self, batch: Batch, rollout: TensorDictBase
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        steps = rollout["consistency"]
+        if self.consistency_target is not None:
+            steps = self.log_multiplier.detach().exp() * steps
+        if self.reward_term:
+            steps = steps - rollout["reward"]
+        loss = (steps.squeeze(-1) * batch.mask).sum(-1)
+        if self.value_term:
+            loss = loss - rollout["value"].squeeze(-1)
         metrics = {
             "kl": _masked_mean(rollout["kl"], batch.mask),
             "prior_entropy": _masked_mean(rollout["prior_entropy"], batch.mask),
             "posterior_entropy": _masked_mean(rollout["posterior_entropy"], batch.mask[:, 0]),
             "latent_spread": rollout["latent"].std(0, correction=0).mean(),
         }
-        return self._reduce(loss, mask), _detached(metrics)
+        if self.consistency != "reverse_kl":
+            metrics["consistency"] = _masked_mean(rollout["consistency"], batch.mask)
+        return self._reduce(loss, self._counted(batch)), _detached(metrics)
 
-    def _reward_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _multiplier_term(
+        self, batch: Batch, rollout: TensorDictBase
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        excess = rollout["consistency"].detach() - self.consistency_target
+        loss = -self.log_multiplier * (excess.squeeze(-1) * batch.mask).sum(-1)
+        metrics = {"multiplier": self.log_multiplier.exp()}
+        return self._reduce(loss, self._counted(batch)), _detached(metrics)
+
+    def _reward_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         first = self._first_transition(batch)
         predicted = self._output("reward_model", first, self.reward_model_params)
         loss = F.mse_loss(predicted, self._outcome(batch, "reward"), reduction="none").squeeze(-1)
         return self._reduce(loss, batch.mask[:, 0]), {}
 
-    def _classifier_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _classifier_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         first = self._first_transition(batch)
         generated = self._generated_rows(first)
         with torch.no_grad():
@@ -442,7 +474,7 @@ class ALMLoss(LossModule):
         metrics = {"classifier_accuracy": _masked_mean(correct.to(loss.dtype), batch.mask[:, 0])}
         return self._reduce(loss, batch.mask[:, 0]), metrics
 
-    def _value_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _value_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         first = self._first_transition(batch)
         with torch.no_grad():
             latent = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
@@ -461,13 +493,21 @@ class ALMLoss(LossModule):
         }
         return self._reduce(loss, mask), _detached(metrics)
 
-    def _actor_term(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _actor_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
+        mask = batch.mask[:, 0]
+        if self.actor_objective == "value":
+            action = self._draw(self._policy(latent, self.actor_params))
+            value = self._value(latent, action, self.qvalue_network_params.detach())
+            metrics = {"actor_value": _masked_mean(value, mask)}
+            return self._reduce(-value.squeeze(-1), mask), _detached(metrics)
         rollout = self.imagine(latent)
         returns = self.lambda_return(rollout)
-        weights = discounts(self.value_estimator.gamma, self.horizon)
-        loss = -(weights * returns).mean(-2).squeeze(-1)
-        mask = batch.mask[:, 0]
+        if self.actor_objective == "bound":
+            loss = -self.bound(rollout).squeeze(-1)
+        else:
+            weights = discounts(self.value_estimator.gamma, self.horizon)
+            loss = -(weights * returns).mean(-2).squeeze(-1)
         metrics = {
             "imagined_reward": _masked_mean(rollout["reward"], mask),
             "imagined_log_ratio": _masked_mean(rollout["log_ratio"], mask),
@@ -476,227 +516,28 @@ class ALMLoss(LossModule):
         }
         return self._reduce(loss, mask), _detached(metrics)
 
-    # ------------------------------------------------------------------------ the rollouts
+    # ------------------------------------------------------------- what the terms share
 
-    def world_model_rollout(self, tensordict: TensorDictBase) -> TensorDictBase:
-        r"""Runs the latent dynamics along the recorded actions of each window.
+    def _first_transition(self, batch: Batch) -> TensorDictBase:
+        """A latent drawn for the first observation, with its recorded action."""
+        latent = self._draw(self.encoder.build_dist_from_params(batch.current))
+        return self._step(latent, batch.windows.get(self.tensor_keys.action)[:, 0])
 
-        From :math:`z_0 \sim e(s_0)`, every step draws :math:`z_{t+1} \sim m(z_t, a_t)` and
-        compares the dynamics with the target encoder's view of what was observed.
-
-        Args:
-            tensordict: as for :meth:`forward`.
-
-        Returns:
-            ``kl`` and ``reward`` ``[B, T, 1]`` (meaningful where the window is valid), ``value``
-            ``[B, 1]`` of the last latent reached, ``latent`` ``[B, T, D]`` and entropies.
-        """
-        return self._world_model_rollout(self._prepare(tensordict, steps=self.horizon))
-
-    def _world_model_rollout(self, batch: _Batch) -> TensorDictBase:
-        actions = batch.windows.get(self.tensor_keys.action)
-        posterior = self._distribution("encoder", batch.windows[:, 0], self.encoder_params)
-        latent = self._draw(posterior)
-        visited, priors = [], []
-        for t in range(actions.shape[1]):
-            visited.append(latent)
-            prior = self._dist_params(
-                "dynamics", self._step(latent, actions[:, t]), self.dynamics_params
-            )
-            priors.append(prior)
-            following = self._draw(self.dynamics.build_dist_from_params(prior))
-            latent = torch.where(batch.mask[:, t, None], following, latent)
-        latents = torch.stack(visited, 1)
-        prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
-        target = self.encoder.build_dist_from_params(batch.following)
-        check_latents(prior, target)
-        value = self._value(latent, self._act(latent.detach()), self.qvalue_network_params.detach())
-        if not self.bootstrap_terminated:
-            ends = batch.windows.get(unravel_key(("next", self.tensor_keys.terminated)))
-            ended = (ends.squeeze(-1) & batch.mask).any(-1, keepdim=True)
-            value = torch.where(ended, torch.zeros_like(value), value)
-        step = self._step(latents, actions)
-        return TensorDict(
-            {
-                "latent": latents,
-                "kl": kl_divergence(prior, target).unsqueeze(-1),
-                "reward": self._output("reward_model", step, self.reward_model_params.detach()),
-                "value": value,
-                "prior_entropy": prior.entropy().detach(),
-                "posterior_entropy": posterior.entropy().detach(),
-            },
-            batch_size=latents.shape[:1],
-        )
-
-    def imagine(self, latent: Tensor, action: Tensor | None = None) -> TensorDictBase:
-        r"""Rolls the actor out in the latent dynamics.
-
-        Actions are drawn on detached latents, and detached again where they enter the values, so
-        that a gradient reaches the actor through the dynamics, the rewards and the log-ratios.
-
-        Args:
-            latent: where to start, ``[B, D]``.
-            action: the first action ``[B, A]``; drawn from the actor by default.
-
-        Returns:
-            ``latent``, ``action``, ``reward``, ``log_ratio`` and, under ``"next"``, ``latent``,
-            ``action`` and ``value``, all ``[B, K, ...]``.
-        """
-        latents, actions = [latent], []
-        for t in range(self.horizon):
-            if t > 0 or action is None:
-                action = self._draw(self._policy(latent.detach(), self.actor_params))
-            actions.append(action)
-            step = self._step(latent, action)
-            latent = self._draw(self._distribution("dynamics", step, self.dynamics_params.detach()))
-            latents.append(latent)
-        actions.append(self._act(latent.detach()))
-        current = self._step(torch.stack(latents[:-1], 1), torch.stack(actions[:-1], 1))
-        following = torch.stack(latents[1:], 1)
-        following_action = torch.stack(actions[1:], 1).detach()
-        current.set(self._next_latent_key, following.detach())
-        logits = self._output("classifier", current, self.classifier_params.detach())
-        return TensorDict(
-            {
-                "latent": current.get(self._latent_key),
-                "action": current.get(self._action_key),
-                "reward": self._output("reward_model", current, self.reward_model_params.detach()),
-                "log_ratio": log_ratio(logits),
-                "next": {
-                    "latent": following,
-                    "action": following_action,
-                    "value": self._value(
-                        following, following_action, self.qvalue_network_params.detach()
-                    ),
-                },
-            },
-            batch_size=following.shape[:2],
-        )
-
-    def lambda_return(self, rollout: TensorDictBase) -> Tensor:
-        r"""The return of an imagined rollout by the loss's value estimator.
-
-        The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, and nothing ends
-        inside a rollout.
-
-        Args:
-            rollout: what :meth:`imagine` returns, ``[B, K]``.
-
-        Returns:
-            The returns, ``[B, K, 1]``.
-        """
-        reward = rollout["reward"] + self.consistency_coeff * rollout["log_ratio"]
-        never = torch.zeros_like(reward, dtype=torch.bool)
-        outcome = {"reward": reward, "done": never, "terminated": never}
-        steps = TensorDict({"next": outcome}, batch_size=rollout.batch_size)
-        return self.value_estimator.value_estimate(steps, next_value=rollout["next", "value"])
-
-    # --------------------------------------------------------------------------- networks
-
-    def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
-        """The output of a deterministic network with the given parameters."""
-        network = getattr(self, name)
-        with _parametrised(network, params), explained(name, network, tensordict):
-            output = network(tensordict.copy()).get(network.out_keys[-1])
-        check_output(name, network.out_keys[-1], output, tensordict.batch_size)
-        return output
-
-    def _dist_params(
-        self, name: str, tensordict: TensorDictBase, params: TensorDictBase
-    ) -> TensorDictBase:
-        """The parameters of a network's distribution, to be stacked or indexed."""
-        network = getattr(self, name)
-        with _parametrised(network, params), explained(name, network, tensordict):
-            return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
-
-    def _distribution(
-        self, name: str, tensordict: TensorDictBase, params: TensorDictBase
-    ) -> D.Distribution:
-        parameters = self._dist_params(name, tensordict, params)
-        return getattr(self, name).build_dist_from_params(parameters)
-
-    def _policy(self, latent: Tensor, params: TensorDictBase) -> D.Distribution:
-        state = TensorDict({self._latent_key: latent}, batch_size=latent.shape[:-1])
-        return self._distribution("actor", state, params)
-
-    @torch.no_grad()
-    def _act(self, latent: Tensor) -> Tensor:
-        """An action without a gradient."""
-        return self._draw(self._policy(latent, self.actor_params.detach()))
-
-    def _value(self, latent: Tensor, action: Tensor, params: TensorDictBase) -> Tensor:
-        """The smallest of the action values, ``[..., 1]``."""
-        values = self._output("qvalue_network", self._step(latent, action), params)
-        return values.amin(-1, keepdim=True)
-
-    def _step(self, latent: Tensor, action: Tensor) -> TensorDictBase:
-        entries = {self._latent_key: latent, self._action_key: action}
-        return TensorDict(entries, batch_size=latent.shape[:-1])
-
-    def _draw(self, dist: D.Distribution) -> Tensor:
-        """A fresh sample whatever the exploration type outside, unless the loss says otherwise."""
-        if self.deterministic_sampling_mode == ExplorationType.RANDOM:
-            return dist.rsample()
-        return dist.deterministic_sample  # type: ignore[attr-defined]
+    def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
+        """An entry of the first transition under ``"next"``, ``[B, 1]``."""
+        return batch.windows.get(unravel_key(("next", getattr(self.tensor_keys, name))))[:, 0]
 
     def _generated_rows(self, tensordict: TensorDictBase) -> Tensor:
         """Which rows, a random half, the classifier sees with an imagined next latent."""
         rows = tensordict.shape[0]
         return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
 
-    # ------------------------------------------------------------------------------ input
-
-    def _prepare(self, tensordict: TensorDictBase, steps: int) -> _Batch:
-        """Checks the input and encodes its observations with the target encoder, in one pass."""
-        windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps)
-        done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
-        mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
-        # What lies past the episode's end may be anything, NaN included, which no product with a
-        # mask would take out of the gradient.
-        windows = windows.apply(lambda value: blank(value, mask))
-        observations = self.encoder.in_keys
-        current = windows[:, :1].select(*observations)
-        following = windows.get("next").select(*observations)
-        with torch.no_grad():
-            encoded = self._dist_params(
-                "encoder", torch.cat([current, following], 1), self.target_encoder_params
-            )
-        return _Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
-
-    def _first_transition(self, batch: _Batch) -> TensorDictBase:
-        """A latent drawn for the first observation, with its recorded action."""
-        latent = self._draw(self.encoder.build_dist_from_params(batch.current))
-        return self._step(latent, batch.windows.get(self.tensor_keys.action)[:, 0])
-
-    def _outcome(self, batch: _Batch, name: Literal["reward", "terminated"]) -> Tensor:
-        """An entry of the first transition under ``"next"``, ``[B, 1]``."""
-        return batch.windows.get(unravel_key(("next", getattr(self.tensor_keys, name))))[:, 0]
+    def _counted(self, batch: Batch) -> Tensor:
+        """Which windows the world-model loss counts, bool ``[B]``."""
+        return batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
 
     def _reduce(self, loss: Tensor, mask: Tensor) -> Tensor:
         return self._reduce_loss(loss, TensorDict({self.tensor_keys.validity_mask: mask}))
-
-
-def _share_untrained(source: TensorDictParams, target: Any) -> None:
-    """Lets a target read what no gradient moves, such as running statistics, where the source does.
-
-    ``SoftUpdate`` follows trained parameters alone and would leave a copy of these behind.
-    """
-    for key, value in source.items(True, True):
-        if not value.requires_grad:
-            target.get(key).data = value.data
-
-
-@contextmanager
-def _parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
-    """Runs a network with other parameters, and gives it its own back whatever happens.
-
-    As a context manager, ``TensorDict.to_module`` leaves them exchanged after an exception.
-    """
-    own = params.to_module(network, preserve_module_state=False)
-    try:
-        yield
-    finally:
-        own.to_module(network, preserve_module_state=False, return_swap=False)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

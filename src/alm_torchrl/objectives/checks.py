@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "check_latents",
     "check_networks",
     "check_output",
+    "check_positive",
     "explained",
     "read_windows",
 ]
@@ -121,6 +123,12 @@ def check_horizon(horizon: object) -> None:
     """Refuses a horizon that is no positive whole number."""
     if not isinstance(horizon, int) or horizon < 1:
         raise ValueError(f"horizon must be a whole number of at least 1, got {horizon!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuses a number that is not positive and finite."""
+    if not 0 < value < inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

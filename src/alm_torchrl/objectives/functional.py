@@ -22,6 +22,8 @@ __all__ = [
     "k_step_bound",
     "kl_divergence",
     "log_ratio",
+    "log_return_bound",
+    "squared_distance",
     "td_target",
 ]
 
@@ -88,6 +90,29 @@ def _is_diagonal_normal(dist: D.Distribution) -> TypeGuard[Any]:
         and isinstance(dist.base_dist, D.Normal)
         and dist.reinterpreted_batch_ndims == 1
     )
+
+
+def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
+    r"""The squared distance of the means of two latent distributions.
+
+    .. math:: \sum_d (\mu^p_d - \mu^q_d)^2
+
+    For two Normals of scale :math:`\sigma` it is :math:`2 \sigma^2` times their KL divergence.
+
+    Args:
+        p: first distribution over latents ``[D]``, batch shape ``[...]``.
+        q: second distribution, like ``p``.
+
+    Returns:
+        The distance in squared latent units, ``[...]``.
+
+    Examples:
+        >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
+        >>> q = D.Independent(D.Normal(torch.ones(3, 2), 5.0), 1)
+        >>> squared_distance(p, q)
+        tensor([2., 2., 2.])
+    """
+    return (p.mean - q.mean).square().sum(-1)
 
 
 def log_ratio(logits: Tensor) -> Tensor:
@@ -165,6 +190,36 @@ def k_step_bound(reward: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
     """
     steps = reward.shape[-2]
     return (discounts(gamma, steps) * reward).sum(-2) + gamma**steps * value
+
+
+def log_return_bound(reward: Tensor, log_ratio: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
+    r"""The K-step lower bound on the logarithm of the return, as the theorem has it.
+
+    .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big((1 - \gamma) \log r_t + \rho_t\big)
+              + \gamma^K \log Q_K,
+              \qquad \rho_t = \log e(z_{t+1} \mid s_{t+1}) - \log m(z_{t+1} \mid z_t, a_t)
+
+    Its mean over trajectories whose latents come from the model is at most
+    :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` under the real ones, if rewards and
+    values are those of the states. See :func:`k_step_bound` for what is maximised in practice.
+
+    Args:
+        reward: positive rewards, ``[..., K, 1]``.
+        log_ratio: of encoder to model in nats, or the negated divergence of the model from the
+            encoder, ``[..., K, 1]``.
+        value: normalised value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
+            state and action, ``[..., 1]``.
+        gamma: discount, a scalar.
+
+    Returns:
+        The bound in nats, ``[..., 1]``.
+
+    Examples:
+        >>> r, gamma = torch.full((4, 3, 1), 2.0), torch.tensor(0.5)
+        >>> log_return_bound(r, 0 * r, r[:, 0], gamma).exp().flatten()
+        tensor([2., 2., 2., 2.])
+    """
+    return k_step_bound((1 - gamma) * reward.log() + log_ratio, value.log(), gamma)
 
 
 def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -15,8 +15,10 @@ from alm_torchrl.training.callbacks import (
 from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import EnvironmentFailedError, Experience
+from alm_torchrl.training.measurements import Diagnostics, Measurement, ValueBias
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.precision import choose_precision
+from alm_torchrl.training.processes import is_lost_process, rank_seed
 from alm_torchrl.training.progress import ProgressBar, quiet_notices
 from alm_torchrl.training.seeds import (
     StackedAgent,
@@ -34,9 +36,11 @@ __all__ = [
     "CapturedUpdate",
     "Checkpoint",
     "Checkpoints",
+    "Diagnostics",
     "EnvironmentFailedError",
     "Experience",
     "LearningCurve",
+    "Measurement",
     "PolicyCopy",
     "ProgressBar",
     "SaveAgent",
@@ -47,12 +51,15 @@ __all__ = [
     "StackedSoftUpdate",
     "StopOnSignal",
     "Update",
+    "ValueBias",
     "Video",
     "choose_precision",
     "find_checkpoint",
+    "is_lost_process",
     "make_optimizer",
     "make_trainer",
     "quiet_notices",
+    "rank_seed",
     "stack_seeds",
     "worth_compiling",
 ]

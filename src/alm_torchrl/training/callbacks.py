@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -19,6 +20,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from alm_torchrl.files import replacing
 from alm_torchrl.training.checkpoints import Checkpoints, validates_next
 from alm_torchrl.training.module import ALMModule
+from alm_torchrl.training.processes import agree
 
 __all__ = ["LearningCurve", "SaveAgent", "StopOnSignal", "Video"]
 
@@ -65,6 +67,7 @@ class LearningCurve(L.Callback):
         """Starts the clock."""
         self._start = time.monotonic()
 
+    @rank_zero_only
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
@@ -82,6 +85,7 @@ class LearningCurve(L.Callback):
         )
         self._write()
 
+    @rank_zero_only
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
@@ -145,6 +149,7 @@ class SaveAgent(L.Callback):
         """Goes on from the best return so far."""
         self.best = state_dict["best"]
 
+    @rank_zero_only
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
@@ -155,6 +160,7 @@ class SaveAgent(L.Callback):
             self.best = mean
             agent.save(self.folder / "agent_best.pt")
 
+    @rank_zero_only
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
@@ -166,7 +172,9 @@ class StopOnSignal(L.Callback):
     """Lets Ctrl-C and SIGTERM end a run after the update in progress, with a checkpoint.
 
     SIGTERM is what cluster managers send before they take a machine away. A second signal ends the
-    run at once, without.
+    run at once, without. Of several processes, all end after the same update, whichever of them
+    has got the signal: they ask each other before every update on a CPU, and on a GPU before every
+    ``log_every``-th, since the answer has to be waited for.
 
     Args:
         checkpoints: what saves before the run ends, if anything does.
@@ -175,13 +183,26 @@ class StopOnSignal(L.Callback):
     def __init__(self, checkpoints: Checkpoints | None = None) -> None:
         self.signal: signal.Signals | None = None
         self._checkpoints = checkpoints
+        self._stopping = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Takes over the signals, where this is the main thread, which alone may."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Takes over the signals, where this is the main thread, which alone may.
+
+        Also from Lightning, which has registered by now: its handler has the processes of a run
+        wait for each other in the midst of an update.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: ALMModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Has the processes of a run agree on whether this update is the last."""
+        asks = pl_module.device.type == "cpu" or batch_idx % pl_module.log_every == 0
+        if trainer.world_size > 1 and asks and agree(trainer, self.signal is not None):
+            self._stop_next()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Any, batch: Any, batch_idx: int
@@ -204,16 +225,21 @@ class StopOnSignal(L.Callback):
         """Gives the signals back."""
         self._restore()
 
+    def _stop_next(self) -> None:
+        self._stopping = True
+        if self._checkpoints is not None:
+            self._checkpoints.requested = True
+
     def _stop_if_asked(self) -> None:
-        if self.signal is not None:
+        if self._stopping:
             raise KeyboardInterrupt
 
     def _request(self, number: int, _: Any) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        if self._checkpoints is not None:
-            self._checkpoints.requested = True
+        if not torch.distributed.is_initialized():
+            self._stop_next()
 
     def _restore(self) -> None:
         for number, previous in self._previous.items():
@@ -227,7 +253,8 @@ class Video(L.Callback):
     Args:
         folder: where the file goes.
         env: an environment that writes frames ``[H, W, 3]`` (uint8) to ``"pixels"``, such as
-            ``make_env(..., from_pixels=True)``; without frames nothing is recorded.
+            ``make_env(..., from_pixels=True)``, or stacks of them ``[3 n, H, W]``, such as
+            ``make_env(..., pixels=84)``; without frames nothing is recorded.
         steps: environment steps recorded, from the start of an episode.
         every: steps between two frames kept.
         fps: frames per second of the file.
@@ -248,6 +275,7 @@ class Video(L.Callback):
         self.every = every
         self.fps = fps
 
+    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Plays the episode and writes the file."""
         from PIL import Image
@@ -258,7 +286,10 @@ class Video(L.Callback):
             rollout = self.env.rollout(
                 self.steps, pl_module.agents[0].policy(), auto_cast_to_device=True
             )
-        frames = [Image.fromarray(frame.numpy()) for frame in rollout["pixels"][:: self.every]]
+        pixels = rollout["pixels"][:: self.every]
+        if pixels.shape[-1] != 3:  # stacks, the newest frame last
+            pixels = pixels[:, -3:].movedim(1, -1)
+        frames = [Image.fromarray(frame.contiguous().cpu().numpy()) for frame in pixels]
         frames[0].save(
             self.folder / "video.gif",
             save_all=True,

@@ -21,8 +21,9 @@ from alm_torchrl.data import JournalPart, ReplayJournal
 from alm_torchrl.envs import random_states, set_random_states
 from alm_torchrl.files import replacing, sha256, sync
 from alm_torchrl.training.module import ALMModule
+from alm_torchrl.training.processes import gather
 
-__all__ = ["Checkpoint", "Checkpoints", "find_checkpoint", "validates_next"]
+__all__ = ["Checkpoint", "Checkpoints", "check_processes", "find_checkpoint", "validates_next"]
 
 _FORMAT = "alm_torchrl.Checkpoint"
 _VERSION = 1
@@ -36,21 +37,26 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        folder: what it lies in, beside the folder ``replay`` of the run.
+        folder: what it lies in, beside the folders ``replay-<n>`` of the run's processes.
         update: updates made before it.
         step: environment steps made before it, after the warm-up.
-        replay: what the replay buffer is restored from.
+        replay: what the replay buffer of each process of the run is restored from.
     """
 
     folder: Path
     update: int
     step: int
-    replay: tuple[JournalPart, ...]
+    replay: tuple[tuple[JournalPart, ...], ...]
 
     @property
     def state(self) -> Path:
         """Lightning's checkpoint, for ``Trainer.fit(ckpt_path=..., weights_only=True)``."""
         return self.folder / _STATE
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes the run had, each with a replay buffer of its own."""
+        return len(self.replay)
 
 
 def find_checkpoint(folder: str | Path) -> Checkpoint | None:
@@ -87,10 +93,11 @@ def _read(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder} was written by a newer alm_torchrl: update this one")
     if sha256(folder / _STATE) != manifest["state_sha256"]:
         raise OSError(f"{folder / _STATE} is not as it was written")
-    parts = tuple(JournalPart(**part) for part in manifest["replay"])
-    for part in parts:
-        part.check(_replay_folder(folder.parent))
-    return Checkpoint(folder, manifest["update"], manifest["step"], parts)
+    replay = tuple(tuple(JournalPart(**part) for part in parts) for parts in manifest["replay"])
+    for rank, parts in enumerate(replay):
+        for part in parts:
+            part.check(_replay_folder(folder.parent, rank))
+    return Checkpoint(folder, manifest["update"], manifest["step"], replay)
 
 
 class Checkpoints(L.Callback):
@@ -98,17 +105,24 @@ class Checkpoints(L.Callback):
 
     A checkpoint is a folder ``update-<n>`` with Lightning's state (networks, targets, optimiser,
     counters, callbacks and every random generator) and a manifest with checksums and versions.
-    The replay buffer is written to ``replay`` beside it, each transition once. A folder gets its
+    The replay buffer is written to ``replay-0`` beside it, each transition once. A folder gets its
     name when all that belongs to it is on the disk, so that a run can be killed at any moment.
 
     To go on, give ``Trainer.fit`` the checkpoint's ``state``. The environments are reset, so the
     episodes that were running then end there, truncated.
+
+    A run of several processes has one checkpoint, with the replay buffer and the random generators
+    of each. Its folder must be one that all of them see.
 
     Args:
         folder: where checkpoints go.
         every: updates between two; one more is made when training ends or is interrupted.
         keep: how many of the newest are kept.
         start: the checkpoint that the run goes on from.
+
+    Raises:
+        ValueError: when training starts, if the run that it goes on with had another number of
+            processes.
     """
 
     def __init__(
@@ -120,20 +134,29 @@ class Checkpoints(L.Callback):
         self.start = start
         self.kept = [] if start is None else [start]
         self.requested = False
-        self._restored: dict[str, Any] | None = None
+        self._generators: list[dict[str, Any]] = []
+        self._restored: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: ALMModule, stage: str) -> None:
         """Restores the replay buffer."""
         if stage != "fit":
             return
         self._envs = [pl_module.experience.collector.env, pl_module.eval_env]
-        replay = pl_module.experience.replay
-        self._journal = ReplayJournal(replay, _replay_folder(self.folder))
+        replay, rank = pl_module.experience.replay, trainer.global_rank
+        self._journal = ReplayJournal(replay, _replay_folder(self.folder, rank))
         if self.start is not None:
-            self._journal.load(self.start.replay)
+            check_processes(self.start, trainer.world_size)
+            self._journal.load(self.start.replay[rank])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every random generator."""
+        """The state of every random generator of every process."""
+        return {"generators": self._generators}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until training starts, when nothing is drawn any more to prepare it."""
+        self._restored = state_dict["generators"]
+
+    def _generator_states(self) -> dict[str, Any]:
         numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - whoever draws from it
         return {
             "python": random.getstate(),
@@ -143,15 +166,19 @@ class Checkpoints(L.Callback):
             "envs": [random_states(env) for env in self._envs],
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state until training starts, when nothing is drawn any more to prepare it."""
-        self._restored = state_dict
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: ALMModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Has a run that was done go on if it has been given more steps."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["current"]["ready"] < len(pl_module.experience):
+            progress["is_last_batch"] = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Restores the random generators."""
-        state, self._restored = self._restored, None
-        if state is None:
+        if not self._restored:
             return
+        state, self._restored = self._restored[trainer.global_rank], []
         python, numpy = state["python"], json.loads(state["numpy"])
         random.setstate((python[0], tuple(python[1]), python[2]))
         numpy["state"]["key"] = np.array(numpy["state"]["key"], dtype=np.uint32)
@@ -178,8 +205,12 @@ class Checkpoints(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Saves when the environment failed, since no update was under way."""
-        if pl_module.experience.collecting and pl_module.experience.updates:
+        """Saves when the environment failed, since no update was under way.
+
+        Of several processes the others cannot be asked then, and their last checkpoint remains.
+        """
+        alone = trainer.world_size == 1
+        if alone and pl_module.experience.collecting and pl_module.experience.updates:
             self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
@@ -192,37 +223,45 @@ class Checkpoints(L.Callback):
         name = f"update-{experience.updates:010d}"
         if self.kept and self.kept[-1].folder.name == name:
             return
-        parts = self._journal.save()
-        partial = self.folder / (name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            trainer.save_checkpoint(partial / _STATE)
-            sync(partial / _STATE)
-            manifest = {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "update": experience.updates,
-                "step": experience.steps,
-                "frames": experience.frames,
-                "versions": dict(_versions()),
-                "state_sha256": sha256(partial / _STATE),
-                "replay": [asdict(part) for part in parts],
-            }
-            manifest["sha256"] = _digest(manifest)
-            with replacing(partial / _MANIFEST) as file:
-                file.write(json.dumps(manifest, indent=1).encode())
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # damaged, or not gone on from
-            partial.rename(self.folder / name)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        sync(self.folder)
-        checkpoint = Checkpoint(
-            self.folder / name, experience.updates, experience.steps, tuple(parts)
-        )
+        replay = tuple(gather(trainer, tuple(self._journal.save())))
+        self._generators = gather(trainer, self._generator_states())
+        checkpoint = Checkpoint(self.folder / name, experience.updates, experience.steps, replay)
+        if trainer.is_global_zero:
+            self._check_shared(replay)
+        self._write(trainer, checkpoint, experience.frames)
         self.kept = [*self.kept, checkpoint][-self.keep :]
-        self._remove_others()
+        self._remove_others(trainer)
+
+    def _write(self, trainer: L.Trainer, checkpoint: Checkpoint, frames: int) -> None:
+        """Writes what lies in the checkpoint's folder; all processes call, and the first writes."""
+        partial = checkpoint.folder.with_name(checkpoint.folder.name + ".partial")
+        first = trainer.is_global_zero
+        try:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            trainer.save_checkpoint(partial / _STATE)
+            if first:
+                sync(partial / _STATE)
+                _write_manifest(partial, checkpoint, frames)
+                shutil.rmtree(checkpoint.folder, ignore_errors=True)  # damaged, or not gone on from
+                partial.rename(checkpoint.folder)
+                sync(self.folder)
+        except BaseException:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        trainer.strategy.barrier()
+
+    def _check_shared(self, replay: tuple[tuple[JournalPart, ...], ...]) -> None:
+        """Raises if what other processes have written is not to be seen from here."""
+        for rank, parts in enumerate(replay):
+            folder = _replay_folder(self.folder, rank)
+            if lacking := [part.file for part in parts if not (folder / part.file).is_file()]:
+                raise OSError(
+                    f"process {rank} has written {lacking[0]}, which is not in {folder}: choose a "
+                    "run.folder on a file system that all machines share"
+                )
 
     def _save_if_due(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         updates = pl_module.experience.updates
@@ -231,13 +270,35 @@ class Checkpoints(L.Callback):
             pl_module.check()
             self.save(trainer, pl_module)
 
-    def _remove_others(self) -> None:
+    def _remove_others(self, trainer: L.Trainer) -> None:
         """Removes what belongs to none of the checkpoints kept."""
         kept = {checkpoint.folder.name for checkpoint in self.kept}
-        for found in self.folder.glob("update-*"):
-            if found.name not in kept:
-                shutil.rmtree(found, ignore_errors=True)
-        self._journal.remove_all_but(part for one in self.kept for part in one.replay)
+        if trainer.is_global_zero:
+            for found in self.folder.glob("update-*"):
+                if found.name not in kept:
+                    shutil.rmtree(found, ignore_errors=True)
+        rank = trainer.global_rank
+        self._journal.remove_all_but(part for one in self.kept for part in one.replay[rank])
+
+
+def check_processes(start: Checkpoint, num_processes: int) -> None:
+    """Refuses to go on with another number of processes than a run had.
+
+    Each has a replay buffer and environments of its own, which cannot be divided anew.
+
+    Args:
+        start: the checkpoint to go on from.
+        num_processes: of the run that goes on.
+
+    Raises:
+        ValueError: if the numbers differ.
+    """
+    if start.num_processes != num_processes:
+        raise ValueError(
+            f"{start.folder} is of a run of {start.num_processes} processes, each with a replay "
+            f"buffer of its own, and cannot go on with {num_processes}: take run.devices times "
+            f"run.num_nodes = {start.num_processes}"
+        )
 
 
 def validates_next(trainer: L.Trainer, batch_idx: int) -> bool:
@@ -246,8 +307,24 @@ def validates_next(trainer: L.Trainer, batch_idx: int) -> bool:
     return bool(trainer.enable_validation and every and (batch_idx + 1) % every == 0)
 
 
-def _replay_folder(checkpoints: Path) -> Path:
-    return checkpoints / "replay"
+def _replay_folder(checkpoints: Path, rank: int) -> Path:
+    return checkpoints / f"replay-{rank}"
+
+
+def _write_manifest(folder: Path, checkpoint: Checkpoint, frames: int) -> None:
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "update": checkpoint.update,
+        "step": checkpoint.step,
+        "frames": frames,
+        "versions": dict(_versions()),
+        "state_sha256": sha256(folder / _STATE),
+        "replay": [[asdict(part) for part in parts] for parts in checkpoint.replay],
+    }
+    manifest["sha256"] = _digest(manifest)
+    with replacing(folder / _MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
 
 
 def _versions() -> Iterator[tuple[str, str]]:

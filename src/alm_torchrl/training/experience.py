@@ -40,6 +40,8 @@ class Experience:
             :meth:`ALMAgent.update_statistics`.
         num_seeds: seeds trained at once, between which the collector's environments are divided;
             steps, frames and updates are then those of one seed.
+        num_processes: processes that train one agent together, each with experience of its own;
+            steps and frames are then those of all of them.
 
     Raises:
         ValueError: if a number is out of range, or so small that no update would follow.
@@ -57,6 +59,7 @@ class Experience:
         policy: PolicyCopy | None = None,
         observe: Callable[[TensorDictBase], None] | None = None,
         num_seeds: int = 1,
+        num_processes: int = 1,
     ) -> None:
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
             raise ValueError(
@@ -72,6 +75,7 @@ class Experience:
         self.policy = policy
         self.observe = observe
         self.num_seeds = num_seeds
+        self.num_processes = num_processes
         self.frames = 0
         self.updates = 0
         self.collecting = False
@@ -129,7 +133,8 @@ class Experience:
         self._last_frames = state_dict["last_frames"]
         self.episode_returns.extend(state_dict["episode_returns"])
         self._batches = state_dict["batches"]
-        counts = {"frames": self.frames * self.num_seeds, "iter": self._batches}
+        collected = self.frames * self.num_seeds // self.num_processes
+        counts = {"frames": collected, "iter": self._batches}
         self.collector.load_state_dict(counts, strict=False)
 
     def restart(self) -> None:
@@ -167,7 +172,7 @@ class Experience:
         if self.observe is not None:
             self.observe(data)
         self._batches += 1
-        self._last_frames = data.numel() // self.num_seeds
+        self._last_frames = data.numel() * self.num_processes // self.num_seeds
         self.frames += self._last_frames
         outcome = data.get("next")
         returns = outcome.get("episode_reward", None)

@@ -15,9 +15,11 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.evaluation import evaluate_policy
+from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.processes import rank_seed
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
@@ -55,6 +57,9 @@ class ALMModule(L.LightningModule):
     Raises:
         ValueError: if the loss was not built on the agent, a learning rate names no group, or the
             mode of compilation is another.
+
+    In a trainer of several processes (Lightning's ``ddp``), each has an agent, a loss, experience
+    and random numbers of its own, and the gradients are averaged over them. The first evaluates.
     """
 
     def __init__(
@@ -102,6 +107,20 @@ class ALMModule(L.LightningModule):
         """The experience, which is iterated in this process."""
         return self.experience
 
+    def on_fit_start(self) -> None:
+        """Has each process of a run draw for itself, since Lightning seeds all of them alike.
+
+        Raises:
+            ValueError: for an encoder that keeps running statistics, in a run of several processes.
+        """
+        if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
+            raise ValueError(
+                "an encoder that keeps running statistics is trained in one process, since each "
+                "would have its own: take run.devices=1"
+            )
+        if self.global_rank > 0:
+            torch.manual_seed(rank_seed(torch.initial_seed(), self.global_rank))
+
     def on_train_start(self) -> None:
         """Builds the update, now that the optimiser, the device and the precision are known."""
         update = Update(
@@ -112,8 +131,10 @@ class ALMModule(L.LightningModule):
             precision=self.trainer.precision,
             compiled=self.compiles,
             strict=self.compile_mode != "auto",
+            backward=self.manual_backward,
         )
-        captured = self.device.type == "cuda" and self.compile_mode != "never"
+        alone = self.trainer.world_size == 1  # no graph holds what processes say to each other
+        captured = alone and self.device.type == "cuda" and self.compile_mode != "never"
         self._update = CapturedUpdate(update) if captured else update
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
@@ -158,17 +179,27 @@ class ALMModule(L.LightningModule):
     def validation_step(self, *_: Any) -> Tensor:
         """Plays whole episodes with the mean action: their returns, ``[seeds, episodes]``.
 
-        In full precision, as the collector acts, whatever the losses are computed in.
+        In full precision, as the collector acts, whatever the losses are computed in. Of several
+        processes the first plays, and tells the others.
         """
+        returns = self._evaluate() if self.trainer.is_global_zero else None
+        returns = self.trainer.strategy.broadcast(returns)
+        assert returns is not None
+        returns = returns.to(self.device)
+        metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std(correction=0)}
+        self.log(
+            "return", returns.mean(), prog_bar=True, logger=False, batch_size=1, sync_dist=True
+        )
+        self._log_metrics(metrics)
+        return returns
+
+    def _evaluate(self) -> Tensor:
         seeds = len(self.agents)
         with torch.autocast(self.device.type, enabled=False):
             returns = evaluate_policy(
                 self.eval_env, self.agent.policy(), seeds * self.eval_episodes
-            ).reshape(seeds, -1)
-        metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std(correction=0)}
-        self.log("return", returns.mean(), prog_bar=True, logger=False, batch_size=1)
-        self._log_metrics(metrics)
-        return returns
+            )
+        return returns.reshape(seeds, -1).cpu()
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Writes means over seeds to the loggers; the authors' step counter is the x-axis."""

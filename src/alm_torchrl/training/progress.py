@@ -37,10 +37,14 @@ class ProgressBar(TQDMProgressBar):
         """No bar: an evaluation takes seconds."""
         return Tqdm(disable=True)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Names the bar."""
-        super().on_train_epoch_start(trainer, *args)
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Sets up the bar, also for a run that goes on, for which no epoch starts."""
+        super().on_train_start(trainer, pl_module)
+        self.train_progress_bar.reset(len(pl_module.experience))
         self.train_progress_bar.set_description("learning")
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Leaves the bar as it is."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         """Steps per second since the last refresh but one, and the return."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
+from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 
 __all__ = [
@@ -51,8 +52,7 @@ class StackedLoss(nn.Module):
         shapes = [{key: leaf.shape for key, leaf in n.items(True, True)} for n in networks]
         if not losses or any(shape != shapes[0] for shape in shapes):
             raise ValueError("seeds are stacked from one or more losses of the same sizes")
-        inner = list(losses[0].encoder.modules())[1:]
-        if any(hasattr(module, "update_statistics") for module in inner):
+        if keeps_statistics(losses[0].encoder):
             raise ValueError(
                 "an encoder that keeps running statistics is trained one seed at a time: take "
                 "num_seeds=1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from torchrl.envs import EnvBase
 
 from alm_torchrl.training.callbacks import (
@@ -17,8 +20,10 @@ from alm_torchrl.training.callbacks import (
     StopOnSignal,
     Video,
 )
-from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints
+from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, check_processes
+from alm_torchrl.training.measurements import Measurement
 from alm_torchrl.training.precision import choose_precision
+from alm_torchrl.training.processes import end_with_parent
 from alm_torchrl.training.progress import ProgressBar
 
 __all__ = ["make_trainer"]
@@ -35,9 +40,12 @@ def make_trainer(
     keep_checkpoints: int = 2,
     start: Checkpoint | None = None,
     accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: str = "32-true",
     tensorboard: bool = True,
     wandb: bool = False,
+    measurements: Sequence[type[Measurement]] = (),
     video_env: EnvBase | None = None,
 ) -> L.Trainer:
     """Makes a trainer that evaluates, logs, plots and keeps the best and the last state.
@@ -57,30 +65,35 @@ def make_trainer(
         start: the checkpoint to go on from; give its ``state`` to ``fit`` as ``ckpt_path``, with
             ``weights_only=True``.
         accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
+        devices: GPUs to train on in each machine, or processes on a CPU. The gradients are averaged
+            over all of them.
+        num_nodes: machines, which share ``folder``.
         precision: of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
             :func:`choose_precision`. Acting and evaluation stay in float32.
         tensorboard: write TensorBoard logs beside the CSV file.
         wandb: write to Weights & Biases too.
+        measurements: what else is measured at every evaluation: :class:`ValueBias`,
+            :class:`Diagnostics`.
         video_env: an environment with frames to record an episode in at the end.
 
     Returns:
         The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.Experience`.
 
     Raises:
-        ValueError: for an unknown precision.
+        ValueError: for an unknown precision, or one that several processes may not agree on, and
+            if the run that is gone on with had another number of processes.
         ImportError: if ``wandb`` is asked for and not installed.
     """
     folder = Path(folder)
-    loggers: list[Logger] = [
-        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
-    ]
-    if tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
-    if wandb:
-        if find_spec("wandb") is None:
-            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
-        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
-    callbacks = _keep_by_seed(folder, seed, num_seeds, title)
+    num_processes = devices * num_nodes
+    if start is not None:
+        check_processes(start, num_processes)
+    if num_processes > 1 and precision == "auto":
+        raise ValueError(
+            "precision='auto' measures, and each process might find another: choose 32-true or "
+            "bf16-mixed"
+        )
+    callbacks = _keep_by_seed(folder, seed, num_seeds, title, measurements)
     checkpoints = None
     if checkpoint_every is not None:
         checkpoints = Checkpoints(
@@ -91,20 +104,41 @@ def make_trainer(
     if video_env is not None:
         callbacks.append(Video(folder, video_env))
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=accelerator,
         precision=choose_precision(precision, "cuda" if on_gpu else "cpu"),
-        devices=1,
+        devices=devices,
+        num_nodes=num_nodes,
+        # The targets and the noise, which are buffers, move alike in all processes.
+        strategy=DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
+        # Lightning's own checkpoints know no replay buffer, nor does what it requeues a job with.
+        plugins=SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None,
+        enable_checkpointing=False,
         max_epochs=1,
         val_check_interval=eval_every,
         log_every_n_steps=1,  # the module decides what is logged when
         num_sanity_val_steps=0,
-        logger=loggers,
+        logger=_make_loggers(folder, tensorboard, wandb),
         callbacks=callbacks,
-        enable_checkpointing=False,  # Lightning's own know no replay buffer
         enable_model_summary=False,
         inference_mode=False,
     )
+    end_with_parent(trainer)
+    return trainer
+
+
+def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
+    """What is written beside the curve."""
+    loggers: list[Logger] = [
+        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
+    ]
+    if tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
+    if wandb:
+        if find_spec("wandb") is None:
+            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
+        loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
+    return loggers
 
 
 def _unused(folder: Path) -> str:
@@ -113,15 +147,17 @@ def _unused(folder: Path) -> str:
     return f"csv{sessions + 1}" if sessions else "csv"
 
 
-def _keep_by_seed(folder: Path, seed: int, num_seeds: int, title: str) -> list[Callback]:
-    """What keeps the curve and the agents of every seed."""
-    if num_seeds == 1:
-        return [LearningCurve(folder, seed=seed, title=title), SaveAgent(folder)]
+def _keep_by_seed(
+    folder: Path, seed: int, num_seeds: int, title: str, measurements: Sequence[type[Measurement]]
+) -> list[Callback]:
+    """What keeps the curve, the agents and the measurements of every seed."""
     callbacks: list[Callback] = []
     for row in range(num_seeds):
-        own = folder / f"seed{seed + row}"
-        own.mkdir(exist_ok=True)
-        title_of_seed = f"{title}, seed {seed + row}"
-        callbacks.append(LearningCurve(own, seed=seed + row, title=title_of_seed, row=row))
+        number, own, title_of_seed = seed + row, folder, title
+        if num_seeds > 1:
+            own, title_of_seed = folder / f"seed{number}", f"{title}, seed {number}"
+            own.mkdir(exist_ok=True)
+        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, row=row))
         callbacks.append(SaveAgent(own, row=row))
+        callbacks += [measure(own, seed=number, row=row) for measure in measurements]
     return callbacks

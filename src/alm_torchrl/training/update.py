@@ -64,6 +64,8 @@ class Update:
         compiled: whether ``torch.compile`` traces the losses, in the first call.
         strict: whether a compilation that fails is an error; else the losses run without it, with
             a warning.
+        backward: differentiates the sum of the losses, such as Lightning's ``manual_backward``,
+            which averages the gradients over the processes of a run.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Update:
         precision: str = "32-true",
         compiled: bool = False,
         strict: bool = True,
+        backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> None:
         self.loss = loss
         self.optimizer = optimizer
@@ -83,6 +86,7 @@ class Update:
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         self.strict = strict
+        self.backward = backward
         self.groups = [group["name"] for group in optimizer.param_groups]
         self.device = next(loss.parameters()).device
         self.non_finite = torch.zeros(len(self.groups), dtype=torch.bool, device=self.device)
@@ -148,7 +152,7 @@ class Update:
         torch.clear_autocast_cache()  # a surrounding autocast keeps casts of weights
         with self._autocast():
             out = losses(batch)
-        torch.stack([out[key] for key in self.loss.out_keys]).sum().backward()
+        self.backward(torch.stack([out[key] for key in self.loss.out_keys]).sum())
         return out.detach()
 
     def _eager(self, batch: TensorDictBase) -> TensorDictBase:
@@ -164,7 +168,7 @@ class Update:
         """Clips the norm of a group's gradient, of each seed apart, and returns what it was."""
         if not isinstance(self.loss, StackedLoss):
             return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
-        grads = [p.grad.flatten(1) for p in parameters if p.grad is not None]
+        grads = [p.grad.view(len(p), -1) for p in parameters if p.grad is not None]
         norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
         factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
         torch._foreach_mul_(grads, [factors] * len(grads))

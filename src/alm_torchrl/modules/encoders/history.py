@@ -27,10 +27,9 @@ class WindowEncoder(LatentModule):
     """A GRU over the last ``L`` observations, which the environment keeps as one entry.
 
     The window ``[..., L, O]`` is part of the observation
-    (:func:`alm_torchrl.envs.stack_history` adds it), so that the replay holds all that an encoding
-    needs: no state is stored that an older encoder wrote, and every gradient passes the whole
-    window. The price is ``L`` times the observations in the replay. Past an episode's start the
-    first observation is repeated.
+    (:func:`alm_torchrl.envs.make_env` adds it: ``history=8``), so that the replay holds all that an
+    encoding needs: no state is stored that an older encoder wrote, and every gradient passes the
+    whole window. Past an episode's start the first observation is repeated.
 
     Args:
         observation_dim: size ``O`` of an observation, or the sum of several.

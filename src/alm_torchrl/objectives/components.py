@@ -1,0 +1,152 @@
+"""The six networks of the objective, each run with the parameters that a term asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from torch import Tensor, nn
+from torch import distributions as D
+from torchrl.envs.utils import ExplorationType
+from torchrl.objectives import LossModule
+
+from alm_torchrl.objectives.checks import check_networks, check_output, explained
+
+__all__ = ["ComponentLoss"]
+
+
+class ComponentLoss(LossModule):
+    """A loss on the six networks, without its terms.
+
+    Args:
+        targets: the networks that have targets, by name.
+        **networks: encoder, dynamics, reward model, classifier, action values and actor by name.
+
+    Raises:
+        ValueError: for modules of the wrong kind or whose keys do not fit together.
+    """
+
+    deterministic_sampling_mode = ExplorationType.RANDOM
+
+    encoder: ProbabilisticTensorDictSequential
+    encoder_params: TensorDictParams
+    target_encoder_params: TensorDictParams
+    dynamics: ProbabilisticTensorDictSequential
+    dynamics_params: TensorDictParams
+    target_dynamics_params: TensorDictParams
+    reward_model: TensorDictModule
+    reward_model_params: TensorDictParams
+    target_reward_model_params: TensorDictParams
+    classifier: TensorDictModule
+    classifier_params: TensorDictParams
+    target_classifier_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    actor: ProbabilisticTensorDictSequential
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+
+    def __init__(
+        self,
+        *,
+        targets: tuple[str, ...],
+        encoder: ProbabilisticTensorDictSequential,
+        dynamics: ProbabilisticTensorDictSequential,
+        reward_model: TensorDictModule,
+        classifier: TensorDictModule,
+        qvalue_network: TensorDictModule,
+        actor: ProbabilisticTensorDictSequential,
+    ) -> None:
+        super().__init__()
+        networks = {
+            "encoder": encoder,
+            "dynamics": dynamics,
+            "reward_model": reward_model,
+            "classifier": classifier,
+            "qvalue_network": qvalue_network,
+            "actor": actor,
+        }
+        check_networks(**networks)
+        for name, network in networks.items():
+            self.convert_to_functional(network, name, create_target_params=name in targets)
+            if name in targets:  # not as an attribute, which warns that nothing updates it yet
+                _share_untrained(
+                    getattr(self, f"{name}_params"), self._modules[f"target_{name}_params"]
+                )
+        self._latent_key = encoder.dist_sample_keys[-1]
+        self._next_latent_key = dynamics.dist_sample_keys[-1]
+        self._action_key = actor.dist_sample_keys[-1]
+
+    def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
+        """The output of a deterministic network with the given parameters."""
+        network = getattr(self, name)
+        with _parametrised(network, params), explained(name, network, tensordict):
+            output = network(tensordict.copy()).get(network.out_keys[-1])
+        check_output(name, network.out_keys[-1], output, tensordict.batch_size)
+        return output
+
+    def _dist_params(
+        self, name: str, tensordict: TensorDictBase, params: TensorDictBase
+    ) -> TensorDictBase:
+        """The parameters of a network's distribution, to be stacked or indexed."""
+        network = getattr(self, name)
+        with _parametrised(network, params), explained(name, network, tensordict):
+            return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
+
+    def _distribution(
+        self, name: str, tensordict: TensorDictBase, params: TensorDictBase
+    ) -> D.Distribution:
+        parameters = self._dist_params(name, tensordict, params)
+        return getattr(self, name).build_dist_from_params(parameters)
+
+    def _policy(self, latent: Tensor, params: TensorDictBase) -> D.Distribution:
+        state = TensorDict({self._latent_key: latent}, batch_size=latent.shape[:-1])
+        return self._distribution("actor", state, params)
+
+    @torch.no_grad()
+    def _act(self, latent: Tensor) -> Tensor:
+        """An action without a gradient."""
+        return self._draw(self._policy(latent, self.actor_params.detach()))
+
+    def _value(self, latent: Tensor, action: Tensor, params: TensorDictBase) -> Tensor:
+        """The smallest of the action values, ``[..., 1]``."""
+        values = self._output("qvalue_network", self._step(latent, action), params)
+        return values.amin(-1, keepdim=True)
+
+    def _step(self, latent: Tensor, action: Tensor) -> TensorDictBase:
+        entries = {self._latent_key: latent, self._action_key: action}
+        return TensorDict(entries, batch_size=latent.shape[:-1])
+
+    def _draw(self, dist: D.Distribution) -> Tensor:
+        """A fresh sample whatever the exploration type outside, unless the loss says otherwise."""
+        if self.deterministic_sampling_mode == ExplorationType.RANDOM:
+            return dist.rsample()
+        return dist.deterministic_sample  # type: ignore[attr-defined]
+
+
+def _share_untrained(source: TensorDictParams, target: Any) -> None:
+    """Lets a target read what no gradient moves, such as running statistics, where the source does.
+
+    ``SoftUpdate`` follows trained parameters alone and would leave a copy of these behind.
+    """
+    for key, value in source.items(True, True):
+        if not value.requires_grad:
+            target.get(key).data = value.data
+
+
+@contextmanager
+def _parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
+    """Runs a network with other parameters, and gives it its own back whatever happens.
+
+    As a context manager, ``TensorDict.to_module`` leaves them exchanged after an exception.
+    """
+    own = params.to_module(network, preserve_module_state=False)
+    try:
+        yield
+    finally:
+        own.to_module(network, preserve_module_state=False, return_swap=False)

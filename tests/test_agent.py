@@ -13,7 +13,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.envs import make_env
-from alm_torchrl.modules import GaussianLatentModule, MLPEncoder
+from alm_torchrl.modules import CategoricalHead, GaussianLatentModule, LatentDynamics, MLPEncoder
 from alm_torchrl.objectives import ALMLoss
 
 SIZES = {"latent_dim": 4, "hidden_dim": 8, "dynamics_hidden_dim": 12}
@@ -194,6 +194,39 @@ def test_components_of_ones_own_are_passed_again(tmp_path: Path) -> None:
     assert torch.equal(act(ALMAgent.load(tmp_path / "agent.pt", encoder=own())), act(agent))
     with pytest.raises(ValueError, match="do not fit the components"):
         ALMAgent.load(tmp_path / "agent.pt", encoder=MLPEncoder(3, in_keys=["position"]))
+
+
+def test_an_encoder_is_measured_and_checked_before_anything_is_built() -> None:
+    agent = ALMAgent.from_env(Body(), encoder=MLPEncoder(3, 6, 8, in_keys=["position"]))
+    assert agent.config.latent_dim == agent.dynamics.latent_dim == 6
+    with pytest.raises(ValueError, match=r"reads 'pose', which the observation spec lacks"):
+        ALMAgent.from_env(Body(), encoder=MLPEncoder(3, 6, 8, in_keys=["pose"]))
+    with pytest.raises(ValueError, match=r"size 6, .* latent_dim=5: build it with 5, or pass"):
+        ALMAgent.from_env(Body(), encoder=MLPEncoder(3, 6, 8, in_keys=["position"]), latent_dim=5)
+    discrete = MLPEncoder(3, 8, 8, in_keys=["position"], head=CategoricalHead(4))
+    with pytest.raises(ValueError, match=r"LatentDynamics\(\.\.\., head=encoder\.head\)"):
+        ALMAgent.from_env(Body(), encoder=discrete, dynamics=LatentDynamics(8, 2, 8))
+
+
+def test_a_file_of_the_first_version_is_read(agent: ALMAgent, tmp_path: Path) -> None:
+    path = tmp_path / "agent.pt"
+    agent.save(path)
+    content = torch.load(path, weights_only=True)
+    del content["described"]
+    torch.save({**content, "version": 1}, path)
+    assert torch.equal(act(ALMAgent.load(path)), act(agent))
+
+
+def test_a_component_that_this_release_does_not_know_is_named(
+    agent: ALMAgent, tmp_path: Path
+) -> None:
+    path = tmp_path / "agent.pt"
+    agent.save(path)
+    content = torch.load(path, weights_only=True)
+    content["described"]["encoder"]["component"] = "NewEncoder"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="no component 'NewEncoder'; upgrade"):
+        ALMAgent.load(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])

@@ -57,6 +57,17 @@ def test_every_step_is_stored_before_the_update_that_follows_it() -> None:
     assert (experience.steps, experience.frames) == (3, 5)
 
 
+def test_what_observes_sees_every_batch_once_it_is_stored() -> None:
+    recorder = Recorder(frames_per_batch=2)
+    recorder.run(
+        total_steps=2,
+        warmup_steps=2,
+        observe=lambda data: recorder.events.append(f"observe {len(data)}"),
+    )
+    assert recorder.events[:4] == ["step", "store", "observe 2", "step"]
+    assert recorder.events.count("observe 2") == recorder.events.count("store") == 2
+
+
 @pytest.mark.parametrize(
     ("ratio", "frames", "updates"),
     [(2.0, 1, [2, 2, 2, 2]), (0.5, 1, [0, 1, 0, 1]), (1.5, 1, [1, 2, 1, 2]), (1.0, 2, [2, 2])],

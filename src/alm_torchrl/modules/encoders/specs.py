@@ -27,30 +27,29 @@ def observation_shapes(
     Raises:
         ValueError: if an entry is missing or has another rank, or if none fits.
     """
-    found = {unravel_key(key): tuple(leaf.shape) for key, leaf in spec.items(True, True)}
-    if in_keys is None:
-        numbers = {
-            unravel_key(key)
-            for key, leaf in spec.items(True, True)
-            if leaf.dtype.is_floating_point or leaf.dtype == torch.uint8
-        }
-        shapes = {
-            key: shape
-            for key, shape in found.items()
-            if key in numbers and len(shape) in ranks and key != "episode_reward"
-        }
-    else:
-        shapes = {unravel_key(key): found.get(unravel_key(key), ()) for key in in_keys}
-    wrong = [key for key, shape in shapes.items() if len(shape) not in ranks]
-    if wrong or not shapes:
-        wanted = " or ".join(map(str, ranks))
-        which = ", ".join(map(repr, wrong)) or "no entry"
+    leaves = {unravel_key(key): leaf for key, leaf in spec.items(True, True)}
+    found = {key: tuple(leaf.shape) for key, leaf in leaves.items()}
+    wanted = " or ".join(map(str, ranks))
+    if in_keys is not None:
+        shapes = {key: found.get(key, ()) for key in map(unravel_key, in_keys)}
+        wrong = [key for key, shape in shapes.items() if len(shape) not in ranks]
+        if wrong:
+            raise ValueError(
+                f"this encoder reads observations of {wanted} dimensions, which "
+                f"{', '.join(map(repr, wrong))} has not: the observation spec has {found}"
+            )
+        return shapes
+    shapes = {
+        key: found[key]
+        for key, leaf in leaves.items()
+        if leaf.ndim in ranks
+        and (leaf.dtype.is_floating_point or leaf.dtype == torch.uint8)
+        and key != "episode_reward"
+    }
+    if not shapes:
         raise ValueError(
-            f"this encoder reads observations of {wanted} dimensions; {which} of the observation "
-            f"spec will do, which has {found}. Choose them with in_keys=[...], or take an encoder "
-            "for what there is"
-            if not wrong
-            else f"this encoder reads observations of {wanted} dimensions, which {which} has not: "
-            f"the observation spec has {found}"
+            f"this encoder reads observations of {wanted} dimensions; no entry of the observation "
+            f"spec will do, which has {found}: take an encoder for what there is, or a transform "
+            "that adds what it reads"
         )
     return shapes

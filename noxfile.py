@@ -72,9 +72,10 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests and every docstring example, with coverage; arguments go to pytest."""
     # A selection of tests cannot reach the coverage that the whole suite owes.
-    coverage = [] if session.posargs else ["--cov", "--cov-report=term"]
+    everything = ["--cov", "--cov-report=term", "--numprocesses=auto"]
+    arguments = session.posargs or everything
     # The tests' tensors are tiny: a second thread only gets in the way of the first.
-    _run_in_stack(session, "pytest", *coverage, *session.posargs, OMP_NUM_THREADS="1")
+    _run_in_stack(session, "pytest", *arguments, OMP_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none", requires=["stack"])
@@ -100,6 +101,13 @@ def smoke(session: nox.Session) -> None:
     for name in ("curve.csv", "curve.png", "agent_last.pt"):
         if not (folder / name).is_file():
             session.error(f"the run left no {name}")
+
+
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def dmc(session: nox.Session) -> None:
+    """Test the environments with the DeepMind Control Suite, which needs MuJoCo 3."""
+    session.install("-c", "constraints-dmc.txt", "-e", ".[dmc,dev]")
+    session.run("pytest", "tests/envs", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none", requires=["stack"], default=False)

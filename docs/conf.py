@@ -5,10 +5,19 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
+import tempfile
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
 
 from sphinx.util.inspect import stringify_signature
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from tools.examples import program
+
+#: Pages whose Python examples are run while they are built (the tests run those of every page).
+TUTORIALS = ("encoders.md",)
 
 project = "alm_torchrl"
 author = "alm_torchrl contributors"
@@ -104,7 +113,21 @@ def _no_inline_type(
         lines[:0] = ["..", ""]
 
 
+def _run_tutorials(app: Any) -> None:
+    """Run the examples of the tutorials, so that no page is built whose code fails."""
+    for name in TUTORIALS:
+        page = Path(app.srcdir, name)
+        here, folder = Path.cwd(), tempfile.TemporaryDirectory()
+        try:
+            os.chdir(folder.name)
+            exec(compile(program(page), str(page), "exec"), {"__name__": "example"})
+        finally:
+            os.chdir(here)
+            folder.cleanup()
+
+
 def setup(app: Any) -> None:
+    app.connect("builder-inited", _run_tutorials)
     app.connect("autodoc-process-docstring", _no_inline_type, priority=400)
     app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _resolve)

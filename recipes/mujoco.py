@@ -1,7 +1,7 @@
 """Trains ALM on a MuJoCo task: ``python recipes/mujoco.py [preset=...] [task=...] [option=...]``.
 
-The options stand in conf/mujoco.yaml. A run leaves configuration, learning curve, metrics,
-checkpoints and agents in its folder.
+The options stand in conf/mujoco.yaml, the encoders to choose from in conf/encoder. A run leaves
+configuration, learning curve, metrics, checkpoints and agents in its folder.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alm_torchrl.envs import make_env
 from alm_torchrl.training import (
     EnvironmentFailedError,
     is_lost_process,
     make_trainer,
     quiet_notices,
 )
-from recipes.conf.components import make_measurements, make_module
+from recipes.conf.components import make_measurements, make_module, make_task
 from recipes.conf.schema import Config, pick, prepare
 
 
@@ -60,7 +59,7 @@ def main(options: DictConfig) -> None:
             **pick(config.run, "accelerator", "devices", "num_nodes"),
             **pick(config.run, "precision", "tensorboard", "wandb"),
             measurements=make_measurements(config),
-            video_env=make_env(task.id, from_pixels=True, **task.kwargs) if video else None,
+            video_env=make_task(config, from_pixels=True) if video else None,
         )
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:

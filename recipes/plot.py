@@ -104,7 +104,7 @@ def main() -> None:
             rows = summarise(curves)
             writer.writerows([(name, *row) for row in rows])
             steps, _, mean, low, high = (list(column) for column in zip(*rows, strict=True))
-            axes.plot(steps, mean, label=f"{name} ({len(curves)} seeds)")
+            axes.plot(steps, mean, label=f"{name}, n={len(curves)}")
             axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
     axes.set(xlabel="environment steps after the warm-up", ylabel="return, interquartile mean")
     axes.legend()

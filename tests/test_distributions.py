@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule
+from torch import distributions as D
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from alm_torchrl.distributions import BoundedNormalParamExtractor, ClampedNormal, full_precision
+from alm_torchrl.distributions import (
+    BoundedNormalParamExtractor,
+    ClampedNormal,
+    OneHotGroups,
+    full_precision,
+)
 
 DRAWS = 200_000
 reproducible = settings(deadline=None, derandomize=True, max_examples=60)
@@ -283,3 +289,51 @@ def test_expanded_it_keeps_range_and_clip() -> None:
     torch.manual_seed(0)
     torch.testing.assert_close(drawn, dist.rsample((4,)))
     assert drawn.max() <= 3 - 1e-6
+
+
+# ------------------------------------------------------------------ groups of one-hot categoricals
+
+
+def test_groups_agree_with_torchs_categoricals() -> None:
+    torch.manual_seed(0)
+    p, q = (torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(2))
+    ours = [OneHotGroups(logits) for logits in (p, q)]
+    theirs = [D.Independent(D.OneHotCategorical(logits=logits), 1) for logits in (p, q)]
+    value = ours[0].sample()
+    torch.testing.assert_close(ours[0].entropy(), theirs[0].entropy())
+    torch.testing.assert_close(D.kl_divergence(*ours), D.kl_divergence(*theirs))
+    torch.testing.assert_close(
+        ours[0].log_prob(value), theirs[0].log_prob(value.unflatten(-1, (3, 4)))
+    )
+    assert ours[0].expand((2, 5)).entropy().shape == (2, 5)
+
+
+def test_groups_are_drawn_with_their_probabilities() -> None:
+    torch.manual_seed(0)
+    dist = OneHotGroups(torch.tensor([[[2.0, 0.0, -1.0], [0.0, 0.0, 3.0]]]), unimix=0.1)
+    draws = dist.rsample((20_000,))
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    assert (draws.unflatten(-1, (2, 3)).sum(-1) == 1).all()
+    torch.testing.assert_close(draws.mean(0), dist.mean, atol=0.02, rtol=0)
+    assert dist.probs.min() >= 0.1 / 3
+    assert torch.equal(dist.mode, torch.tensor([[1.0, 0, 0, 0, 0, 1.0]]))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_gradient_of_groups_is_that_of_the_probabilities(deterministic: bool) -> None:
+    logits = torch.randn(4, 2, 3, requires_grad=True)
+    weight = torch.randn(4, 6)
+    dist = OneHotGroups(logits)
+    sample = dist.deterministic_sample if deterministic else dist.rsample()
+    (found,) = torch.autograd.grad((sample * weight).sum(), logits)
+    (wanted,) = torch.autograd.grad((logits.softmax(-1).flatten(-2) * weight).sum(), logits)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_groups_under_vmap_and_in_half_precision() -> None:
+    logits = torch.randn(3, 5, 2, 4)
+    draws = torch.vmap(lambda x: OneHotGroups(x).rsample(), randomness="different")(logits)
+    assert (draws.unflatten(-1, (2, 4)).sum(-1) == 1).all()
+    assert OneHotGroups(logits.bfloat16()).rsample().dtype == torch.float32
+    with pytest.raises(ValueError, match=r"share in \[0, 1\), got 1.5"):
+        OneHotGroups(logits, unimix=1.5)

@@ -5,35 +5,13 @@ steps of a loop cut to a few. A block that is no program is left out by `<!-- no
 line above it.
 """
 
-import re
 from pathlib import Path
 
 import pytest
 
+from tools.examples import program
+
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^(<!-- not run -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SHORTER = {
-    r"total_frames=[\d_]+": "total_frames=20",
-    r"init_random_frames=[\d_]+": "init_random_frames=16",
-    r"rollout\([\d_]+": "rollout(20",
-    r"if step < [\d_]+": "if step < 16",
-}
-
-
-def program(page: Path) -> str:
-    """The page's examples as one program, each line at its own line number."""
-    text = page.read_text(encoding="utf-8")
-    lines = [""] * len(text.splitlines())
-    for match in BLOCK.finditer(text):
-        if not match[1]:
-            first = text[: match.start(2)].count("\n")
-            code = match[2]
-            for long, short in SHORTER.items():
-                code = re.sub(long, short, code)
-            lines[first : first + code.count("\n")] = code.splitlines()
-    return "\n".join(lines).rstrip()
-
-
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
          if page.is_file() and program(page)]  # fmt: skip
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from hydra.utils import instantiate
 from torchrl.envs import EnvBase
 from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
@@ -20,7 +23,7 @@ from alm_torchrl.training import (
     rank_seed,
     stack_seeds,
 )
-from recipes.conf.schema import Config, num_processes, pick
+from recipes.conf.schema import Config, env_options, num_processes, pick
 
 
 def make_agent(
@@ -28,7 +31,11 @@ def make_agent(
 ) -> tuple[ALMAgent, ALMLoss]:
     """The networks of a seed and their objective."""
     torch.manual_seed(seed)
-    agent = ALMAgent.from_env(env, **vars(config.agent)).to(device)
+    options = dict(vars(config.agent))
+    sizes = {"latent_dim": options.pop("latent_dim"), "hidden_dim": options["hidden_dim"]}
+    build = instantiate(config.encoder.build, _partial_=True)
+    encoder = build(env.observation_spec_unbatched, **sizes)
+    agent = ALMAgent.from_env(env, encoder=encoder, **options).to(device)
     objective = dict(vars(config.objective))
     estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
     loss = ALMLoss(**agent.networks(), **objective)
@@ -36,13 +43,21 @@ def make_agent(
     return agent, loss
 
 
+def make_task(config: Config, *, from_pixels: bool = False, **options: Any) -> EnvBase:
+    """The task's environments, with what the encoder needs of them."""
+    task = config.task
+    env = make_env(task.id, from_pixels=from_pixels, **options, **env_options(task))
+    for transform in config.encoder.transforms:
+        env.append_transform(instantiate(transform))
+    return env
+
+
 def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModule:
     """Environment, agent, loss and data, in this order, of one process of a run."""
-    task, training, num_seeds = config.task, config.training, config.num_seeds
+    training, num_seeds = config.training, config.num_seeds
     processes, num_envs = num_processes(config), training.num_envs * num_seeds
     first = rank_seed(config.seed, rank)
-    seeds = range(first, first + num_envs)
-    env = make_env(task.id, seed=seeds, num_envs=num_envs, **task.kwargs)
+    env = make_task(config, seed=range(first, first + num_envs), num_envs=num_envs)
     agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
@@ -57,6 +72,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         num_envs=num_envs,
         device=device,
         per_env=num_seeds > 1,
+        frame_stacks=frame_stacks(env),
     )
     experience = Experience(
         collector,
@@ -64,6 +80,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         **pick(training, "total_steps", "warmup_steps", "updates_per_step"),
         noise=agent.noise,
         policy=policy,
+        observe=agent.update_statistics if isinstance(agent, ALMAgent) else None,
         num_seeds=num_seeds,
         num_processes=processes,
     )
@@ -72,7 +89,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         agent,
         loss,
         experience,
-        make_env(task.id, seed=eval_seed, num_envs=eval_envs, **task.kwargs),
+        make_task(config, seed=eval_seed, num_envs=eval_envs),
         learning_rates=pick(config.learning_rates, *loss.parameter_groups()),
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,

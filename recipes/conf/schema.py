@@ -20,11 +20,19 @@ from alm_torchrl.training import Checkpoint, find_checkpoint
 
 @dataclass
 class Task:
-    """A Gymnasium task."""
+    """A task, and what is observed of it (alm_torchrl.envs.make_env)."""
 
     name: str = MISSING  # how folders and plots call it
-    id: str = MISSING  # what gymnasium.make is given
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of gymnasium.make
+    id: str = MISSING  # a Gymnasium id, dm_control/domain-task, or package.module:attribute
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of what makes it
+    pixels: Any = False  # observe frames of this size, 84 or [height, width], not the vector
+    frame_stack: int = 3  # frames observed at once
+    proprioception: bool = False  # keep the vector beside the pixels
+    action_repeat: int = 1  # simulator steps with each action; one environment step
+    mask_velocities: bool = False  # leave the velocities out of the vector
+    distractors: int = 0  # dimensions of Gaussian noise appended to the vector
+    history: int = 0  # vectors in the entry "history", for encoders that read the past
+    history_actions: bool = False  # with the action before each of them
     replay_capacity: int = MISSING  # transitions that the authors keep for this task
     paper_steps: int = MISSING  # length of the authors' curve, in steps after the warm-up
 
@@ -41,6 +49,14 @@ class Agent:
     noise_start: float = MISSING  # scale of the noise at the first step
     noise_end: float = MISSING  # scale of the noise after noise_steps
     noise_steps: int = MISSING  # steps to anneal over
+
+
+@dataclass
+class Encoder:
+    """The representation; a _target_ is an import path, called with the options beside it."""
+
+    transforms: list[Any] = MISSING  # what the environment adds to its observations for it
+    build: dict[str, Any] = MISSING  # from observation_spec, latent_dim, hidden_dim to the encoder
 
 
 @dataclass
@@ -131,6 +147,7 @@ class Config:
     resume: str = MISSING  # never, auto, or the folder of the run to go on with
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
+    encoder: Encoder = field(default_factory=Encoder)
     objective: Objective = field(default_factory=Objective)
     learning_rates: LearningRates = field(default_factory=LearningRates)
     training: Training = field(default_factory=Training)
@@ -149,11 +166,18 @@ def num_processes(config: Config) -> int:
     return config.run.devices * config.run.num_nodes
 
 
+def env_options(task: Task) -> dict[str, Any]:
+    """The arguments of make_env after the task's id."""
+    others = {"name", "id", "kwargs", "replay_capacity", "paper_steps"}
+    return {k: v for k, v in vars(task).items() if k not in others} | task.kwargs
+
+
 #: Where the first process tells those that it starts what the run's folder is called.
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 #: What a run cannot change when it goes on.
 _FIXED = (
-    *("seed", "num_seeds", "task", "agent", "training.num_envs", "training.replay_capacity"),
+    *("seed", "num_seeds", "task", "agent", "encoder"),
+    *("training.num_envs", "training.replay_capacity"),
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
 )
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")

@@ -30,12 +30,15 @@ from alm_torchrl.modules import (
     QValueEnsemble,
     RewardModel,
     TransitionClassifier,
+    describe,
+    rebuild,
 )
+from alm_torchrl.objectives import check_encoder
 
 __all__ = ["ALMAgent", "AgentConfig"]
 
 _FORMAT = "alm_torchrl.ALMAgent"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ class AgentConfig:
 class ALMAgent(nn.Module):
     """The six networks of Aligned Latent Models and the policies made from them.
 
-    Any component can be replaced by one of your own; an agent with such components is loaded by
-    passing them to :meth:`load` again.
+    Any component can be replaced. An agent with one of this package's encoders is saved and loaded
+    like any other; components of your own are passed to :meth:`load` again.
 
     Args:
         config: sizes and action range; see :meth:`from_env` to read them off an environment.
         encoder: in place of :class:`~alm_torchrl.modules.MLPEncoder`.
-        dynamics: in place of :class:`~alm_torchrl.modules.LatentDynamics`.
+        dynamics: in place of :class:`~alm_torchrl.modules.LatentDynamics` with the encoder's
+            ``head``, so that their distributions have a KL divergence.
         reward_model: in place of :class:`~alm_torchrl.modules.RewardModel`.
         classifier: in place of :class:`~alm_torchrl.modules.TransitionClassifier`.
         qvalue_network: in place of :class:`~alm_torchrl.modules.QValueEnsemble`.
@@ -108,7 +112,9 @@ class ALMAgent(nn.Module):
         latent, action = config.latent_dim, len(config.action_low)
         hidden = config.hidden_dim
         self.encoder = encoder or _make_encoder(config)
-        self.dynamics = dynamics or LatentDynamics(latent, action, config.dynamics_hidden_dim)
+        self.dynamics = dynamics or LatentDynamics(
+            latent, action, config.dynamics_hidden_dim, head=getattr(self.encoder, "head", None)
+        )
         self.reward_model = reward_model or RewardModel(latent, action, hidden)
         self.classifier = classifier or TransitionClassifier(latent, action, hidden)
         self.qvalue_network = qvalue_network or QValueEnsemble(latent, action, hidden)
@@ -120,15 +126,17 @@ class ALMAgent(nn.Module):
 
         Args:
             env: any TorchRL environment with a bounded continuous action. Its vector observations
-                are concatenated; with an ``encoder`` of your own they can be anything.
-            **options: fields of :class:`AgentConfig`, and components by name.
+                are concatenated; with another ``encoder`` they can be anything.
+            **options: fields of :class:`AgentConfig`, and components by name. The size of the
+                latent is that of the encoder, if one is given, and the dynamics has its head.
 
         Returns:
             The agent, on the environment's device.
 
         Raises:
             TypeError: for an unknown option, or an action that is not bounded and continuous.
-            ValueError: if no vector observation is found and no encoder is given.
+            ValueError: if no vector observation is found and no encoder is given, or if the encoder
+                is not what :func:`~alm_torchrl.objectives.check_encoder` asks for.
 
         Examples:
             >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
@@ -146,8 +154,20 @@ class ALMAgent(nn.Module):
         low, high = _action_range(env)
         if "observation_dims" not in options:
             options["observation_dims"] = {} if "encoder" in components else _vector_keys(env)
-        config = AgentConfig(action_low=low, action_high=high, **options)
-        return cls(config, **components).to(env.device or "cpu")
+        if "encoder" in components:
+            spec, size = env.observation_spec_unbatched, options.get("latent_dim")
+            options["latent_dim"] = check_encoder(components["encoder"], spec, latent_dim=size)
+        agent = cls(AgentConfig(action_low=low, action_high=high, **options), **components)
+        agent = agent.to(env.device or "cpu")
+        if "encoder" in components or "dynamics" in components:
+            check_encoder(
+                agent.encoder,
+                env.observation_spec_unbatched,
+                agent.dynamics,
+                action_spec=env.action_spec_unbatched,
+                latent_dim=agent.config.latent_dim,
+            )
+        return agent
 
     @property
     def noise(self) -> NoiseSchedule:
@@ -163,14 +183,31 @@ class ALMAgent(nn.Module):
 
         It encodes with a sample of the latent whatever the exploration type, as the authors do.
         Under ``ExplorationType.RANDOM`` the action carries the scheduled noise, unclipped; under
-        ``DETERMINISTIC`` it is the actor's mean.
+        ``DETERMINISTIC`` it is the actor's mean. What an encoder augments in training is seen as it
+        is.
 
         Returns:
-            A module that shares the agent's parameters and writes the action alone.
+            A module that shares the agent's parameters and writes the action, and beside it what
+            the encoder remembers, which is what it writes under ``"next"``.
         """
-        acting = self.actor.acting() if isinstance(self.actor, Actor) else self.actor
-        sequence = TensorDictSequential(_Sampled(self.encoder), acting)
-        return sequence.select_out_keys(self.actor.dist_sample_keys[-1])
+        encoder, actor = (
+            network.acting() if hasattr(network, "acting") else network
+            for network in (self.encoder, self.actor)
+        )
+        memory = [key for key in encoder.out_keys if unravel_key(key)[0] == "next"]
+        sequence = TensorDictSequential(_Sampled(encoder), actor)
+        return sequence.select_out_keys(self.actor.dist_sample_keys[-1], *memory)
+
+    def update_statistics(self, data: TensorDictBase) -> None:
+        """Moves the running statistics of the encoder's inputs on, if it keeps any.
+
+        Call it on what a collector returns, once. The losses never move them.
+
+        Args:
+            data: new observations, of any batch size.
+        """
+        if hasattr(self.encoder, "update_statistics"):
+            self.encoder.update_statistics(data)
 
     def save(self, path: str | Path) -> None:
         """Writes configuration and weights for acting (or for looking into the model).
@@ -178,11 +215,15 @@ class ALMAgent(nn.Module):
         Args:
             path: the file; an existing one is replaced only once the new one is whole.
         """
+        described = {name: describe(getattr(self, name)) for name in ("encoder", "dynamics")}
+        known = {name for name in COMPONENTS if type(getattr(self, name)) in _FROM_CONFIG}
+        known |= {name for name, description in described.items() if description is not None}
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "config": asdict(self.config),
-            "custom": [name for name in COMPONENTS if type(getattr(self, name)) not in _OWN],
+            "custom": [name for name in COMPONENTS if name not in known],
+            "described": {name: described[name] for name in described if name in known},
             "state_dict": self.state_dict(),
         }
         with replacing(path) as file:
@@ -212,6 +253,8 @@ class ALMAgent(nn.Module):
         if missing:
             needed = ", ".join(f"{name}=..." for name in missing)
             raise ValueError(f"{path} was saved with components of your own; pass {needed} to load")
+        described = content.get("described", {})  # files of version 1 have none
+        components = {**rebuild(described), **components}
         agent = cls(AgentConfig(**content["config"]), **components)
         try:
             agent.load_state_dict(content["state_dict"])
@@ -235,7 +278,8 @@ class _Sampled(TensorDictModuleBase):
 
 
 COMPONENTS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
-_OWN = (MLPEncoder, LatentDynamics, RewardModel, TransitionClassifier, QValueEnsemble, Actor)
+#: Components that a file need not describe, because their arguments stand in the configuration.
+_FROM_CONFIG = (RewardModel, TransitionClassifier, QValueEnsemble, Actor)
 
 
 def _make_encoder(config: AgentConfig) -> MLPEncoder:

@@ -1,5 +1,7 @@
 """Returns of whole episodes, from environments whose returns are known."""
 
+import weakref
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -63,6 +65,38 @@ def test_more_episodes_than_environments_and_fewer() -> None:
 
 def test_an_episode_is_cut_at_max_steps() -> None:
     assert evaluate_policy(Countdown(10), POLICY, episodes=1, max_steps=4).tolist() == [10]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("piece", [1, 4, 7])
+def test_pieces_are_one_rollout(monkeypatch, num_envs: int, piece: int) -> None:
+    """The returns, the steps and the resets are those of one long rollout."""
+
+    def play(size: int) -> tuple[list[float], list[tuple[int, int]]]:
+        monkeypatch.setattr("alm_torchrl.evaluation.returns._PIECE", size)
+        torch.manual_seed(0)
+        one = [Countdown(3 + n, growth=2) for n in range(num_envs)]
+        env = one[0] if num_envs == 1 else SerialEnv(num_envs, [lambda e=e: e for e in one])
+        policy = TensorDictModule(torch.randn_like, in_keys=["observation"], out_keys=["action"])
+        returns = evaluate_policy(env, policy, episodes=2 * num_envs, max_steps=12)
+        return returns.tolist(), [(e.resets, e.count) for e in one]
+
+    assert play(piece) == play(1000)
+
+
+def test_a_long_episode_of_large_observations_is_not_kept() -> None:
+    alive, most = weakref.WeakSet(), 0
+
+    class Large(Countdown):
+        def _state(self):
+            nonlocal most
+            frame = torch.zeros(1)
+            alive.add(frame)
+            most = max(most, len(alive))
+            return TensorDict({"observation": frame})
+
+    evaluate_policy(Large(1000), POLICY, episodes=1)
+    assert most < 400
 
 
 @pytest.mark.parametrize("mode", [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM])

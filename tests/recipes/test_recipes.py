@@ -383,3 +383,40 @@ def test_a_peer_trains_and_leaves_a_curve_like_alms(tmp_path: Path, algorithm: s
 def test_recipes_stay_thin(path: Path) -> None:
     limit = 100 if path.name == "custom_loop.py" else 150
     assert len(path.read_text().splitlines()) <= limit
+
+
+ENCODERS = sorted(path.stem for path in (RECIPES / "conf/encoder").glob("*.yaml"))
+PIXELS = ("pixels", "pixels_and_vector")
+
+
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if name not in PIXELS])
+def test_every_encoder_is_an_option_of_the_state_tasks(config, encoder: str) -> None:
+    import torch
+
+    from recipes.conf.components import make_agent, make_task
+
+    sizes = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
+    options = config(f"encoder={encoder}", *sizes)
+    env = make_task(options, seed=0)
+    agent, loss = make_agent(options, env, torch.device("cpu"), seed=0)
+    rollout = env.rollout(4, agent.policy()).unsqueeze(0)
+    assert loss(rollout)["loss_world_model"].isfinite()
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_with_an_encoder_that_remembers_and_one_of_ones_own(
+    tmp_path: Path,
+) -> None:
+    own = "encoder.build._target_=recipes.custom_encoder.make_encoder"
+    for name, options in {"a": ("encoder=recurrent",), "b": (own,)}.items():
+        result = run("mujoco.py", *SHORT, f"run.folder={name}", *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / name / "agent_best.pt").stat().st_size > 0
+
+
+def test_the_example_of_an_encoder_trains_and_saves(tmp_path: Path) -> None:
+    options = ("--warmup", "30", "--steps", "2", "--eval-every", "2")
+    result = run("custom_encoder.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "step 2: return " in result.stdout
+    assert (tmp_path / "agent.pt").stat().st_size > 0

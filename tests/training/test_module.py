@@ -227,3 +227,25 @@ def test_a_video_of_the_trained_policy(make_module, tmp_path: Path) -> None:
     (tmp_path / "video.gif").unlink()
     Video(tmp_path, module.eval_env).on_fit_end(None, module)
     assert not (tmp_path / "video.gif").exists()
+
+
+def test_a_video_of_stacked_pixels_shows_the_newest_frames(make_module, tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+    from torchrl.envs import CatFrames, Compose, TransformedEnv
+
+    from alm_torchrl.envs import RenderFrames
+
+    shades = iter(range(10, 250, 10))
+    frames = RenderFrames(lambda: np.full((4, 6, 3), next(shades), np.uint8))
+    module = make_module()
+    stacked = Compose(frames, CatFrames(3, dim=-3, in_keys=["pixels"]))
+    Video(tmp_path, TransformedEnv(module.eval_env, stacked), steps=6).on_fit_end(None, module)
+    with Image.open(tmp_path / "video.gif") as video:
+        assert video.size == (6, 4)
+        seen = []
+        for index in range(video.n_frames):
+            video.seek(index)
+            seen.append(video.convert("RGB").getpixel((0, 0))[0])
+    assert len(seen) == 3
+    assert [seen[1] - seen[0], seen[2] - seen[1]] == [20, 20]

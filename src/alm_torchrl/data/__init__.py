@@ -1,10 +1,12 @@
 """Replay windows and collectors: TorchRL's parts, wired for the ALM objective."""
 
 from alm_torchrl.data.collectors import make_collector
+from alm_torchrl.data.frames import FrameStore
 from alm_torchrl.data.journal import JournalPart, ReplayJournal
 from alm_torchrl.data.replay import WindowReplayBuffer, bytes_per_transition, make_replay_buffer
 
 __all__ = [
+    "FrameStore",
     "JournalPart",
     "ReplayJournal",
     "WindowReplayBuffer",

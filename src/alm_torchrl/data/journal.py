@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,6 +14,8 @@ from alm_torchrl.data.replay import WindowReplayBuffer
 from alm_torchrl.files import replacing, sha256
 
 __all__ = ["JournalPart", "ReplayJournal"]
+
+_FRAMES = "frames:"  # before the names of entries that are not time steps
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,26 @@ class ReplayJournal:
     def _write(self, start: int, stop: int) -> JournalPart:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{start:012d}-{stop:012d}.pt"
-        rows = self.replay.read(start, stop)
+        content = {"/".join(key): leaf for key, leaf in _leaves(self.replay.read(start, stop))}
+        for key, frames in self.replay.read_frames(start, stop).items():
+            content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in frames.items()}
         with replacing(path) as file:
-            torch.save({"/".join(key): leaf for key, leaf in _leaves(rows)}, file)
+            torch.save(content, file)
         return JournalPart(path.name, start, stop, sha256(path))
 
-    def _read(self) -> Iterator[tuple[int, TensorDictBase]]:
+    def _read(self) -> Iterator[tuple[Any, ...]]:
         lanes = [] if self.replay.num_envs == 1 else [self.replay.num_envs]
         for part in reversed(self.parts):
             content = torch.load(self.folder / part.file, weights_only=True)
+            frames: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+            for entry in [entry for entry in content if entry.startswith(_FRAMES)]:
+                *key, name = entry.removeprefix(_FRAMES).split("/")
+                frames.setdefault(tuple(key), {})[name] = content.pop(entry)
+            if frames.keys() != self.replay.frames.keys():
+                raise ValueError(
+                    f"{part.file} holds frames of {sorted(frames)}, but the replay buffer keeps "
+                    f"frames of {sorted(self.replay.frames)}: take the same frame_stacks"
+                )
             shape = [part.stop - part.start, *lanes]
             if any(list(leaf.shape[: len(shape)]) != shape for leaf in content.values()):
                 raise ValueError(
@@ -116,7 +130,7 @@ class ReplayJournal:
                     f"{self.replay.num_envs} environments"
                 )
             entries = {tuple(name.split("/")): leaf for name, leaf in content.items()}
-            yield part.start, TensorDict(entries, shape)
+            yield part.start, TensorDict(entries, shape), frames
 
 
 def _leaves(rows: TensorDictBase) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:

@@ -5,12 +5,12 @@ a :class:`~torchrl.data.RandomSampler` that draws every stored transition with t
 and a sample unit, :class:`Windows`, that turns each draw into the window that starts there. What is
 added here is small: which keys are stored, windows that are found without a word from the host
 (:class:`~torchrl.data.Sequence` waits for a GPU), the ``[B, T]`` shape of a sample with its mask,
-and the end of an episode where a restored buffer goes on.
+stacked frames that are stored once, and the end of an episode where a restored buffer goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ from torchrl.data import (
     TensorStorage,
 )
 from torchrl.data.replay_buffers import SampleUnit, Writer
+
+from alm_torchrl.data.frames import FrameStore
 
 __all__ = ["WindowReplayBuffer", "bytes_per_transition", "make_replay_buffer"]
 
@@ -150,6 +152,7 @@ class WindowReplayBuffer(ReplayBuffer):
         keys: the entries to store; ``None`` keeps what :func:`transition_keys` finds.
         action_key: the entry that holds the action.
         per_env: draw a batch from every lane, rather than one from all.
+        frames: for each stacked observation, by its key, what keeps its frames.
         **kwargs: as for :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be
             :class:`Windows`.
     """
@@ -161,12 +164,14 @@ class WindowReplayBuffer(ReplayBuffer):
         keys: Iterable[NestedKey] | None = None,
         action_key: NestedKey = "action",
         per_env: bool = False,
+        frames: Mapping[NestedKey, FrameStore] | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_envs = num_envs
         self.per_env = per_env
         self.action_key = action_key
         self.stored_keys = None if keys is None else [_tuple_key(key) for key in keys]
+        self.frames = {_tuple_key(key): store for key, store in (frames or {}).items()}
         self.sample_device: torch.device | None = None
         super().__init__(**kwargs)
 
@@ -193,10 +198,13 @@ class WindowReplayBuffer(ReplayBuffer):
             The storage indices written.
 
         Raises:
-            ValueError: if the batch does not have ``num_envs`` lanes, or is longer than a lane.
+            ValueError: if the batch does not have ``num_envs`` lanes, or is longer than a lane, or
+                if an entry of ``frame_stacks`` is no stack of frames.
             KeyError: if an entry to store is missing from the batch.
         """
-        data = self._transitions(data).to(self.storage.device, non_blocking=True)
+        data = self._without_frames(self._transitions(data)).to(
+            self.storage.device, non_blocking=True
+        )
         # Without a device, TorchRL keeps count on the CPU and need not ask the GPU.
         return super().extend(data.clear_device_(), update_priority=update_priority)
 
@@ -223,6 +231,7 @@ class WindowReplayBuffer(ReplayBuffer):
         if not len(self):
             raise RuntimeError("cannot sample from an empty replay buffer: extend it first")
         data, info = super().sample(batch_size, return_info=True)
+        data = self._with_frames(data, info["index"])
         lanes = (self.num_envs, -1) if self.per_env else (-1,)
         windows = data.reshape(*lanes, self.window_length)
         windows.set("validity_mask", info["validity_mask"].reshape(windows.shape))
@@ -259,7 +268,8 @@ class WindowReplayBuffer(ReplayBuffer):
             stop: the one after the last.
 
         Returns:
-            The entries on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``.
+            The entries on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``. What belongs
+            to ``frame_stacks`` is given by :meth:`read_frames`.
 
         Raises:
             IndexError: if some of them are not stored, or not any more.
@@ -273,12 +283,26 @@ class WindowReplayBuffer(ReplayBuffer):
         rows = torch.arange(start, stop, device=self.storage.device) % self.max_steps
         return self.storage.get(slice(None))[rows].to("cpu")
 
-    def restore(self, parts: Iterable[tuple[int, TensorDictBase]], steps_written: int) -> None:
+    def read_frames(self, start: int, stop: int) -> dict[tuple[str, ...], dict[str, torch.Tensor]]:
+        """Copies the frames of the time steps that :meth:`read` copies the rest of.
+
+        Args:
+            start: the first of them.
+            stop: the one after the last.
+
+        Returns:
+            For each key of ``frame_stacks`` what :meth:`alm_torchrl.data.FrameStore.read` returns.
+        """
+        rows = self.read(start, stop)
+        return {key: store.read(start, stop, rows[key]) for key, store in self.frames.items()}
+
+    def restore(self, parts: Iterable[tuple[Any, ...]], steps_written: int) -> None:
         """Puts back time steps copied by :meth:`read`, and closes the episodes that were running.
 
         Args:
-            parts: the first time step and the entries of each, newest first; where two overlap,
-                the newer one counts.
+            parts: of each, newest first, the first time step, the entries, and if there are
+                ``frame_stacks`` what :meth:`read_frames` returned; where two overlap, the newer one
+                counts.
             steps_written: as it was.
 
         Raises:
@@ -287,29 +311,92 @@ class WindowReplayBuffer(ReplayBuffer):
         if len(self):
             raise ValueError("only an empty replay buffer can be restored")
         oldest, missing = max(0, steps_written - self.max_steps), steps_written
-        for start, data in parts:
+        for start, data, *frames in parts:
             first, stop = max(start, oldest), min(start + len(data), missing)
             if start + len(data) < missing:
                 break
             if first < stop:
                 rows = torch.arange(first, stop) % self.max_steps
-                self.storage.set(rows, data[first - start : stop - start].to(self.storage.device))
+                wanted = data[first - start : stop - start]
+                self.storage.set(rows, wanted.to(self.storage.device))
+                for key, store in self.frames.items():
+                    store.write(first, stop, wanted[key], frames[0][key], start + len(data))
                 missing = first
         if missing > oldest:
             raise ValueError(f"time steps {oldest} to {missing} of the replay buffer are lacking")
         cursor = {"_cursor": steps_written % self.max_steps, "_write_count": steps_written}
         self.writer.load_state_dict(cursor)
-        self.close_episodes()
+        self._go_on()
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes the buffer as a whole into a folder."""
+        super().dumps(path)
+        if self.frames:
+            torch.save(self._frames_state(), Path(path) / "frames.pt")
 
     def loads(self, path: str | Path) -> None:
         """Restores what ``dumps`` saved, and closes the episodes that were running then."""
         super().loads(path)
-        self.close_episodes()
+        if self.frames:
+            self._load_frames(torch.load(Path(path) / "frames.pt", weights_only=True))
+        self._go_on()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, those tensors included that the buffer keeps using."""
+        state = super().state_dict()
+        return {**state, "frames": self._frames_state()} if self.frames else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a ``state_dict``, and closes the episodes that were running then."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "frames"})
+        if self.frames:
+            self._load_frames(state_dict["frames"])
+        self._go_on()
+
+    def _frames_state(self) -> dict[str, Any]:
+        return {"/".join(key): store.state_dict() for key, store in self.frames.items()}
+
+    def _load_frames(self, state: dict[str, Any]) -> None:
+        for key, store in self.frames.items():
+            store.load_state_dict(state["/".join(key)])
+
+    def _go_on(self) -> None:
+        """Makes a restored buffer ready for transitions that do not follow those in it."""
         self.close_episodes()
+        if len(self):
+            rows = torch.arange(self.storage.shape[0], device=self.storage.device)
+            for key, store in self.frames.items():
+                store.take_over(self._time_steps(rows), self.storage.get(slice(None))[key])
+
+    def _time_steps(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which time steps lie in these rows of the storage, without a word from the device."""
+        newest = (self.writer.state_dict()["_cursor"] - 1) % self.max_steps
+        return self.steps_written - 1 - (newest - rows) % self.max_steps
+
+    def _without_frames(self, data: TensorDictBase) -> TensorDictBase:
+        """Moves the frames of a batch from :meth:`_transitions` into their stores."""
+        lanes = data.unsqueeze(0) if self.num_envs == 1 else data
+        for key, store in self.frames.items():
+            following = ("next", *key)
+            for needed in (key, following):
+                if needed not in data.keys(include_nested=True):
+                    raise KeyError(f"frame_stacks names {key}, but {needed} is not stored")
+            places = store.append(lanes[key], lanes[following], self.steps_written)
+            places = places.reshape(*data.shape, store.stack).to(data[key].device)
+            data = data.exclude(following).set(key, places)
+        return data
+
+    def _with_frames(self, data: TensorDictBase, index: Any) -> TensorDictBase:
+        """Puts the stacks of drawn transitions ``[M]`` together, where they are stored."""
+        if not self.frames:
+            return data
+        rows = index[0] if isinstance(index, tuple) else index
+        lanes = index[1] if isinstance(index, tuple) else torch.zeros_like(rows)
+        steps = self._time_steps(rows)
+        for key, store in self.frames.items():
+            before, after = store.stacks(steps, lanes, data[key])
+            data = data.set(key, before).set(("next", *key), after)
+        return data
 
     def _transitions(self, data: TensorDictBase) -> TensorDictBase:
         """Selects the stored entries, in the shape ``[num_envs, T]``, or ``[T]``."""
@@ -349,6 +436,7 @@ def make_replay_buffer(
     keys: Iterable[NestedKey] | None = None,
     action_key: NestedKey = "action",
     per_env: bool = False,
+    frame_stacks: Mapping[NestedKey, int] | None = None,
 ) -> WindowReplayBuffer:
     """Makes the replay buffer of the ALM objective.
 
@@ -362,6 +450,12 @@ def make_replay_buffer(
     ``o`` and actions of size ``a`` in float32 take ``8 o + 4 a + 7`` bytes (next observations are
     stored too): 0.17 kB for HalfCheetah-v5, 2.9 kB for Humanoid-v5, whose paper-sized buffer of
     1,000,000 transitions thus takes 2.9 GB.
+
+    A stack of frames, and any other window of the last ``n`` observations, is stored frame by frame
+    if it is named in ``frame_stacks``. A transition then takes the one frame that is new in its
+    next observation, and ``4 n`` bytes that say where the others are; an episode takes the frames
+    that it begins with. Three stacked 84 x 84 RGB frames take 21 kB a transition rather than
+    127 kB. The windows drawn are the same.
 
     Args:
         capacity: transitions to hold, over all environments.
@@ -378,6 +472,9 @@ def make_replay_buffer(
         action_key: the entry that holds the action.
         per_env: draw ``batch_size`` windows from each environment, for the several seeds of
             :class:`~alm_torchrl.training.StackedLoss`.
+        frame_stacks: for each stacked observation, by its key, the number of frames in it, along
+            its first dimension: ``{"pixels": 3}`` for uint8 ``[9, 84, 84]``, and ``{"history": 8}``
+            for ``[8, O]``. :func:`alm_torchrl.envs.frame_stacks` reads it off an environment.
 
     Returns:
         A buffer whose ``extend(batch)`` stores a collector's batch and whose ``sample()`` returns
@@ -414,6 +511,17 @@ def make_replay_buffer(
     else:
         store = LazyTensorStorage(capacity, device=device, ndim=ndim)
     writer = RoundRobinWriter()
+    frames: dict[NestedKey, FrameStore] = {}
+    for key, stack in (frame_stacks or {}).items():
+        name = f"{'-'.join(_tuple_key(key))}.frames"
+        frames[key] = FrameStore(
+            stack,
+            capacity // num_envs,
+            num_envs,
+            device=store.device,
+            memmap=storage == "memmap",
+            filename=None if scratch_dir is None else str(Path(scratch_dir) / name),
+        )
     buffer = WindowReplayBuffer(
         storage=store,
         sampler=EveryLane() if per_env and num_envs > 1 else RandomSampler(),
@@ -426,6 +534,7 @@ def make_replay_buffer(
         keys=keys,
         action_key=action_key,
         per_env=per_env,
+        frames=frames,
     )
     buffer.sample_device = device
     return buffer
@@ -436,6 +545,7 @@ def bytes_per_transition(
     *,
     keys: Iterable[NestedKey] | None = None,
     action_key: NestedKey = "action",
+    frame_stacks: Mapping[NestedKey, int] | None = None,
 ) -> int:
     """Bytes that one transition of a batch takes in a replay buffer.
 
@@ -443,6 +553,8 @@ def bytes_per_transition(
         data: a batch as a collector returns it, of any batch size with at least one transition.
         keys: the entries stored; ``None`` for what :func:`transition_keys` finds.
         action_key: the entry that holds the action.
+        frame_stacks: as for :func:`make_replay_buffer`; the frames that episodes begin with, a few
+            for each of them, are not counted.
 
     Returns:
         Bytes; times a buffer's capacity, the memory it takes.
@@ -456,9 +568,16 @@ def bytes_per_transition(
         >>> bytes_per_transition(TensorDict(batch, [20]))  # 4 * (2 * 5 + 2 + 1) + 1
         53
     """
-    stored = transition_keys(data, action_key) if keys is None else keys
-    leaves = [data.get(key) for key in stored]
-    return sum(leaf.element_size() * leaf.numel() for leaf in leaves) // data.numel()
+    stored = transition_keys(data, action_key) if keys is None else [_tuple_key(k) for k in keys]
+    stacks = {_tuple_key(key): stack for key, stack in (frame_stacks or {}).items()}
+    total = 0
+    for key in stored:
+        if key[0] == "next" and key[1:] in stacks:
+            continue
+        leaf = data.get(key)
+        size = leaf.element_size() * leaf.numel() // data.numel()
+        total += size // stacks[key] + 4 * stacks[key] if key in stacks else size
+    return total
 
 
 def _check_sizes(capacity: int, batch_size: int, window_length: int, num_envs: int) -> None:

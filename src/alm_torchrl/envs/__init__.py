@@ -1,5 +1,16 @@
-"""Environments as TorchRL sees them: Gymnasium tasks with the specs the agent is built from."""
+"""Environments as TorchRL sees them, with the specs the agent is built from."""
 
-from alm_torchrl.envs.gymnasium import make_env, random_states, set_random_states
+from alm_torchrl.envs.generators import random_states, set_random_states
+from alm_torchrl.envs.make import frame_stacks, make_env
+from alm_torchrl.envs.transforms import Distractors, History, KeepDimensions, RenderFrames
 
-__all__ = ["make_env", "random_states", "set_random_states"]
+__all__ = [
+    "Distractors",
+    "History",
+    "KeepDimensions",
+    "RenderFrames",
+    "frame_stacks",
+    "make_env",
+    "random_states",
+    "set_random_states",
+]

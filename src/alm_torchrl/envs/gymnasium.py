@@ -1,173 +1,63 @@
-"""Gymnasium tasks as TorchRL environments."""
+"""Gymnasium tasks: made, rendered, and asked which of their observations are velocities."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torchrl.envs import (
-    Compose,
-    DoubleToFloat,
-    EnvBase,
-    GymWrapper,
-    ParallelEnv,
-    RewardSum,
-    SerialEnv,
-    TransformedEnv,
-)
+from torchrl.envs import GymWrapper
 
-__all__ = ["make_env", "random_states", "set_random_states"]
+__all__: list[str] = []
 
-_INSTALL = "pip install 'alm-torchrl[recipes]'"
+INSTALL = "pip install 'alm-torchrl[recipes]'"
 
 
-def make_env(
-    task: str,
-    *,
-    seed: int | Sequence[int] | None = None,
-    num_envs: int = 1,
-    parallel: bool = False,
-    from_pixels: bool = False,
-    device: torch.device | str = "cpu",
-    **gym_kwargs: Any,
-) -> EnvBase:
-    """Makes a Gymnasium task with float32 observations and the return of the running episode.
-
-    A time limit sets ``truncated`` and ``done``, never ``terminated``. The action range is the
-    task's own and stands in ``env.action_spec`` (Humanoid-v5: -0.4 to 0.4).
-
-    Args:
-        task: a Gymnasium id, such as ``"HalfCheetah-v5"``.
-        seed: seed of the environment; each of several environments derives its own from it, or is
-            given its own where there is one for each.
-        num_envs: environments stepped together; the batch size is ``[num_envs]`` if more than 1.
-        parallel: step them in processes of their own rather than one after the other. The script
-            then needs an ``if __name__ == "__main__":`` guard.
-        from_pixels: add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"`` beside the
-            observation, for videos. Where rendering is impossible, a warning and no frames.
-        device: where the tensors live.
-        **gym_kwargs: passed to ``gymnasium.make``. Ant-v5 with
-            ``include_cfrc_ext_in_observation=False`` is the 27-d truncated Ant; Humanoid-v5 with
-            ``include_cinert_in_observation``, ``include_cvel_in_observation``,
-            ``include_qfrc_actuator_in_observation`` and ``include_cfrc_ext_in_observation`` all
-            False is the 45-d truncated Humanoid.
-
-    Returns:
-        The environment. ``"observation"`` is float32 ``[..., size]``; ``"episode_reward"``, float32
-        ``[..., 1]``, is the sum of the episode's rewards so far.
-
-    Raises:
-        ImportError: if Gymnasium, or the simulator that the task needs, is not installed.
-        ValueError: if the task is unknown or does not take one of ``gym_kwargs``, if ``num_envs``
-            is less than 1, or if there are not as many seeds as environments.
-
-    Examples:
-        >>> env = make_env("HalfCheetah-v5", seed=0)
-        >>> env.observation_spec["observation"].shape
-        torch.Size([17])
-        >>> env.rollout(3)["next", "episode_reward"].shape
-        torch.Size([3, 1])
-    """
-    if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-    seeds = [None] * num_envs if seed is None or isinstance(seed, int) else list(seed)
-    if len(seeds) != num_envs:
-        raise ValueError(f"{len(seeds)} seeds were given for num_envs={num_envs}: {seeds}")
-    _check_task(task)
-    render = from_pixels and _can_render(task, gym_kwargs)
-    make = partial(_make_one, task, gym_kwargs, device=device, from_pixels=render)
-    env = make(seed=seeds[0])
-    if num_envs > 1:
-        env.close()  # made above so that an error is raised in this process, before any worker
-        makes = [partial(make, seed=own) for own in seeds]
-        env = (ParallelEnv if parallel else SerialEnv)(num_envs, makes, device=device)
-    env = TransformedEnv(env, Compose(DoubleToFloat(), RewardSum()))
-    if isinstance(seed, int):
-        env.set_seed(seed)
-    return env
-
-
-def random_states(env: EnvBase) -> list[str]:
-    """The states of the random generators that the next episodes are drawn from.
-
-    Args:
-        env: an environment, such as :func:`make_env` makes.
-
-    Returns:
-        For each Gymnasium environment in it that lives in this process, its generator's state as
-        JSON; nothing for others, or if the environment is closed.
-    """
-    return [json.dumps(one.np_random.bit_generator.state) for one in _gymnasium_envs(env)]
-
-
-def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
-    """Gives the random generators of an environment back the states that they had.
-
-    Without states, the environment is seeded from torch's generator.
-
-    Args:
-        env: an environment like that of :func:`random_states`.
-        states: what that returned.
-
-    Raises:
-        ValueError: if there are not as many states as environments.
-    """
-    envs = _gymnasium_envs(env)
-    if not states:
-        env.set_seed(int(torch.randint(2**31 - 1, ())))
-        return
-    if len(envs) != len(states):
-        raise ValueError(f"{len(states)} states of generators for {len(envs)} environments")
-    for one, state in zip(envs, states, strict=True):
-        one.np_random.bit_generator.state = json.loads(state)
-
-
-def _gymnasium_envs(env: EnvBase) -> list[Any]:
-    if isinstance(env, TransformedEnv):
-        return _gymnasium_envs(env.base_env)
-    if isinstance(env, SerialEnv):
-        return [one for part in getattr(env, "_envs", ()) for one in _gymnasium_envs(part)]
-    return [env._env.unwrapped] if isinstance(env, GymWrapper) and not env.is_closed else []
-
-
-def _make_one(
+def make_gymnasium(
     task: str,
     gym_kwargs: dict[str, Any],
     *,
-    seed: int | None,
+    action_repeat: int,
+    render: bool,
+    size: tuple[int, int] | None,
     device: torch.device | str,
-    from_pixels: bool,
-) -> EnvBase:
-    """One environment, without transforms."""
+) -> GymWrapper:
+    """One environment, without transforms, that renders frames if asked to.
+
+    Only MuJoCo tasks can choose their height and width; others render as they do.
+    """
+    options = {**gym_kwargs, "render_mode": "rgb_array"} if render else gym_kwargs
+    if size is None:
+        env = _gym_make(task, options)
+    else:
+        try:
+            env = _gym_make(task, {**options, "height": size[0], "width": size[1]})
+        except ValueError as error:
+            if not re.search("argument '(height|width)'", str(error)):
+                raise
+            env = _gym_make(task, options)
+    if render:
+        env = with_own_context(env)
     # GymWrapper and not GymEnv, which keeps arguments such as frame_skip from gymnasium.make
-    env = _gym_make(task, gym_kwargs, render_mode="rgb_array" if from_pixels else None)
-    wrapped = GymWrapper(env, from_pixels=from_pixels, pixels_only=False, device=device)
-    if seed is not None:
-        wrapped.set_seed(seed)
-    return wrapped
+    return GymWrapper(env, frame_skip=action_repeat, device=device)
 
 
-def _gym_make(task: str, gym_kwargs: dict[str, Any], render_mode: str | None) -> Any:
+def _gym_make(task: str, gym_kwargs: dict[str, Any]) -> Any:
     """``gymnasium.make`` with errors of one line."""
     import gymnasium
 
     options = {"disable_env_checker": True, **gym_kwargs}
-    if render_mode is not None:
-        options["render_mode"] = render_mode
     try:
         with _quiet_mujoco():
             return gymnasium.make(task, **options)
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(
-            f"{task} cannot be made here: {_one_line(error)} (MuJoCo tasks: {_INSTALL})"
+            f"{task} cannot be made here: {one_line(error)} (MuJoCo tasks: {INSTALL})"
         ) from None
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -176,17 +66,17 @@ def _gym_make(task: str, gym_kwargs: dict[str, Any], render_mode: str | None) ->
         raise ValueError(f"{task} does not take the argument {unknown[1]!r}") from None
 
 
-def _check_task(task: str) -> None:
+def check_gymnasium(task: str) -> None:
     """Raises unless Gymnasium is installed and knows the task."""
     if find_spec("gymnasium") is None:
-        raise ImportError(f"make_env needs Gymnasium: {_INSTALL}")
+        raise ImportError(f"make_env needs Gymnasium: {INSTALL}")
     import gymnasium
 
     try:
         gymnasium.spec(task)
     except (gymnasium.error.Error, ImportError) as error:
         close = difflib.get_close_matches(task, _newest_ids(gymnasium.registry), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else _one_line(error)
+        hint = f"did you mean {' or '.join(close)}?" if close else one_line(error)
         raise ValueError(f"Gymnasium knows no task {task!r}: {hint}") from None
 
 
@@ -200,22 +90,75 @@ def _newest_ids(registry: dict[str, Any]) -> list[str]:
     return [spec.id for spec in newest.values()]
 
 
-def _can_render(task: str, gym_kwargs: dict[str, Any]) -> bool:
-    """Renders one frame, and warns where that fails."""
-    env = _gym_make(task, gym_kwargs, render_mode="rgb_array")
-    try:
-        env.reset()
-        env.render()
-    except Exception as error:  # noqa: BLE001 - every driver fails in its own way
-        warnings.warn(
-            f"no frames of {task}: it cannot be rendered here ({_one_line(error)}). On a machine "
-            "without a display, set the environment variable MUJOCO_GL to egl or osmesa",
-            stacklevel=3,
-        )
-        return False
-    finally:
-        env.close()
-    return True
+def with_own_context(env: Any) -> Any:
+    """Renders in the environment's own OpenGL context, and frees what it holds there.
+
+    Gymnasium leaves current whichever context came last, so that of several environments in a
+    process, or after another one was closed, frames come out black or another's. Where no camera is
+    chosen, the task's camera ``"track"`` is, if it has one: the free camera stands still, and the
+    robot leaves the picture. Without MuJoCo's renderer the environment is returned as it is.
+    """
+    import gymnasium
+
+    if not hasattr(env.unwrapped, "mujoco_renderer"):
+        return env
+
+    renderer = env.unwrapped.mujoco_renderer
+    if renderer.camera_id == -1:  # neither chosen here nor by the task: the free camera
+        renderer.camera_id = _tracking_camera(env.unwrapped.model)
+
+    class OwnContext(gymnasium.Wrapper):
+        def _viewer(self) -> Any:
+            return renderer._viewers.get("rgb_array")
+
+        def render(self) -> Any:
+            if (viewer := self._viewer()) is not None:
+                viewer.make_context_current()
+            return super().render()
+
+        def close(self) -> None:
+            if (viewer := self._viewer()) is not None:
+                # Left to the garbage collector, it would take the same names from another context
+                viewer.make_context_current()
+                viewer.con.free()
+            super().close()
+
+    return OwnContext(env)
+
+
+def _tracking_camera(model: Any) -> int:
+    """The camera that follows the robot, or -1, the free camera."""
+    import mujoco
+
+    return mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+
+
+def velocities(env: Any) -> list[int]:
+    """Which dimensions of a MuJoCo task's observation are velocities.
+
+    They follow from what the task says of its observation (``observation_structure``), or from the
+    simulator's sizes where the observation is all positions, then all velocities.
+
+    Args:
+        env: a Gymnasium environment.
+
+    Returns:
+        The indices; none if they are unknown.
+    """
+    task, shape = env.unwrapped, env.observation_space.shape
+    parts = getattr(task, "observation_structure", None)
+    model = getattr(task, "model", None)
+    if parts is None and model is not None:
+        parts = {"qpos": getattr(model, "nq", 0), "qvel": getattr(model, "nv", 0)}
+    indices: list[int] = []
+    start = 0
+    for name, size in (parts or {}).items():
+        if name.startswith("skipped"):
+            continue
+        if name in ("qvel", "cvel", "ten_velocity"):
+            indices += range(start, start + size)
+        start += size
+    return indices if shape == (start,) else []
 
 
 @contextmanager
@@ -242,5 +185,5 @@ def _quiet_mujoco() -> Iterator[None]:
                 warnings.warn(f"MuJoCo: {message}", stacklevel=4)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())

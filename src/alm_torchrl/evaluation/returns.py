@@ -7,9 +7,11 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 __all__ = ["evaluate_policy"]
+
+_PIECE = 100  # steps rolled out at a time
 
 
 @torch.no_grad()
@@ -53,11 +55,39 @@ def evaluate_policy(
     returns: list[Tensor] = []
     with set_exploration_type(exploration_type):
         while sum(r.numel() for r in returns) < episodes:
-            rollout = env.rollout(
-                max_steps, policy, break_when_any_done=not env.batch_size, auto_cast_to_device=True
-            )
-            reward = rollout[unravel_key(("next", reward_key))].squeeze(-1)
-            done = rollout[unravel_key(("next", done_key))].squeeze(-1).int()
-            first_episode = (done.cumsum(-1) - done) == 0
-            returns.append((reward * first_episode).sum(-1).reshape(-1).cpu())
+            played = _play(env, policy, max_steps, reward_key, done_key)
+            returns.append(played.reshape(-1).cpu())
     return torch.cat(returns)[:episodes]
+
+
+def _play(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    max_steps: int,
+    reward_key: NestedKey,
+    done_key: NestedKey,
+) -> Tensor:
+    """Returns of the first episodes, rolled out piece by piece: whole ones of pixels are large."""
+    batched = bool(env.batch_size)
+    start = env.reset()
+    rewards: list[Tensor] = []
+    dones: list[Tensor] = []
+    for first in range(0, max_steps, _PIECE):
+        if first and batched:
+            start = env.maybe_reset(start)
+        rollout = env.rollout(
+            min(_PIECE, max_steps - first),
+            policy,
+            auto_reset=False,
+            tensordict=start,
+            break_when_any_done=not batched,
+            auto_cast_to_device=True,
+        )
+        rewards.append(rollout[unravel_key(("next", reward_key))].squeeze(-1))
+        dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1).int())
+        if not batched and dones[-1].any():
+            break
+        start = step_mdp(rollout[..., -1])
+    done = torch.cat(dones, -1)
+    first_episode = (done.cumsum(-1) - done) == 0
+    return (torch.cat(rewards, -1) * first_episode).sum(-1)

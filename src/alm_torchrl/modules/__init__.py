@@ -1,22 +1,67 @@
 """The networks of Aligned Latent Models as TensorDict modules."""
 
 from alm_torchrl.modules.actor import Actor, NoiseSchedule
+from alm_torchrl.modules.augmentation import Augmented, RandomShift
+from alm_torchrl.modules.described import describe, rebuild
 from alm_torchrl.modules.dynamics import LatentDynamics, RewardModel, TransitionClassifier
-from alm_torchrl.modules.encoders import MLPEncoder
-from alm_torchrl.modules.latent import GaussianLatentModule
+from alm_torchrl.modules.encoders import (
+    ConvNet,
+    FrozenEncoder,
+    IdentityEncoder,
+    LinearEncoder,
+    MLPEncoder,
+    MultiInputEncoder,
+    NormalisedInputs,
+    PixelEncoder,
+    RecurrentEncoder,
+    RunningNorm,
+    WindowEncoder,
+    state_primer,
+)
+from alm_torchrl.modules.heads import (
+    CategoricalHead,
+    FixedScaleHead,
+    GaussianHead,
+    LatentHead,
+    LayerNormHead,
+    SimplicialHead,
+)
+from alm_torchrl.modules.latent import GaussianLatentModule, LatentModule
 from alm_torchrl.modules.networks import TrunkMLP, orthogonal_init, plain_mlp
 from alm_torchrl.modules.value import QValueEnsemble
 
 __all__ = [
     "Actor",
+    "Augmented",
+    "CategoricalHead",
+    "ConvNet",
+    "FixedScaleHead",
+    "FrozenEncoder",
+    "GaussianHead",
     "GaussianLatentModule",
+    "IdentityEncoder",
     "LatentDynamics",
+    "LatentHead",
+    "LatentModule",
+    "LayerNormHead",
+    "LinearEncoder",
     "MLPEncoder",
+    "MultiInputEncoder",
     "NoiseSchedule",
+    "NormalisedInputs",
+    "PixelEncoder",
     "QValueEnsemble",
+    "RandomShift",
+    "RecurrentEncoder",
     "RewardModel",
+    "RunningNorm",
+    "SimplicialHead",
     "TransitionClassifier",
     "TrunkMLP",
+    "WindowEncoder",
+    "describe",
     "orthogonal_init",
     "plain_mlp",
+    "rebuild",
+    "state_primer",
 ]

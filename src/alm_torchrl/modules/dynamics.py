@@ -5,23 +5,28 @@ from __future__ import annotations
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 
-from alm_torchrl.modules.latent import GaussianLatentModule, next_key
+from alm_torchrl.modules.described import described
+from alm_torchrl.modules.heads import GaussianHead, LatentHead
+from alm_torchrl.modules.latent import LatentModule, next_key
 from alm_torchrl.modules.networks import TrunkMLP, plain_mlp
 
 __all__ = ["LatentDynamics", "RewardModel", "TransitionClassifier"]
 
 
-class LatentDynamics(GaussianLatentModule):
+@described
+class LatentDynamics(LatentModule):
     r"""The latent dynamics :math:`m_\phi(z_{t+1} \mid z_t, a_t)`.
 
     Args:
         latent_dim: size ``D`` of the latent.
         action_dim: size ``A`` of the action.
         hidden_dim: width of the two hidden layers.
+        head: the latent's distribution, which must have a KL divergence with the encoder's: take
+            the encoder's own head. :class:`GaussianHead` by default.
         latent_key: where the latent ``[..., D]`` is read.
         action_key: where the action ``[..., A]`` is read.
-        next_latent_key: where the next latent is written, with ``_loc`` and ``_scale`` beside it;
-            ``("next", latent_key)`` by default.
+        next_latent_key: where the next latent is written, with the distribution's parameters
+            beside it; ``("next", latent_key)`` by default.
 
     Examples:
         >>> import torch
@@ -37,15 +42,20 @@ class LatentDynamics(GaussianLatentModule):
         action_dim: int,
         hidden_dim: int = 1024,
         *,
+        head: LatentHead | None = None,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
         next_latent_key: NestedKey | None = None,
     ) -> None:
+        head = GaussianHead() if head is None else head
         super().__init__(
-            plain_mlp(latent_dim + action_dim, 2 * latent_dim, hidden_dim),
+            plain_mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim),
             [latent_key, action_key],
+            head=head,
             latent_key=next_latent_key or next_key(latent_key),
         )
+        self.latent_dim = latent_dim
+        self.action_dim = action_dim
 
 
 class RewardModel(TensorDictModule):

@@ -2,5 +2,6 @@
 
 from alm_torchrl.objectives import functional
 from alm_torchrl.objectives.alm import ALMLoss
+from alm_torchrl.objectives.contract import Encoder, check_encoder
 
-__all__ = ["ALMLoss", "functional"]
+__all__ = ["ALMLoss", "Encoder", "check_encoder", "functional"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -73,6 +74,10 @@ class ComponentLoss(LossModule):
         check_networks(**networks)
         for name, network in networks.items():
             self.convert_to_functional(network, name, create_target_params=name in targets)
+            if name in targets:  # not as an attribute, which warns that nothing updates it yet
+                _share_untrained(
+                    getattr(self, f"{name}_params"), self._modules[f"target_{name}_params"]
+                )
         self._latent_key = encoder.dist_sample_keys[-1]
         self._next_latent_key = dynamics.dist_sample_keys[-1]
         self._action_key = actor.dist_sample_keys[-1]
@@ -122,6 +127,16 @@ class ComponentLoss(LossModule):
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
             return dist.rsample()
         return dist.deterministic_sample  # type: ignore[attr-defined]
+
+
+def _share_untrained(source: TensorDictParams, target: Any) -> None:
+    """Lets a target read what no gradient moves, such as running statistics, where the source does.
+
+    ``SoftUpdate`` follows trained parameters alone and would leave a copy of these behind.
+    """
+    for key, value in source.items(True, True):
+        if not value.requires_grad:
+            target.get(key).data = value.data
 
 
 @contextmanager

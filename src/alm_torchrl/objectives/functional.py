@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
+from alm_torchrl.distributions import OneHotGroups, one_hot_kl
+
 __all__ = [
     "discounts",
     "episode_mask",
@@ -54,8 +56,9 @@ def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) 
 def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
     r""":math:`KL(p \| q)` of two latent distributions.
 
-    Diagonal Normals take the closed form above, which ``torch.compile`` traces without a graph
-    break; every other pair goes through :func:`torch.distributions.kl_divergence`.
+    Diagonal Normals take the closed form above and groups of one-hot categoricals theirs, which
+    ``torch.compile`` traces without a graph break; every other pair goes through
+    :func:`torch.distributions.kl_divergence`.
 
     Args:
         p: first distribution, batch shape ``[...]``.
@@ -76,6 +79,8 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
     if _is_diagonal_normal(p) and _is_diagonal_normal(q):
         first, second = p.base_dist, q.base_dist
         return gaussian_kl(first.loc, first.scale, second.loc, second.scale)
+    if isinstance(p, OneHotGroups) and isinstance(q, OneHotGroups):
+        return one_hot_kl(p, q)
     return D.kl_divergence(p, q)
 
 

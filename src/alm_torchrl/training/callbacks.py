@@ -253,7 +253,8 @@ class Video(L.Callback):
     Args:
         folder: where the file goes.
         env: an environment that writes frames ``[H, W, 3]`` (uint8) to ``"pixels"``, such as
-            ``make_env(..., from_pixels=True)``; without frames nothing is recorded.
+            ``make_env(..., from_pixels=True)``, or stacks of them ``[3 n, H, W]``, such as
+            ``make_env(..., pixels=84)``; without frames nothing is recorded.
         steps: environment steps recorded, from the start of an episode.
         every: steps between two frames kept.
         fps: frames per second of the file.
@@ -285,7 +286,10 @@ class Video(L.Callback):
             rollout = self.env.rollout(
                 self.steps, pl_module.agents[0].policy(), auto_cast_to_device=True
             )
-        frames = [Image.fromarray(frame.numpy()) for frame in rollout["pixels"][:: self.every]]
+        pixels = rollout["pixels"][:: self.every]
+        if pixels.shape[-1] != 3:  # stacks, the newest frame last
+            pixels = pixels[:, -3:].movedim(1, -1)
+        frames = [Image.fromarray(frame.contiguous().cpu().numpy()) for frame in pixels]
         frames[0].save(
             self.folder / "video.gif",
             save_all=True,

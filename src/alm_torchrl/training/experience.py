@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -36,6 +36,8 @@ class Experience:
         updates_per_step: updates for each environment step; may be a fraction.
         noise: the schedule to advance with every environment step.
         policy: the collector's, if it has to be told when there are new weights.
+        observe: what is to see every collected batch once it is stored, such as
+            :meth:`ALMAgent.update_statistics`.
         num_seeds: seeds trained at once, between which the collector's environments are divided;
             steps, frames and updates are then those of one seed.
         num_processes: processes that train one agent together, each with experience of its own;
@@ -55,6 +57,7 @@ class Experience:
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | StackedNoise | None = None,
         policy: PolicyCopy | None = None,
+        observe: Callable[[TensorDictBase], None] | None = None,
         num_seeds: int = 1,
         num_processes: int = 1,
     ) -> None:
@@ -70,6 +73,7 @@ class Experience:
         self.updates_per_step = updates_per_step
         self.noise = noise
         self.policy = policy
+        self.observe = observe
         self.num_seeds = num_seeds
         self.num_processes = num_processes
         self.frames = 0
@@ -165,6 +169,8 @@ class Experience:
 
     def _store(self, data: TensorDictBase) -> None:
         self.replay.extend(data)
+        if self.observe is not None:
+            self.observe(data)
         self._batches += 1
         self._last_frames = data.numel() * self.num_processes // self.num_seeds
         self.frames += self._last_frames

@@ -15,6 +15,7 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.evaluation import evaluate_policy
+from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import Experience
@@ -107,7 +108,16 @@ class ALMModule(L.LightningModule):
         return self.experience
 
     def on_fit_start(self) -> None:
-        """Has each process of a run draw for itself, since Lightning seeds all of them alike."""
+        """Has each process of a run draw for itself, since Lightning seeds all of them alike.
+
+        Raises:
+            ValueError: for an encoder that keeps running statistics, in a run of several processes.
+        """
+        if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
+            raise ValueError(
+                "an encoder that keeps running statistics is trained in one process, since each "
+                "would have its own: take run.devices=1"
+            )
         if self.global_rank > 0:
             torch.manual_seed(rank_seed(torch.initial_seed(), self.global_rank))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
+from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 
 __all__ = [
@@ -40,7 +41,8 @@ class StackedLoss(nn.Module):
             (horizon, estimator, coefficient, noise) hold for all.
 
     Raises:
-        ValueError: for networks of different sizes, or no loss at all.
+        ValueError: for networks of different sizes, no loss at all, or an encoder that keeps
+            running statistics, which are not stacked.
     """
 
     def __init__(self, losses: Sequence[ALMLoss]) -> None:
@@ -50,6 +52,11 @@ class StackedLoss(nn.Module):
         shapes = [{key: leaf.shape for key, leaf in n.items(True, True)} for n in networks]
         if not losses or any(shape != shapes[0] for shape in shapes):
             raise ValueError("seeds are stacked from one or more losses of the same sizes")
+        if keeps_statistics(losses[0].encoder):
+            raise ValueError(
+                "an encoder that keeps running statistics is trained one seed at a time: take "
+                "num_seeds=1"
+            )
         self._stack: TensorDictBase = TensorDict(batch_size=[len(losses)])
         for key in shapes[0]:
             leaves = [network[key] for network in networks]

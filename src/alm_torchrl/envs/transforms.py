@@ -1,0 +1,250 @@
+"""What is done to the observations of one environment: frames, fewer, more, or earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import TransformedEnv
+from torchrl.envs.transforms import Compose, ObservationTransform, Transform
+
+__all__ = ["Distractors", "History", "KeepDimensions", "RenderFrames"]
+
+Render = Callable[[], Any]
+
+
+def transforms_of(env: TransformedEnv) -> list[Transform]:
+    """The transforms of an environment, whether it has one or several."""
+    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
+
+
+class SeededEnv(TransformedEnv):
+    """A :class:`~torchrl.envs.TransformedEnv` that seeds its :class:`Distractors` too."""
+
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        """Seeds the environment, and the noise apart from it."""
+        for transform in transforms_of(self):
+            if isinstance(transform, Distractors):
+                transform.set_seed(seed)
+        return super().set_seed(seed, static_seed=static_seed)
+
+
+class RenderFrames(Transform):
+    """Adds a rendered frame to every observation.
+
+    Args:
+        render: returns a frame, uint8 ``[H, W, 3]``.
+        size: height and width wanted; frames of another size are averaged over areas. As rendered
+            if left out.
+        channels_first: write ``[3, H, W]`` rather than ``[H, W, 3]``.
+        out_key: where the frame goes.
+
+    Raises:
+        TypeError: if what is rendered is no such frame.
+
+    Examples:
+        >>> import numpy as np
+        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+        >>> env = ContinuousActionVecMockEnv()
+        >>> frames = RenderFrames(lambda: np.zeros((48, 64, 3), np.uint8), size=(12, 16))
+        >>> TransformedEnv(env, frames).rollout(2)["pixels"].shape
+        torch.Size([2, 3, 12, 16])
+    """
+
+    def __init__(
+        self,
+        render: Render,
+        size: tuple[int, int] | None = None,
+        *,
+        channels_first: bool = True,
+        out_key: str = "pixels",
+    ) -> None:
+        super().__init__(in_keys=[], out_keys=[out_key])
+        self.render = render
+        self.size = size
+        self.channels_first = channels_first
+        self.shape = self.frame().shape
+
+    def frame(self) -> Tensor:
+        """Renders a frame, in the shape wanted."""
+        image = self.render()
+        if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype != np.uint8:
+            raise TypeError(
+                "expected a frame, uint8 [height, width, 3], and got "
+                f"{getattr(image, 'shape', image)}; a gymnasium.Env renders frames if it is made "
+                "with render_mode='rgb_array'"
+            )
+        frame = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        if self.size is not None and frame.shape[1:] != self.size:
+            resized = torch.nn.functional.interpolate(frame[None].float(), self.size, mode="area")
+            frame = resized[0].round().to(torch.uint8)
+        return (frame if self.channels_first else frame.permute(1, 2, 0)).contiguous()
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        frame = self.frame()
+        if next_tensordict.device is not None:
+            frame = frame.to(next_tensordict.device)
+        return next_tensordict.set(self.out_keys[0], frame)
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Adds the frames."""
+        observation_spec[self.out_keys[0]] = Bounded(
+            0, 255, self.shape, dtype=torch.uint8, device=observation_spec.device
+        )
+        return observation_spec
+
+
+class _ObservationChange(ObservationTransform):
+    """Changes the last dimension of a vector observation, at resets as at steps."""
+
+    def __init__(self, in_keys: Sequence[str]) -> None:
+        super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def _size(self, size: int) -> int:
+        raise NotImplementedError
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Gives the observation its new size."""
+        for key in self.in_keys:
+            observation_spec[key] = _unbounded(observation_spec[key], self._size)
+        return observation_spec
+
+
+class KeepDimensions(_ObservationChange):
+    """Keeps some dimensions of the observation and leaves out the others.
+
+    Args:
+        indices: those kept.
+        in_keys: the observations, each ``[O]``.
+
+    Examples:
+        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+        >>> env = TransformedEnv(ContinuousActionVecMockEnv(), KeepDimensions([0, 2]))
+        >>> env.rollout(3)["observation"].shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, indices: Sequence[int], in_keys: Sequence[str] = ("observation",)) -> None:
+        super().__init__(in_keys)
+        self.register_buffer("indices", torch.tensor(list(indices)))
+
+    def _apply_transform(self, obs: Tensor) -> Tensor:
+        return obs[..., self.indices]
+
+    def _size(self, size: int) -> int:
+        return len(self.indices)
+
+
+class Distractors(_ObservationChange):
+    """Appends standard Gaussian noise to the observation, new at every step.
+
+    The noise has a generator of its own, so that neither the environment's random numbers nor
+    torch's depend on it.
+
+    Args:
+        size: dimensions appended.
+        seed: of the generator.
+        in_keys: the observations, each ``[O]``, which become ``[O + size]``.
+
+    Examples:
+        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+        >>> env = TransformedEnv(ContinuousActionVecMockEnv(), Distractors(64, seed=0))
+        >>> env.rollout(3)["observation"].shape
+        torch.Size([3, 71])
+    """
+
+    def __init__(
+        self, size: int, seed: int | None = None, in_keys: Sequence[str] = ("observation",)
+    ) -> None:
+        super().__init__(in_keys)
+        self.size = size
+        self.set_seed(seed)
+
+    def set_seed(self, seed: int | None) -> None:
+        """Starts the generator anew; without a seed, from the system's entropy."""
+        # A key apart from the seed, so that the stream is not one that the environment draws from
+        self.np_random = np.random.default_rng(None if seed is None else [seed, self.size])
+
+    def _apply_transform(self, obs: Tensor) -> Tensor:
+        noise = torch.from_numpy(self.np_random.standard_normal((*obs.shape[:-1], self.size)))
+        return torch.cat([obs, noise.to(obs)], -1)
+
+    def _size(self, size: int) -> int:
+        return size + self.size
+
+
+class History(Transform):
+    """Writes what a window of the past is made of: the observation, and the action before it.
+
+    With TorchRL's :class:`~torchrl.envs.CatFrames` behind it, that becomes the window itself. At a
+    reset there was no action: zeros stand for it.
+
+    Args:
+        actions: whether to write the action too.
+        in_key: the observation, ``[O]``.
+        action_key: the action, ``[A]``.
+        out_key: where it goes: ``[1, O]``, or ``[1, O + A]`` with actions.
+
+    Examples:
+        >>> from torchrl.envs import CatFrames, Compose
+        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+        >>> window = Compose(History(), CatFrames(8, dim=-2, in_keys=["history"]))
+        >>> TransformedEnv(ContinuousActionVecMockEnv(), window).rollout(3)["history"].shape
+        torch.Size([3, 8, 7])
+    """
+
+    def __init__(
+        self,
+        actions: bool = False,
+        in_key: str = "observation",
+        action_key: str = "action",
+        out_key: str = "history",
+    ) -> None:
+        super().__init__(in_keys=[in_key], out_keys=[out_key])
+        self.actions = actions
+        self.action_key = action_key
+
+    def _write(self, tensordict: TensorDictBase, action: Tensor | None) -> TensorDictBase:
+        observation = tensordict[self.in_keys[0]]
+        if self.actions:
+            if action is None:
+                action = observation.new_zeros(self.parent.full_action_spec[self.action_key].shape)
+            observation = torch.cat([observation, action.to(observation)], -1)
+        return tensordict.set(self.out_keys[0], observation.unsqueeze(-2))
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return self._write(next_tensordict, tensordict[self.action_key] if self.actions else None)
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._write(tensordict_reset, None)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Adds the entry."""
+        actions = 0
+        if self.actions:
+            actions = self.parent.full_action_spec[self.action_key].shape[-1]
+        spec = _unbounded(observation_spec[self.in_keys[0]], lambda size: size + actions)
+        observation_spec[self.out_keys[0]] = spec.unsqueeze(-2)
+        return observation_spec
+
+
+def _unbounded(spec: TensorSpec, size: Callable[[int], int]) -> Unbounded:
+    shape = (*spec.shape[:-1], size(spec.shape[-1]))
+    return Unbounded(shape, dtype=spec.dtype, device=spec.device)

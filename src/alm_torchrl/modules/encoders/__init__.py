@@ -1,0 +1,22 @@
+"""Encoders: observations to a distribution over the latent."""
+
+from alm_torchrl.modules.encoders.frozen import FrozenEncoder
+from alm_torchrl.modules.encoders.history import RecurrentEncoder, WindowEncoder, state_primer
+from alm_torchrl.modules.encoders.normalisation import NormalisedInputs, RunningNorm
+from alm_torchrl.modules.encoders.pixels import ConvNet, MultiInputEncoder, PixelEncoder
+from alm_torchrl.modules.encoders.vectors import IdentityEncoder, LinearEncoder, MLPEncoder
+
+__all__ = [
+    "ConvNet",
+    "FrozenEncoder",
+    "IdentityEncoder",
+    "LinearEncoder",
+    "MLPEncoder",
+    "MultiInputEncoder",
+    "NormalisedInputs",
+    "PixelEncoder",
+    "RecurrentEncoder",
+    "RunningNorm",
+    "WindowEncoder",
+    "state_primer",
+]

@@ -1,0 +1,203 @@
+"""Environments of one's own, by class, function or import path, and what is no environment."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchrl.envs import GymWrapper, SerialEnv
+from torchrl.envs.utils import check_env_specs
+
+from alm_torchrl.agent import ALMAgent
+from alm_torchrl.envs import make_env, random_states, set_random_states
+from tests.data.counting import CountingEnv
+
+gymnasium = pytest.importorskip("gymnasium")
+
+
+class Drift(gymnasium.Env):
+    """A point that noise and the action push about."""
+
+    def __init__(self, size: int = 3, bound: float = 1.0, render_mode: str | None = None) -> None:
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-bound, bound, (size,), np.float32)
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.point = self.np_random.standard_normal(self.observation_space.shape)
+        return self.point, {}
+
+    def step(self, action):
+        self.point = self.point + 0.1 * action
+        return self.point, -float(np.abs(self.point).sum()), False, False, {}
+
+    def render(self):
+        if self.render_mode is not None:
+            shade = int(np.clip(128 + 40 * self.point[0], 0, 255))
+            return np.full((20, 30, 3), shade, np.uint8)
+        return None
+
+
+class Mine:
+    """A namespace, so that an attribute of an attribute is found too."""
+
+    make = staticmethod(partial(Drift, size=2))
+
+
+drift = Drift()
+MODULE = "my_tasks.drift"
+
+
+@pytest.fixture(autouse=True)
+def _module(monkeypatch, tmp_path: Path) -> None:
+    """A package ``my_tasks`` with the module ``drift`` that has this module's names."""
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks/__init__.py").touch()
+    (tmp_path / "my_tasks/broken.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, MODULE, sys.modules[__name__])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_tasks"]:
+        if name != MODULE:
+            del sys.modules[name]
+
+
+# ------------------------------------------------------------------------------ what is made
+
+
+@pytest.mark.parametrize("task", [Drift, f"{MODULE}:Drift"])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_gymnasium_class_of_ones_own(task, num_envs):
+    env = make_env(task, seed=0, num_envs=num_envs, size=4)
+    check_env_specs(env)
+    data = env.rollout(3)
+    assert data["observation"].shape[-1] == 4
+    assert data["observation"].dtype == torch.float32
+    assert torch.allclose(
+        data["next", "episode_reward"], data["next", "reward"].cumsum(-2), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("task", [CountingEnv, "tests.data.counting:CountingEnv"])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_an_env_base_of_ones_own(task, num_envs):
+    env = make_env(task, seed=0, num_envs=num_envs, length=5)
+    check_env_specs(env)
+    data = env.rollout(10, break_when_any_done=False).reshape(num_envs, 10)
+    assert data["next", "done"][:, 4].all()
+    agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8)
+    assert env.rollout(3, agent.policy())["action"].shape[-1] == 2
+
+
+def test_a_function_inside_something():
+    assert make_env(f"{MODULE}:Mine.make").observation_spec["observation"].shape == (2,)
+    assert make_env(lambda: Drift(size=5)).observation_spec["observation"].shape == (5,)
+
+
+def test_seeds_and_generators_of_ones_own_environment():
+    def start(seed):
+        return make_env(Drift, seed=seed, num_envs=2).reset()["observation"]
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
+    env = make_env(Drift, seed=0)
+    states = random_states(env)
+    expected = env.reset()["observation"]
+    set_random_states(env, states)
+    assert torch.equal(env.reset()["observation"], expected)
+
+
+def test_an_env_base_is_seeded_from_torch_and_its_noise_goes_on():
+    """What is random in an EnvBase is not known; the distractors' generator is."""
+    env = make_env(CountingEnv, seed=0, distractors=2)
+    states = random_states(env)
+    assert len(states) == 1
+    expected = env.reset()["observation"][3:]
+    torch.manual_seed(5)
+    set_random_states(env, states)
+    observation = env.reset()["observation"]
+    assert torch.equal(observation[3:], expected)
+    torch.manual_seed(5)
+    env.set_seed(int(torch.randint(2**31 - 1, ())))
+    assert env.reset()["observation"][0] == observation[0]
+
+
+def test_the_options_work_on_ones_own_environment():
+    env = make_env(
+        Drift, seed=0, render_mode="rgb_array", pixels=(10, 15), proprioception=True,
+        action_repeat=2, distractors=3, history=4, history_actions=True,
+    )  # fmt: skip
+    check_env_specs(env)
+    data = env.rollout(3)
+    assert data["pixels"].shape == (3, 9, 10, 15)  # scaled from 20 by 30
+    assert data["history"].shape == (3, 4, 9)
+    shade = (128 + 40 * data["observation"][:, 0]).clamp(0, 255)
+    assert torch.allclose(data["pixels"][:, -1, 0, 0].float(), shade, atol=1.01)
+    moved = data["next", "observation"] - data["observation"]
+    assert torch.allclose(moved[:, :3], 0.2 * data["action"], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("no_such_module:make", "there is no module 'no_such_module'.*PYTHONPATH"),
+        ("my_tasks.absent:make", "there is no module 'my_tasks.absent'"),
+        (f"{MODULE}:absent", f"the module '{MODULE}' has no 'absent'"),
+        (f"{MODULE}:Mine.absent", "has no 'Mine.absent'"),
+        (f"{MODULE}:drift", "is a Drift: name a class, or a function"),
+        (dict, "dict makes a dict, which is neither a torchrl.envs.EnvBase nor a gymnasium.Env"),
+        (lambda: SerialEnv(2, CountingEnv), r"makes a batch of environments \[2\].*num_envs"),
+        (partial(Drift, bound=np.inf), "takes an unbounded 'action': give its space finite bounds"),
+    ],
+)
+def test_what_is_no_environment_is_refused(task, message):
+    with pytest.raises(ValueError, match=message):
+        make_env(task)
+
+
+def test_a_module_that_lacks_one_of_its_own_names_that():
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        make_env("my_tasks.broken:make")
+
+
+def test_an_env_base_repeats_and_renders_by_itself():
+    with pytest.raises(ValueError, match="is an EnvBase and repeats actions in its own _step"):
+        make_env(CountingEnv, action_repeat=2)
+    with pytest.raises(ValueError, match="write your frames to 'pixels' yourself"):
+        make_env(CountingEnv, pixels=84)
+
+
+def test_an_environment_that_renders_nothing_is_told_how():
+    with pytest.raises(TypeError, match="render_mode='rgb_array'"):
+        make_env(Drift, pixels=84)
+
+
+def test_an_entry_that_is_not_there_is_named():
+    class Scattered(Drift):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = gymnasium.spaces.Dict(place=self.observation_space)
+
+        def reset(self, **options):
+            observation, info = super().reset(**options)
+            return {"place": observation}, info
+
+    with pytest.raises(ValueError, match=r"change the entry 'observation'.*observes \['place'\]"):
+        make_env(Scattered, history=4)
+
+
+def test_arguments_that_it_does_not_take_are_named():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gravity'"):
+        make_env(Drift, gravity=1)
+
+
+def test_gymnasium_environments_are_wrapped_by_torchrl():
+    assert isinstance(make_env(Drift).base_env, GymWrapper)

@@ -1,0 +1,123 @@
+"""Runs that are kept with what made them, and the page that is drawn from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import reproduce
+from tools import report
+
+ROOT = Path(__file__).resolve().parents[2]
+FIELDS = ["step", "seed", "return", "return_std", "frames", "seconds"]
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[list[str]]:
+    """Writes what a training would leave, and notes its command."""
+    commands = []
+
+    def run(command: list[str], **options) -> subprocess.CompletedProcess:
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="abc1234\n")
+        commands.append(command[1:])
+        words = dict(word.split("=", 1) for word in command if "=" in word)
+        if "run.folder" in words:
+            folder, seed, last = (words[k] for k in ("run.folder", "seed", "training.total_steps"))
+        else:
+            folder, seed, last = (
+                command[command.index(k) + 1] for k in ("--folder", "--seed", "--steps")
+            )
+        curve(Path(folder) / "curve.csv", int(seed), range(10, int(last) + 1, 10))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    return commands
+
+
+def curve(path: Path, seed: int, steps: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(FIELDS)
+        writer.writerows((s, seed, 100.0 * s + seed, 0.0, s + 5, 6.0 * s) for s in steps)
+
+
+def main(tmp_path: Path, monkeypatch, *arguments: str) -> int:
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *folders, "--eval-every", "10", *arguments])
+    return reproduce.main()
+
+
+def test_what_is_done_is_passed_over_and_what_is_short_goes_on(
+    tmp_path: Path, monkeypatch, trained
+) -> None:
+    asked = ["--what", "paper", "sac", "--seeds", "0", "1"]
+    assert main(tmp_path, monkeypatch, *asked, "--steps", "20") == 0
+    assert len(trained) == 4
+    assert "resume=auto" in trained[0]
+    assert trained[2][:3] == ["recipes/sac.py", "--algorithm", "sac"]
+    assert main(tmp_path, monkeypatch, *asked, "--steps", "20") == 0
+    assert len(trained) == 4
+    assert main(tmp_path, monkeypatch, "--what", "paper", "--seeds", "1", "--steps", "30") == 0
+    assert len(trained) == 5
+    runs = json.loads((tmp_path / "results/runs.json").read_text())
+    assert sorted(runs) == [
+        f"halfcheetah-{w}-seed{s}.csv" for w in ("paper", "sac") for s in (0, 1)
+    ]
+    one = runs["halfcheetah-paper-seed1.csv"]
+    assert one["commit"] == "abc1234"
+    assert "training.total_steps=30" in one["command"]
+    assert str(tmp_path) not in one["command"]
+    assert (tmp_path / "results/halfcheetah-paper-seed1.csv").read_text().count("\n") == 4
+
+
+def test_options_and_their_name_go_with_the_curve(tmp_path: Path, monkeypatch, trained) -> None:
+    extra = ["--option", "run.precision=bf16-mixed", "--suffix=-bf16", "--timed"]
+    main(tmp_path, monkeypatch, "--what", "paper", "--seeds", "2", "--steps", "10", *extra)
+    assert "run.precision=bf16-mixed" in trained[0]
+    runs = json.loads((tmp_path / "results/runs.json").read_text())
+    one = runs["halfcheetah-paper-bf16-seed2.csv"]
+    assert (one["what"], one["timed"]) == ("paper-bf16", True)
+
+
+def test_a_failed_run_is_counted_and_not_kept(tmp_path: Path, monkeypatch) -> None:
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: failed)
+    assert main(tmp_path, monkeypatch, "--what", "paper", "--seeds", "0", "1") == 2
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_page_tells_returns_steps_and_minutes(tmp_path: Path, monkeypatch, trained) -> None:
+    shutil.copy(ROOT / "results/authors.csv", _made(tmp_path / "results"))
+    main(tmp_path, monkeypatch, "--seeds", "0", "4", "--steps", "40", "--what", "sac", "--timed")
+    monkeypatch.setattr(report, "STEPS", (20, 40))
+    page = report.page(tmp_path / "results", tmp_path)
+    assert "| `sac` | 2002 (2000 to 2004), n=2 | 4002 (4000 to 4004), n=2 |" in page
+    assert "| `sac` | 10, 1.0 min | 20, 2.0 min | 30, 3.0 min | 40, 4.0 min |  |  |  |" in page
+    assert "- `halfcheetah`, preset `paper`: no run" in page
+    assert (tmp_path / "results-halfcheetah.png").stat().st_size > 0
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_the_page_in_the_documentation_is_that_of_the_kept_curves(tmp_path: Path) -> None:
+    page = report.page(ROOT / "results", tmp_path)
+    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in (ROOT / "docs/_static").glob("results-*.png")}
+
+
+def test_every_kept_curve_is_on_the_page() -> None:
+    runs = json.loads((ROOT / "results/runs.json").read_text())
+    curves = {path.name for path in (ROOT / "results").glob("*seed*.csv")}
+    assert curves - set(runs) == {"halfcheetah-quickstart-tau0.005-seed0.csv"}  # an older preset

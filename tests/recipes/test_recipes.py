@@ -145,6 +145,37 @@ def test_an_ablation_changes_its_switch_alone_and_trains(
     assert ("train/multiplier" in rows[0]) == (name == "learnt_weight")
 
 
+@pytest.mark.parametrize(
+    ("ablation", "says"),
+    [
+        ("online_target", "objective.latent_target=moving_average and cannot go on with online"),
+        ("learnt_weight", "objective.consistency_target=None and cannot go on with 1.0"),
+        ("no_model", None),
+    ],
+)
+def test_a_run_cannot_go_on_with_other_weights(
+    config, tmp_path: Path, monkeypatch, ablation: str, says: str | None
+) -> None:
+    from alm_torchrl.training import Checkpoint
+    from recipes.conf import schema
+
+    start = Checkpoint(tmp_path / "checkpoints/update-1", 1, 1, ())
+    monkeypatch.setattr(schema, "find_checkpoint", lambda folder: start)
+    monkeypatch.setenv("ALM_TORCHRL_RUN_FOLDER", "none")  # what preparing sets is taken back
+    before, after = config(), config(f"ablation={ablation}", f"resume={tmp_path}")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(vars(before))))
+    if says is None:
+        assert schema.prepare(after) == (tmp_path, start)
+    else:
+        with pytest.raises(ValueError, match=re.escape(says)):
+            schema.prepare(after)
+        before.objective.__dict__.pop("latent_target")  # a run older than the options
+        before.objective.__dict__.pop("consistency_target")
+        content = {**vars(before), "objective": vars(before.objective)}
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
+        assert schema.prepare(after) == (tmp_path, start)
+
+
 def test_an_ablation_has_folders_of_its_own(tmp_path: Path, monkeypatch) -> None:
     """Or its curves would be averaged with those of the whole objective."""
     monkeypatch.chdir(tmp_path)

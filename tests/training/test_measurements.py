@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from alm_torchrl.envs import make_env
 from alm_torchrl.evaluation import effective_rank, evaluate_policy, value_bias, visit
 from alm_torchrl.training import (
     ALMModule,
@@ -81,12 +82,13 @@ def test_files_loggers_and_checkpoints_hold_the_numbers(tmp_path: Path) -> None:
 
 def test_the_numbers_are_those_of_the_functions(tmp_path: Path) -> None:
     module = make_module(env=Line(), eval_env=Line())
-    rollout = visit(module.loss, module.eval_env, 30)
+    rollout = visit(module.loss, module.eval_env, 32)  # the last two steps are cut off
     torch.manual_seed(0)
     expected = value_bias(module.loss, rollout, tail=1.0)
     torch.manual_seed(0)
     found = ValueBias(tmp_path, seed=0, tail=1.0).measure(module.loss, rollout)
     assert found["bias_bound"] == expected.bound
+    assert found["bias_states"] == 32
     assert found["bias_value_std"] == expected.value_std
     found = Diagnostics(tmp_path, seed=0).measure(module.loss, rollout)
     rank = effective_rank(module.loss.encoding(rollout.reshape(-1)).mean)
@@ -94,14 +96,22 @@ def test_the_numbers_are_those_of_the_functions(tmp_path: Path) -> None:
     assert "model_error_20" in found
 
 
-def test_a_run_learns_the_same_with_and_without(tmp_path: Path) -> None:
-    weights = []
+def test_a_run_is_the_same_with_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learnt, and the episodes that evaluations play."""
+    brief = partial(evaluate_policy, max_steps=20)
+    monkeypatch.setattr("alm_torchrl.training.module.evaluate_policy", brief)
+    weights, curves = [], []
     for name in ("with", "without"):
-        module, folder = make_module(), tmp_path / name
-        measurements = [Diagnostics(folder, seed=0, steps=10)] if name == "with" else []
-        fit(folder, module, *measurements)
+        envs = {key: make_env("Pendulum-v1", seed=3) for key in ("env", "eval_env")}
+        module, folder = make_module(**envs), tmp_path / name
+        fit(folder, module, *([Diagnostics(folder, seed=0, steps=10)] if name == "with" else []))
         weights.append(nn.utils.parameters_to_vector(module.loss.parameters()))
+        curves.append([row["return"] for row in rows(folder / "curve.csv")])
     assert torch.equal(*weights)
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 2
 
 
 def test_every_seed_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

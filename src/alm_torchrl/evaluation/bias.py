@@ -82,11 +82,9 @@ def monte_carlo_returns(
         >>> returns.flatten(), counted.flatten()
         (tensor([1.8750, 1.7500, 1.5000, 1.0000]), tensor([ True,  True,  True, False]))
     """
-    ended = done.clone()
-    ended[..., -1, :] = True
-    remaining = reward2go(torch.ones_like(reward), ended, 1.0)
-    ends = reward2go((terminated & done).to(reward.dtype), ended, 1.0) > 0.5
-    return reward2go(reward, ended, gamma), ends | (gamma**remaining <= tail)
+    remaining = reward2go(torch.ones_like(reward), done, 1.0)  # also ends where the rollout does
+    ends = reward2go((terminated & done).to(reward.dtype), done, 1.0) > 0.5
+    return reward2go(reward, done, gamma), ends | (gamma**remaining <= tail)
 
 
 def normalised_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:

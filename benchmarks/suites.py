@@ -9,7 +9,7 @@ import torch
 from torchrl.objectives import REDQLoss, SACLoss
 
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl.envs import frame_stacks, make_env
 from benchmarks.measure import Case, copy_case, matmul_case
 from benchmarks.workloads import (
     QUICKSTART,
@@ -77,6 +77,8 @@ def terms(task: str, device: torch.device, short: bool) -> Suite:
 def peers(task: str, device: torch.device, short: bool) -> Suite:
     """What the updates of one environment step cost: ALM, and its peers in their own settings."""
     sizes = TASKS[task]
+    if sizes.pixels:
+        raise SystemExit("peers: SAC and REDQ are measured on vectors; choose another --task")
     redq = PeerWork(REDQLoss, sizes, device)
 
     def redq_step() -> None:
@@ -109,15 +111,22 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
     sizes = QUICKSTART if short else Sizes()
     compiled = device.type == "cuda" and not short
     work = ALMWork(TASKS[task], device, sizes, compiled=compiled, captured=device.type == "cuda")
+    make = partial(make_env, TASKS[task].id, **TASKS[task].options())
+    env = make(seed=0)
     replay = make_replay_buffer(
-        100_000, batch_size=sizes.batch, window_length=sizes.horizon, device=device
+        100_000 if not TASKS[task].pixels else 10_000,
+        batch_size=sizes.batch,
+        window_length=sizes.horizon,
+        device=device,
+        frame_stacks=frame_stacks(env),
     )
     policy = work.agent.policy()
-    collector = make_collector(make_env(TASKS[task].id, seed=0), policy, policy_device=device)
+    collector = make_collector(env, policy, policy_device=device)
     data = iter(collector)
-    filled = next(iter(make_collector(make_env(TASKS[task].id), None, frames_per_batch=2000)))
+    filled = next(iter(make_collector(make(), None, frames_per_batch=2000)))
     replay.extend(filled)
-    observation = filled[:1].select("observation").to(device)
+    following = next(iter(make_collector(make(), None, frames_per_batch=1)))
+    observation = filled[:1].select(*policy.in_keys).to(device)
 
     def act() -> None:
         with torch.no_grad():
@@ -129,7 +138,7 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
         Case("acting", act, repeats=20),
         Case(parts[0], lambda: next(data), repeats=20),
         Case("draw", replay.sample, repeats=20),
-        Case(parts[1], lambda: (replay.extend(filled[:1]), replay.sample()), repeats=20),
+        Case(parts[1], lambda: (replay.extend(following), replay.sample()), repeats=20),
     ]
     return Suite(cases, "update", f"{task}, {sizes}", parts)
 

@@ -16,6 +16,7 @@ from torchrl.data import Bounded
 from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
+from alm_torchrl.modules import PixelEncoder
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import CapturedUpdate, Update, make_optimizer, stack_seeds
 from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
@@ -29,11 +30,30 @@ class Task:
     id: str
     observations: int
     actions: int
+    pixels: int = 0
+    """Height and width of the three stacked frames that are seen in place of the vector."""
+
+    def observe(self, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+        """Random observations, ``[*shape, ...]``."""
+        if self.pixels:
+            size = (*shape, 9, self.pixels, self.pixels)
+            return {"pixels": torch.randint(256, size, dtype=torch.uint8, device=device)}
+        return {"observation": torch.randn(*shape, self.observations, device=device)}
+
+    def encoder(self, hidden: int) -> dict[str, PixelEncoder]:
+        """What the agent is given where its default, an MLP, does not do."""
+        size = self.pixels
+        return {"encoder": PixelEncoder((9, size, size), hidden_dim=hidden)} if size else {}
+
+    def options(self) -> dict[str, Any]:
+        """Of :func:`~alm_torchrl.envs.make_env`."""
+        return {"pixels": self.pixels} if self.pixels else {}
 
 
 TASKS = {
     "halfcheetah": Task("HalfCheetah-v5", 17, 6),
     "humanoid": Task("Humanoid-v5", 348, 17),
+    "pixels": Task("HalfCheetah-v5", 17, 6, pixels=84),
 }
 
 
@@ -57,10 +77,10 @@ def windows(task: Task, shape: tuple[int, ...], device: torch.device) -> TensorD
     def randn(size: int) -> Tensor:
         return torch.randn(*shape, size, device=device)
 
-    outcome = {"observation": randn(task.observations), "reward": randn(1)}
+    outcome = {**task.observe(shape, device), "reward": randn(1)}
     return TensorDict(
         {
-            "observation": randn(task.observations),
+            **task.observe(shape, device),
             "action": randn(task.actions).tanh(),
             "next": {**outcome, "done": flag, "terminated": flag.clone()},
         },
@@ -95,13 +115,13 @@ class ALMWork:
     ) -> None:
         sizes = Sizes() if sizes is None else sizes
         config = AgentConfig(
-            {"observation": task.observations},
+            {} if task.pixels else {"observation": task.observations},
             (-1.0,) * task.actions,
             (1.0,) * task.actions,
             hidden_dim=sizes.hidden,
             dynamics_hidden_dim=sizes.dynamics,
         )
-        agents = [ALMAgent(config).to(device) for _ in range(seeds)]
+        agents = [ALMAgent(config, **task.encoder(sizes.hidden)).to(device) for _ in range(seeds)]
         losses = [ALMLoss(**agent.networks(), horizon=sizes.horizon) for agent in agents]
         self.agent, self.loss = stack_seeds(agents, losses)
         shape = (sizes.batch, sizes.horizon)

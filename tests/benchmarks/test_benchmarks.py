@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from mmap import mmap
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_what_checkpoints_cost(monkeypatch, tmp_path: Path) -> None:
     assert len(content["seconds"]) == 4
     later = sorted(content["seconds"][1:])[1]
     assert content["share"] == pytest.approx(later / (later + 5000 * content["step"]))
+
+
+def test_images_are_measured_where_they_can_be_rendered() -> None:
+    small = Sizes(2, 2, 8, 8)
+    work = ALMWork(replace(TASKS["pixels"], pixels=21), torch.device("cpu"), small)
+    assert work.batch["pixels"].dtype == torch.uint8
+    before = flops(work)
+    larger = ALMWork(replace(TASKS["pixels"], pixels=42), torch.device("cpu"), small)
+    assert flops(larger) > 2 * before
+    with pytest.raises(SystemExit, match="measured on vectors"):
+        SUITES["peers"]("pixels", torch.device("cpu"), True)
 
 
 def test_memory_that_stays_is_no_leak(monkeypatch, tmp_path) -> None:

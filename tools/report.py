@@ -40,6 +40,9 @@ counted after the random warm-up, as the authors count. Over several seeds: the 
 and the interval that 95 % of bootstrap samples of the seeds fall into. "Published" are the authors'
 scores, mean and standard deviation over five seeds, in an older version of the environments.
 
+`halfcheetah-distractors` has 64 dimensions of noise in its observation, `halfcheetah-masked` no
+velocities.
+
 `paper` and `quickstart` are presets of `recipes/mujoco.py`; `-bf16` behind one stands for
 `run.precision=bf16-mixed`, `-first` for the project's first run; `sac` and `redq` are TorchRL's, by
 `recipes/sac.py`.
@@ -107,7 +110,7 @@ def returns_table(curves: dict[str, dict[int, Rows]], authors: Rows) -> Iterator
     means = {what: {row[0]: row[1:] for row in summary(s)} for what, s in sorted(curves.items())}
     steps = [s for s in STEPS if any(s in known for known in means.values())]
     published = {int(row["step"]): f"{row['mean']:.0f} +- {row['std']:.0f}" for row in authors}
-    rows = [["published", *(published.get(step, "") for step in steps)]]
+    rows = [["published", *(published.get(step, "") for step in steps)]] if published else []
     for what, known in means.items():
         cells = []
         for step in steps:
@@ -163,7 +166,7 @@ def page(results: Path, figures: Path) -> str:
     with (results / "authors.csv").open(newline="") as file:
         authors = [(row.pop("task"), row) for row in csv.DictReader(file)]
     lines = [INTRODUCTION]
-    for task in (task for task in TASKS if task in curves):
+    for task in sorted(curves, key=lambda task: (task not in TASKS, task)):
         published = [{k: float(v) for k, v in row.items()} for name, row in authors if name == task]
         draw(task, curves[task], published, figures / f"results-{task}.png")
         lines += [f"## {task}", "", f"![Learning curves](_static/results-{task}.png)", ""]

@@ -150,7 +150,7 @@ def test_a_signal_ends_after_the_update_with_checkpoint_agent_and_plot(
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, every=1)
     interrupt = StopOnSignal(checkpoints)
-    interrupt.on_fit_start(None, None)
+    interrupt.on_train_start(None, None)
     try:
         signal.raise_signal(signal.SIGTERM)
         assert interrupt.signal == signal.SIGTERM

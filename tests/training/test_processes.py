@@ -18,7 +18,7 @@ from tensordict import TensorDict
 
 from alm_torchrl.training import find_checkpoint, make_trainer
 from alm_torchrl.training.processes import is_lost_process
-from tests.training import ranks
+from tests.training import ranks as script
 from tests.training.tiny import make_env
 
 pytestmark = pytest.mark.skipif(
@@ -98,7 +98,7 @@ def windows(rows: int) -> TensorDict:
 def test_two_halves_of_a_batch_take_the_step_of_the_whole(tmp_path: Path) -> None:
     batches = [windows(8) for _ in range(3)]
     torch.save(batches, tmp_path / "batches.pt")
-    module = ranks.given_module(batches)
+    module = script.given_module(batches)
     before = {key: value.clone() for key, value in module.loss.state_dict().items()}
     trainer = make_trainer(
         tmp_path, seed=0, title="", eval_every=3, accelerator="cpu", tensorboard=False
@@ -141,8 +141,11 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint_to_go_on_from(tmp_p
     assert process.returncode == 1
     assert "Traceback" not in errors
     reached = find_checkpoint(tmp_path / "checkpoints").update
-    run("run", tmp_path, reached + 20 + reached % 2)
-    assert find_checkpoint(tmp_path / "checkpoints").update >= reached + 20
+    more = reached + 20 + reached % 2
+    ranks = run("run", tmp_path, more)
+    assert find_checkpoint(tmp_path / "checkpoints").update == more
+    for rank in ranks:  # restored, and filled on
+        assert len(rank["observations"]) == min(100, (8 + more) // 2)
     trainer = {"seed": 0, "title": "", "eval_every": 10, "accelerator": "cpu"}
     with pytest.raises(ValueError, match="2 processes, .* cannot go on with 1: take run.devices"):
         make_trainer(tmp_path, start=find_checkpoint(tmp_path / "checkpoints"), **trainer)

@@ -44,7 +44,7 @@ scores, mean and standard deviation over five seeds, in an older version of the 
 velocities.
 
 `paper` and `quickstart` are presets of `recipes/mujoco.py`; `-bf16` behind one stands for
-`run.precision=bf16-mixed`, `-first` for the project's first run; `sac` and `redq` are TorchRL's, by
+`run.precision=bf16-mixed`, `-window` for `encoder=window`, `-first` for the project's first run; `sac` and `redq` are TorchRL's, by
 `recipes/sac.py`.
 """
 REACHING = (

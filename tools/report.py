@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from recipes.plot import summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = (5_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000)
+STEPS = (3_000, 6_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000)
 RETURNS = (1000, 2000, 3000, 4000, 6000, 8000, 10_000)
 TASKS = (
     "halfcheetah", "walker2d", "hopper", "ant", "humanoid", "ant_truncated", "humanoid_truncated"
@@ -44,8 +44,8 @@ scores, mean and standard deviation over five seeds, in an older version of the 
 velocities.
 
 `paper` and `quickstart` are presets of `recipes/mujoco.py`; `-bf16` behind one stands for
-`run.precision=bf16-mixed`, `-window` for `encoder=window`, `-first` for the project's first run; `sac` and `redq` are TorchRL's, by
-`recipes/sac.py`.
+`run.precision=bf16-mixed`, `-window` for `encoder=window`, `-first` for the project's first run;
+`sac` and `redq` are TorchRL's, by `recipes/sac.py`.
 """
 REACHING = (
     "Steps until a return is first reached, median over seeds, with the time it took where nothing "

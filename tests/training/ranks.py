@@ -30,6 +30,7 @@ class GivenBatches:
         self.batches = batches
         self.updates = self.frames = self.steps = 0
         self.episode_returns: list[float] = []
+        self.policy_age = None
         self.collecting = False
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from torchrl.envs import TransformedEnv
 
 from alm_torchrl.agent import ALMAgent
-from alm_torchrl.data import make_collector, make_replay_buffer
+from alm_torchrl.data import WorkersLostError, make_collector, make_replay_buffer
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
@@ -224,6 +224,13 @@ def test_a_worker_that_keeps_dying_ends_the_run() -> None:
     ):
         next(iter(experience))
     experience.shutdown()
+
+
+@pytest.mark.skipif(NO_RAY, reason="Ray is not installed")
+def test_a_ray_cluster_without_room_is_not_waited_for_without_end() -> None:
+    options = {"kind": "ray", "num_workers": 2, "frames_per_batch": 20, "timeout": 5.0}
+    with pytest.raises(WorkersLostError, match="within 5 s: each of 2 asks for .*1000.* no room"):
+        make_collector(CountingEnv, None, remote_configs={"num_cpus": 1000}, **options)
 
 
 SCRIPT = """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -79,7 +81,8 @@ class RayWorkers(RayCollector):
             name: options.pop(name, None)
             for name in ("device", "storing_device", "env_device", "policy_device")
         }
-        super().__init__(
+        begin = partial(
+            super().__init__,
             create_envs,
             policy,
             frames_per_batch=frames_per_batch,
@@ -93,6 +96,7 @@ class RayWorkers(RayCollector):
             weight_sync_schemes={},
             **devices,
         )
+        self._start_within_timeout(begin)
         self.init_random_frames = init_random_frames
         self._begin()
 
@@ -147,6 +151,31 @@ class RayWorkers(RayCollector):
         """Goes on counting, so that the random frames are not repeated."""
         self.collected_frames = state_dict["frames"]
         self._random_left = max(0, self.init_random_frames - self.collected_frames)
+
+    def _start_within_timeout(self, begin: Callable[[], None]) -> None:
+        """Starts the actors in a thread of its own, since TorchRL waits for them without end."""
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                begin()
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(self._timeout)
+        if thread.is_alive():
+            self.stop_remote_collectors()  # which ends the wait
+            raise self._no_room()
+        if failed:
+            raise failed[0]
+
+    def _no_room(self) -> WorkersLostError:
+        return WorkersLostError(
+            f"a Ray worker did not start within {self._timeout:.0f} s: each of {self.num_workers} "
+            f"asks for {self._remote_config}, and the cluster may have no room"
+        )
 
     def _begin(self) -> None:
         """Waits until the actors are there."""
@@ -246,11 +275,7 @@ class RayWorkers(RayCollector):
             return ray.get(future, timeout=self._timeout)
         except ray.exceptions.GetTimeoutError:
             self.shutdown()
-            raise WorkersLostError(
-                f"a Ray worker did not start within {self._timeout:.0f} s: each of "
-                f"{self.num_workers} asks for {self._remote_config}, and the cluster may have no "
-                "room"
-            ) from None
+            raise self._no_room() from None
 
 
 class RayWorker(Collector):

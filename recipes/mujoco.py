@@ -76,6 +76,8 @@ def train(options: DictConfig) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+    except MisconfigurationException as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     except (EnvironmentFailedError, FloatingPointError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}; resume={folder} goes on from what was kept")
     except RuntimeError as error:

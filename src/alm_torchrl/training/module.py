@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -111,10 +112,11 @@ class ALMModule(L.LightningModule):
         """Has each process of a run draw for itself, since Lightning seeds all of them alike.
 
         Raises:
-            ValueError: for an encoder that keeps running statistics, in a run of several processes.
+            MisconfigurationException: for an encoder that keeps running statistics, in a run of
+                several processes.
         """
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
-            raise ValueError(
+            raise MisconfigurationException(
                 "an encoder that keeps running statistics is trained in one process, since each "
                 "would have its own: take run.devices=1"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script
 from tensordict import TensorDict
 
-from alm_torchrl.training import find_checkpoint, make_trainer
+from alm_torchrl.training import find_checkpoint, make_trainer, quiet_notices
 from alm_torchrl.training.processes import is_lost_process
 from tests.training import ranks as script
 from tests.training.tiny import make_env
@@ -176,6 +178,31 @@ def test_when_an_environment_fails_in_one_process_all_end_and_the_checkpoint_sta
     assert "the environment failed after frame 118: ValueError: the joint came off" in errors
     assert find_checkpoint(tmp_path / "checkpoints").update == 110
     assert len(run("run", tmp_path, 120)) == 2
+
+
+def test_lightning_says_why_it_kills_the_processes_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the first process waits for something else, no broken connection tells it."""
+    for name in ("lightning.fabric", "lightning.pytorch", "torchrl", subprocess_script.__name__):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "level", logger.level)
+    quiet_notices()
+    told, killed = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append((record.getMessage(), list(killed)))
+    logging.getLogger("lightning.fabric").addHandler(handler)
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
+    try:
+        ended = subprocess.Popen([sys.executable, "-c", "raise SystemExit(9)"])
+        ended.wait()
+        assert subprocess_script._ChildProcessObserver(-1, [ended])._run()
+    finally:
+        logging.getLogger("lightning.fabric").removeHandler(handler)
+    assert killed
+    [(message, before)] = told
+    assert "terminated with code 9" in message
+    assert not before
 
 
 def test_a_lost_process_is_told_from_other_errors() -> None:

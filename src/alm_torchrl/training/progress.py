@@ -62,6 +62,9 @@ def quiet_notices() -> None:
     """Silences what the libraries say about themselves, and leaves their warnings about a run."""
     for name in ("lightning.pytorch", "lightning.fabric", "torchrl"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Where the reason is told before the processes of a run are killed because one has ended.
+    launcher = "lightning.fabric.strategies.launchers.subprocess_script"
+    logging.getLogger(launcher).setLevel(logging.INFO)
     for message in (
         ".*treespec.*is deprecated.*",  # Lightning on torch 2.13
         ".*inline_inbuilt_nn_modules is deprecated.*",  # tensordict on torch 2.13

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -110,6 +111,17 @@ def keep(run: Run, command: list[str], curve: Path, results: Path, timed: bool) 
     index.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
+def train(run: Run, runs: Path, results: Path, timed: bool) -> bool:
+    """Trains a run if it is not done, and keeps its curve; returns whether it is done now."""
+    folder = runs.resolve() / run.name
+    if not is_done(folder / "curve.csv", run.steps):
+        print(run.name, flush=True)
+        subprocess.run([sys.executable, *run.command(str(folder))], cwd=ROOT, check=False)
+    if done := is_done(folder / "curve.csv", run.steps):
+        keep(run, run.command(f"runs/{run.name}"), folder / "curve.csv", results, timed)
+    return done
+
+
 def main() -> int:
     """Trains what is not done yet; returns how many runs have failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,20 +138,11 @@ def main() -> int:
         "--timed", action="store_true", help="nothing else runs here: the seconds are a measure"
     )
     args = parser.parse_args()
-    options, failed = tuple(args.option), 0
-    for task in args.tasks:
-        for what in args.what:
-            for seed in args.seeds:
-                run = Run(what, task, seed, args.steps, args.eval_every, options, args.suffix)
-                folder = args.runs.resolve() / run.name
-                command = run.command(str(folder))
-                if not is_done(folder / "curve.csv", args.steps):
-                    print(run.name, flush=True)
-                    process = [sys.executable, *command]
-                    failed += subprocess.run(process, cwd=ROOT, check=False).returncode != 0
-                if is_done(folder / "curve.csv", args.steps):
-                    shown = run.command(f"runs/{run.name}")
-                    keep(run, shown, folder / "curve.csv", args.results, args.timed)
+    failed = 0
+    for task, what, seed in product(args.tasks, args.what, args.seeds):
+        settings = args.steps, args.eval_every, tuple(args.option), args.suffix
+        run = Run(what, task, seed, *settings)
+        failed += not train(run, args.runs, args.results, args.timed)
     return failed
 
 

@@ -188,20 +188,26 @@ def test_images_are_shifted_in_the_losses_and_never_when_acting() -> None:
     assert plain.acting() is plain
 
 
-def test_a_policy_sees_images_as_they_are() -> None:
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_policy_sees_images_as_they_are(normalise: bool) -> None:
     config = AgentConfig({}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
-    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4)
+    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalise=normalise)
     policy = ALMAgent(config, encoder=encoder).policy()
     assert not any(isinstance(module, RandomShift | Augmented) for module in policy.modules())
+    encoder.update_statistics(TensorDict(pixels=images(6), batch_size=[6]))
+    seen = TensorDict(pixels=images(2), batch_size=[2])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        wanted = encoder.get_dist_params(seen.copy())["latent_loc"]
+    torch.testing.assert_close(encoder.acting().get_dist_params(seen)["latent_loc"], wanted)
 
 
 def test_bytes_are_scaled_and_sizes_follow_the_image() -> None:
     network = ConvNet((9, 84, 84), channels=2)
-    assert network.trunk[0].in_features == 2 * 35 * 35
+    assert network.trunk.in_features == 2 * 35 * 35
     small = ConvNet((3, 32, 32), channels=2)
-    assert small.trunk[0].in_features == 2 * 9 * 9
+    assert small.trunk.in_features == 2 * 9 * 9
     pixels = images(2, 5, side=32)
-    torch.testing.assert_close(small(pixels), small(pixels.float() / 255))
+    torch.testing.assert_close(small(pixels), small(pixels.float() / 255 - 0.5))
     assert small(pixels[0, 0]).shape == (50,)
     with pytest.raises(ValueError, match=r"channels last become this by .*PermuteTransform"):
         ConvNet((84, 84, 3))
@@ -300,6 +306,30 @@ def test_statistics_are_those_of_all_that_was_seen() -> None:
     assert norm(torch.full((3,), 1e9, dtype=torch.float64)).tolist() == [10.0] * 3
 
 
+def test_an_image_has_a_mean_for_every_pixel_and_one_variance() -> None:
+    torch.manual_seed(0)
+    norm, seen = RunningNorm(3, 20, 20), images(2, 50)
+    seen[..., 0, :10, :] = 200  # what never moves
+    for part in seen.unbind():
+        norm.update(part)
+    scaled = seen.flatten(0, 1) / 255 - 0.5
+    torch.testing.assert_close(norm.mean, scaled.mean(0))
+    torch.testing.assert_close(norm.variance, (scaled - scaled.mean(0)).square().mean())
+    normalised = norm(seen)
+    assert normalised[..., 0, :10, :].abs().max() < 1e-5
+    assert normalised.square().mean().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_images_are_centred_before_they_are_shifted() -> None:
+    """A shift after the mean is taken away leaves a background that never moves at 0."""
+    torch.manual_seed(0)
+    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalise=True)
+    still = images(1).expand(6, -1, -1, -1)
+    encoder.update_statistics(TensorDict(pixels=still, batch_size=[6]))
+    shifted = encoder.get_dist_params(TensorDict(pixels=still, batch_size=[6]))["latent_loc"]
+    torch.testing.assert_close(shifted, shifted[:1].expand(6, -1), rtol=0, atol=1e-3)
+
+
 def test_statistics_move_when_told_for_encoder_and_target_alike() -> None:
     config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
     agent = ALMAgent(config, encoder=MLPEncoder(3, 4, 8, normalise=True))
@@ -310,7 +340,7 @@ def test_statistics_move_when_told_for_encoder_and_target_alike() -> None:
     target_update.step()
     mean = data["observation"].mean(0)
     for params in (loss.encoder_params, loss.target_encoder_params):
-        found = params["module", "0", "module", "norm", "mean"]
+        found = params["module", "0", "module", "norms", "0", "mean"]
         torch.testing.assert_close(found, mean)
     again = ALMLoss(**agent.networks())
     again.load_state_dict(loss.state_dict())

@@ -9,7 +9,7 @@ from tensordict.nn import InteractionType
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
-__all__ = ["Augmented", "RandomShift"]
+__all__ = ["Augmented", "RandomShift", "without_augmentation"]
 
 
 class RandomShift(nn.Module):
@@ -83,3 +83,20 @@ class Augmented(nn.Module):
                 augment(value) for augment, value in zip(self.augmentations, inputs, strict=True)
             )
         return self.network(*inputs)
+
+    def acting(self) -> nn.Module:
+        """The network alone."""
+        return self.network
+
+
+def without_augmentation(network: nn.Module) -> nn.Module:
+    """A network as it acts, which shares every parameter with the one that is trained.
+
+    Args:
+        network: an :class:`Augmented` one, or any other with a method ``acting``.
+
+    Returns:
+        What ``acting()`` returns; the network itself if it has no such method.
+    """
+    acting = getattr(network, "acting", None)
+    return network if acting is None else acting()

@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from alm_torchrl.distributions import BoundedNormalParamExtractor
-from alm_torchrl.modules.augmentation import Augmented
+from alm_torchrl.modules.augmentation import without_augmentation
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 
 __all__ = ["GaussianLatentModule", "LatentModule", "keeps_statistics", "next_key", "suffix_key"]
@@ -117,11 +117,12 @@ class LatentModule(ProbabilisticTensorDictSequential):
         Returns:
             A module that shares every parameter; this one itself where nothing is to be left out.
         """
-        if not isinstance(self.network, Augmented):
+        network = without_augmentation(self.network)
+        if network is self.network:
             return self
         acting = LatentModule.__new__(LatentModule)
         acting._build(
-            self.network.network,
+            network,
             self[0].in_keys,
             self.head,
             self[1].module,

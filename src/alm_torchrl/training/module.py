@@ -118,7 +118,7 @@ class ALMModule(L.LightningModule):
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
             raise MisconfigurationException(
                 "an encoder that keeps running statistics is trained in one process, since each "
-                "would have its own: take run.devices=1"
+                "would have its own: take run.devices=1, or build it with normalise=False"
             )
         if self.global_rank > 0:
             torch.manual_seed(rank_seed(torch.initial_seed(), self.global_rank))

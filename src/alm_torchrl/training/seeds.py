@@ -55,7 +55,7 @@ class StackedLoss(nn.Module):
         if keeps_statistics(losses[0].encoder):
             raise ValueError(
                 "an encoder that keeps running statistics is trained one seed at a time: take "
-                "num_seeds=1"
+                "num_seeds=1, or build it with normalise=False"
             )
         self._stack: TensorDictBase = TensorDict(batch_size=[len(losses)])
         for key in shapes[0]:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, cat, nn
 
 from alm_torchrl.distributions import full_precision
+from alm_torchrl.modules.augmentation import without_augmentation
 
-__all__ = ["NormalisedInputs", "RunningNorm"]
+__all__ = ["NormalisedInputs", "RunningNorm", "centred_bytes"]
+
+
+def centred_bytes(images: Tensor) -> Tensor:
+    """Brings bytes to [-0.5, 0.5], as float32, and leaves floating-point images as they are.
+
+    Args:
+        images: of any shape.
+
+    Examples:
+        >>> centred_bytes(torch.tensor([0, 255], dtype=torch.uint8))
+        tensor([-0.5000,  0.5000])
+    """
+    return images if images.is_floating_point() else images.to(torch.float32) / 255 - 0.5
 
 
 class RunningNorm(nn.Module):
@@ -21,7 +38,10 @@ class RunningNorm(nn.Module):
     ``ALMLoss`` reads the same buffers as the encoder.
 
     Args:
-        size: size of the last dimension.
+        *shape: of an observation: ``(O,)`` for a vector, of which every entry has a mean and a
+            variance. An image ``(C, H, W)`` has a mean for every pixel and one variance, so that
+            what never moves becomes 0, and noise in a corner is not blown up. Bytes are brought to
+            [-0.5, 0.5] first.
         clip: largest absolute value of the result, in standard deviations.
         epsilon: added to the variance, in squared units of the observation.
 
@@ -39,17 +59,17 @@ class RunningNorm(nn.Module):
     variance: Tensor
     count: Tensor
 
-    def __init__(self, size: int, *, clip: float = 10.0, epsilon: float = 1e-6) -> None:
+    def __init__(self, *shape: int, clip: float = 10.0, epsilon: float = 1e-6) -> None:
         super().__init__()
         self.clip = clip
         self.epsilon = epsilon
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape if len(shape) == 1 else ()))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``[..., size]``."""
-        x = full_precision(x)
+        """Normalises ``[..., *shape]``."""
+        x = full_precision(centred_bytes(x))
         scale = (self.variance + self.epsilon).rsqrt()
         return ((x - self.mean) * scale).clamp(-self.clip, self.clip)
 
@@ -58,47 +78,60 @@ class RunningNorm(nn.Module):
         """Takes observations into the statistics, in place (Chan et al.'s parallel form).
 
         Args:
-            x: new observations, ``[..., size]``.
+            x: new observations, ``[..., *shape]``.
         """
-        x = x.reshape(-1, x.shape[-1]).to(self.mean)
+        x = centred_bytes(x.reshape(-1, *self.mean.shape)).to(self.mean)
         total = self.count + len(x)
         share = (len(x) / total).to(self.mean.dtype)
         delta = x.mean(0) - self.mean
         spread = share * x.var(0, correction=0) + share * (1 - share) * delta.square()
+        if not self.variance.ndim:
+            spread = spread.mean()
         self.variance.copy_((1 - share) * self.variance * (self.count > 0) + spread)
         self.mean.add_(share * delta)
         self.count.copy_(total)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
-        return f"{len(self.mean)}, clip={self.clip}, epsilon={self.epsilon}"
+        return f"{tuple(self.mean.shape)}, clip={self.clip}, epsilon={self.epsilon}"
 
 
 class NormalisedInputs(nn.Module):
-    """A network that reads its concatenated inputs through a :class:`RunningNorm`.
+    """A network that reads its inputs through a :class:`RunningNorm`.
 
     ``LatentModule.update_statistics`` finds it by its method :meth:`update_statistics`.
 
     Args:
-        network: what reads the normalised ``[..., size]``.
-        size: total size of the inputs.
+        network: what reads the normalised inputs.
+        norms: one for each input. One alone reads all inputs, concatenated.
 
     Examples:
-        >>> network = NormalisedInputs(nn.Linear(3, 8), 3)
+        >>> network = NormalisedInputs(nn.Linear(3, 8), [RunningNorm(3)])
         >>> network.update_statistics(torch.randn(10, 1), torch.randn(10, 2))
         >>> network(torch.randn(4, 1), torch.randn(4, 2)).shape
         torch.Size([4, 8])
     """
 
-    def __init__(self, network: nn.Module, size: int) -> None:
+    def __init__(self, network: nn.Module, norms: Sequence[RunningNorm]) -> None:
         super().__init__()
-        self.norm = RunningNorm(size)
+        self.norms = nn.ModuleList(norms)
         self.network = network
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Concatenates ``[..., O_i]`` and runs the network on the normalised result."""
-        return self.network(self.norm(cat(inputs, dim=-1)))
+        """Runs the network on the normalised inputs, each ``[..., O_i]`` or ``[..., C, H, W]``."""
+        return self.network(*(norm(value) for norm, value in self._pairs(inputs)))
 
     def update_statistics(self, *inputs: Tensor) -> None:
-        """Takes new observations, each ``[..., O_i]``, into the statistics."""
-        self.norm.update(cat(inputs, dim=-1))
+        """Takes new observations into the statistics."""
+        for norm, value in self._pairs(inputs):
+            norm.update(value)
+
+    def acting(self) -> NormalisedInputs:
+        """The same statistics and network, without augmentation."""
+        norms = cast("Sequence[RunningNorm]", self.norms)
+        return NormalisedInputs(without_augmentation(self.network), norms)
+
+    def _pairs(self, inputs: tuple[Tensor, ...]) -> Iterator[tuple[RunningNorm, Tensor]]:
+        if len(self.norms) == 1 < len(inputs):
+            inputs = (cat(inputs, dim=-1),)
+        return zip(cast("Sequence[RunningNorm]", self.norms), inputs, strict=True)

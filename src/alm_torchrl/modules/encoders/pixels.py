@@ -12,6 +12,11 @@ from torchrl.data import Composite
 
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
 from alm_torchrl.modules.described import described
+from alm_torchrl.modules.encoders.normalisation import (
+    NormalisedInputs,
+    RunningNorm,
+    centred_bytes,
+)
 from alm_torchrl.modules.encoders.specs import observation_shapes
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
@@ -21,9 +26,11 @@ __all__ = ["ConvNet", "MultiInputEncoder", "PixelEncoder"]
 
 
 class ConvNet(nn.Module):
-    """The convolutions of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645), and its narrow trunk.
+    """The convolutions of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645).
 
-    Four 3x3 convolutions with ReLU, of stride 2, 1, 1, 1, then Linear-LayerNorm-Tanh.
+    Four 3x3 convolutions with ReLU, of stride 2, 1, 1, 1, then a linear layer to few features.
+    DrQ-v2 has LayerNorm and Tanh behind that layer; here they would make the features of all images
+    of a task nearly the same, which ALM's consistency then makes entirely so.
 
     Args:
         shape: ``(C, H, W)`` of an image; frames are stacked along the channels.
@@ -54,16 +61,16 @@ class ConvNet(nn.Module):
             size = channels
         self.convolutions = nn.Sequential(*layers)
         height, width = ((side - 3) // 2 + 1 - 6 for side in shape[1:])
-        self.trunk = nn.Sequential(
-            nn.Linear(channels * height * width, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh()
-        )
+        self.trunk = nn.Linear(channels * height * width, feature_dim)
         orthogonal_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features ``[..., feature_dim]`` of images ``[..., C, H, W]``, uint8 or in [0, 1]."""
-        flat = images.reshape(-1, *images.shape[-3:])
-        flat = flat if flat.is_floating_point() else flat.to(torch.float32) / 255
-        features = self.trunk(self.convolutions(flat - 0.5).flatten(1))
+        """Features ``[..., feature_dim]`` of images ``[..., C, H, W]``.
+
+        Bytes are brought to [-0.5, 0.5], floating-point images are taken as they are.
+        """
+        flat = centred_bytes(images.reshape(-1, *images.shape[-3:]))
+        features = self.trunk(self.convolutions(flat).flatten(1))
         return features.reshape(*images.shape[:-3], -1)
 
 
@@ -74,13 +81,17 @@ class MultiInputEncoder(LatentModule):
     Images are augmented by a :class:`RandomShift` inside the losses, and never when acting.
 
     Args:
-        shapes: shape of each observation by key: ``(C, H, W)`` for an image, uint8 or in [0, 1],
-            ``(O,)`` for a vector.
+        shapes: shape of each observation by key: ``(C, H, W)`` for an image of bytes, or of
+            floating-point numbers around 0; ``(O,)`` for a vector.
         latent_dim: size ``D`` of the latent.
         hidden_dim: width of the two hidden layers behind the features.
         feature_dim: features of each image.
         channels: channels of the convolutions.
         pad: largest random shift in pixels; 0 for none.
+        normalise: whether the observations pass a :class:`RunningNorm` first. It takes the mean
+            image away, so that what moves is what is encoded; call
+            :meth:`ALMAgent.update_statistics` on new data. Without it, images of one background
+            have latents so alike that the consistency term makes them the same.
         head: the latent's distribution; :class:`GaussianHead` by default.
         latent_key: where the latent is written, with the distribution's parameters beside it.
 
@@ -104,6 +115,7 @@ class MultiInputEncoder(LatentModule):
         feature_dim: int = 50,
         channels: int = 32,
         pad: int = 4,
+        normalise: bool = True,
         head: LatentHead | None = None,
         latent_key: NestedKey = "latent",
     ) -> None:
@@ -128,6 +140,8 @@ class MultiInputEncoder(LatentModule):
         )
         if pad and any(images):
             network = Augmented(network, [RandomShift(pad) if image else None for image in images])
+        if normalise:  # before a shift, which would move the background against its mean
+            network = NormalisedInputs(network, [RunningNorm(*shape) for shape in shapes.values()])
         super().__init__(network, list(shapes), head=head, latent_key=latent_key)
         self.latent_dim = latent_dim
 
@@ -167,7 +181,7 @@ class PixelEncoder(MultiInputEncoder):
     A :class:`MultiInputEncoder` of one image.
 
     Args:
-        shape: ``(C, H, W)`` of the image, uint8 or in [0, 1], with frames stacked along ``C``.
+        shape: ``(C, H, W)`` of the image, with frames stacked along ``C``.
         latent_dim: size ``D`` of the latent.
         hidden_dim: width of the two hidden layers behind the features.
         in_keys: the image to read.

@@ -10,7 +10,7 @@ from torch import Tensor, cat, nn
 from torchrl.data import Composite
 
 from alm_torchrl.modules.described import described
-from alm_torchrl.modules.encoders.normalisation import NormalisedInputs
+from alm_torchrl.modules.encoders.normalisation import NormalisedInputs, RunningNorm
 from alm_torchrl.modules.encoders.specs import observation_shapes
 from alm_torchrl.modules.heads import FixedScaleHead, GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
@@ -33,7 +33,7 @@ class _VectorEncoder(LatentModule):
         latent_key: NestedKey,
     ) -> None:
         if normalise:
-            network = NormalisedInputs(network, observation_dim)
+            network = NormalisedInputs(network, [RunningNorm(observation_dim)])
         super().__init__(network, in_keys, head=head, latent_key=latent_key)
         self.latent_dim = latent_dim
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L  # noqa: N812
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
@@ -249,3 +251,12 @@ def test_a_video_of_stacked_pixels_shows_the_newest_frames(make_module, tmp_path
             seen.append(video.convert("RGB").getpixel((0, 0))[0])
     assert len(seen) == 3
     assert [seen[1] - seen[0], seen[2] - seen[1]] == [20, 20]
+
+
+def test_running_statistics_of_several_processes_are_refused(make_module) -> None:
+    module = make_module()
+    module.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    module.on_fit_start()
+    module.agent.encoder.network.update_statistics = print
+    with pytest.raises(MisconfigurationException, match=r"run\.devices=1, or .*normalise=False"):
+        module.on_fit_start()

@@ -160,6 +160,29 @@ def missing(curves: Curves) -> Iterator[str]:
             yield f"- `{task}`, preset `paper`: {done if seeds else 'no run'}"
 
 
+def made(runs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What made each of the curves."""
+    rows = [
+        [f"`{name}`", f"`{run['command']}`", run["commit"], run["machine"]]
+        for name, run in runs.items()
+    ]
+    yield from table(["file", "command", "commit", "machine"], rows)
+
+
+def sweep_section(folder: Path) -> Iterator[str]:
+    """What a sweep has tried, and what it gave."""
+    curves, runs, _ = read(folder)
+    yield f"## Sweep `{folder.name}`"
+    yield ""
+    yield f"`python recipes/sweep.py recipes/sweeps/{folder.name}.yaml`; returns on the way:"
+    yield ""
+    for task in sorted(curves):
+        yield f"{task}:"
+        yield ""
+        yield from returns_table(curves[task], [])
+    yield from made(runs)
+
+
 def page(results: Path, figures: Path) -> str:
     """Draws every task's figure, and returns the page."""
     curves, runs, timed = read(results)
@@ -173,11 +196,10 @@ def page(results: Path, figures: Path) -> str:
         lines += ["Return after so many steps:", "", *returns_table(curves[task], published)]
         lines += [REACHING, "", *reaching_table(curves[task], timed[task])]
     lines += ["## What has not been run", "", *missing(curves), "", "## What made the curves", ""]
-    made = [
-        [f"`{name}`", f"`{run['command']}`", run["commit"], run["machine"]]
-        for name, run in runs.items()
-    ]
-    return "\n".join([*lines, *table(["file", "command", "commit", "machine"], made)])
+    lines += made(runs)
+    for sweep in sorted((results / "sweeps").glob("*")):
+        lines += sweep_section(sweep)
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
 ``python recipes/sweep.py recipes/sweeps/fast.yaml`` runs what the file lists, one after the other,
 by recipes/reproduce.py's rules: runs that are done are passed over, interrupted ones go on.
-``--only`` takes some of the candidates. ``preset=fast`` was found with it, and
-``python tools/report.py`` tables what is kept.
+``--only`` takes some of the candidates. ``python tools/report.py`` tables what is kept.
 """
 
 from __future__ import annotations

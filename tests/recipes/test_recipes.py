@@ -331,6 +331,7 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, package: str) -> 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_cleanly_and_the_run_goes_on(tmp_path: Path, monkeypatch) -> None:
     long = [*SHORT[:1], "training.total_steps=100000", "evaluation.every=100000", *SHORT[3:]]
+    long.append("run.compile=never")  # the update in progress is waited for, and compiling is one
     with subprocess.Popen(
         [sys.executable, str(RECIPES / "mujoco.py"), *long, "run.folder=out", "run.log_every=1"],
         cwd=tmp_path,

@@ -31,9 +31,14 @@ def planned(path: Path, only: list[str] | None = None) -> list[Run]:
         A run for each candidate, task and seed, the first seed of all candidates first.
 
     Raises:
-        ValueError: for a candidate that the file does not have.
+        ValueError: for a candidate that the file does not have, or a file that lacks an entry.
+        OSError: if there is no such file.
     """
     sweep = OmegaConf.load(path)
+    wanted = ("preset", "tasks", "seeds", "evaluate_every", "options", "candidates")
+    missing = [key for key in wanted if key not in sweep]
+    if missing:
+        raise ValueError(f"{path} does not say {', '.join(missing)}; see recipes/sweeps/fast.yaml")
     unknown = sorted(set(only or ()) - set(sweep.candidates))
     if unknown:
         raise ValueError(f"{path} has no candidates {unknown}, but {sorted(sweep.candidates)}")
@@ -58,9 +63,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="of the curves; results/sweeps/<file>")
     args = parser.parse_args()
     results = args.results or ROOT / "results/sweeps" / args.file.stem
-    return sum(
-        not train(run, args.runs, results, timed=False) for run in planned(args.file, args.only)
-    )
+    try:
+        runs = planned(args.file, args.only)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    return sum(not train(run, args.runs, results, timed=False) for run in runs)
 
 
 if __name__ == "__main__":

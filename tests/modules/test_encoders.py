@@ -333,6 +333,7 @@ def test_images_are_centred_before_they_are_shifted() -> None:
 def test_statistics_move_when_told_for_encoder_and_target_alike() -> None:
     config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
     agent = ALMAgent(config, encoder=MLPEncoder(3, 4, 8, normalise=True))
+    assert agent.encoder.acting() is agent.encoder  # there is nothing to leave out
     loss = ALMLoss(**agent.networks())
     target_update = SoftUpdate(loss, tau=0.5)
     data = TensorDict(observation=3 + torch.randn(50, 3), batch_size=[50])

@@ -71,6 +71,7 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
     described: bool = True
     lr: float = 3e-3  # to learn with in 200 updates
+    falls: float = 0.3  # by how much the world model's loss then falls at least
 
 
 def drawn() -> list[Transform]:
@@ -102,7 +103,10 @@ CASES = {
     "recurrent": Case(RecurrentEncoder.from_spec, lambda: [state_primer(16)]),
     "discrete": Case(MLPEncoder.from_spec, options={"head": CategoricalHead(classes=4)}),
     "discrete_pixels": Case(
-        PixelEncoder.from_spec, drawn, {**CONV, "head": CategoricalHead(classes=4)}
+        PixelEncoder.from_spec,
+        drawn,
+        {**CONV, "head": CategoricalHead(classes=4)},
+        falls=0.09,  # from 0.37
     ),
     "simplicial": Case(MLPEncoder.from_spec, options={"head": SimplicialHead(classes=4)}),
     "layer_norm": Case(MLPEncoder.from_spec, options={"head": LayerNormHead()}),
@@ -335,7 +339,7 @@ def test_updates_reduce_the_world_model_loss(name: str) -> None:
         optimiser.step()
         optimiser.zero_grad()
         target_update.step()
-    assert evaluate() < before - min(0.3, before / 4)
+    assert evaluate() < before - world.case.falls
 
 
 @pytest.mark.slow

@@ -46,9 +46,15 @@ def test_every_candidate_is_run_once_and_kept(tmp_path: Path, monkeypatch, train
     assert "training.total_steps=10" in one["command"]
 
 
-def test_a_candidate_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(ValueError, match=r"no candidates \['fast'\], but \['plain', 'slow'\]"):
+def test_a_mistake_is_named(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(SystemExit, match=r"no candidates \['fast'\], but \['plain', 'slow'\]"):
         main(tmp_path, monkeypatch, "--only", "fast")
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(SystemExit, match=r"No such file .*nowhere\.yaml"):
+        sweep.main()
+    (tmp_path / "short.yaml").write_text("preset: quickstart\ntasks: {}\nseeds: [0]\noptions: []\n")
+    with pytest.raises(ValueError, match="does not say evaluate_every, candidates"):
+        sweep.planned(tmp_path / "short.yaml")
 
 
 def test_the_sweep_of_the_fast_preset_can_be_planned() -> None:

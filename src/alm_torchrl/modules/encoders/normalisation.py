@@ -40,8 +40,8 @@ class RunningNorm(nn.Module):
     Args:
         *shape: of an observation: ``(O,)`` for a vector, of which every entry has a mean and a
             variance. An image ``(C, H, W)`` has a mean for every pixel and one variance, so that
-            what never moves becomes 0, and noise in a corner is not blown up. Bytes are brought to
-            [-0.5, 0.5] first.
+            what never moves becomes 0, and noise in a corner is not blown up. Its bytes are brought
+            to [-0.5, 0.5] first.
         clip: largest absolute value of the result, in standard deviations.
         epsilon: added to the variance, in squared units of the observation.
 
@@ -69,7 +69,7 @@ class RunningNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``[..., *shape]``."""
-        x = full_precision(centred_bytes(x))
+        x = full_precision(self._values(x))
         scale = (self.variance + self.epsilon).rsqrt()
         return ((x - self.mean) * scale).clamp(-self.clip, self.clip)
 
@@ -80,7 +80,7 @@ class RunningNorm(nn.Module):
         Args:
             x: new observations, ``[..., *shape]``.
         """
-        x = centred_bytes(x.reshape(-1, *self.mean.shape)).to(self.mean)
+        x = self._values(x.reshape(-1, *self.mean.shape)).to(self.mean)
         total = self.count + len(x)
         share = (len(x) / total).to(self.mean.dtype)
         delta = x.mean(0) - self.mean
@@ -90,6 +90,9 @@ class RunningNorm(nn.Module):
         self.variance.copy_((1 - share) * self.variance * (self.count > 0) + spread)
         self.mean.add_(share * delta)
         self.count.copy_(total)
+
+    def _values(self, x: Tensor) -> Tensor:
+        return centred_bytes(x) if self.mean.ndim > 1 else x
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -127,9 +130,11 @@ class NormalisedInputs(nn.Module):
             norm.update(value)
 
     def acting(self) -> NormalisedInputs:
-        """The same statistics and network, without augmentation."""
-        norms = cast("Sequence[RunningNorm]", self.norms)
-        return NormalisedInputs(without_augmentation(self.network), norms)
+        """The same statistics and network, without augmentation; itself if there is none."""
+        network = without_augmentation(self.network)
+        if network is self.network:
+            return self
+        return NormalisedInputs(network, cast("Sequence[RunningNorm]", self.norms))
 
     def _pairs(self, inputs: tuple[Tensor, ...]) -> Iterator[tuple[RunningNorm, Tensor]]:
         if len(self.norms) == 1 < len(inputs):

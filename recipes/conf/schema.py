@@ -185,6 +185,7 @@ _FIXED = (
     *("training.num_envs", "training.replay_capacity"),
     *("training.collector", "training.num_workers", "training.overlap"),
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
+    *("objective.gamma", "objective.lmbda", "objective.consistency_coeff"),  # kept beside weights
 )
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 

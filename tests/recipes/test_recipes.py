@@ -146,15 +146,19 @@ def test_an_ablation_changes_its_switch_alone_and_trains(
 
 
 @pytest.mark.parametrize(
-    ("ablation", "says"),
+    ("option", "says"),
     [
-        ("online_target", "objective.latent_target=moving_average and cannot go on with online"),
-        ("learnt_weight", "objective.consistency_target=None and cannot go on with 1.0"),
-        ("no_model", None),
+        ("ablation=online_target", "latent_target=moving_average and cannot go on with online"),
+        ("ablation=learnt_weight", "consistency_target=None and cannot go on with 1.0"),
+        ("objective.gamma=0.9", "gamma=0.99 and cannot go on with 0.9"),
+        ("objective.lmbda=0.5", "lmbda=0.95 and cannot go on with 0.5"),
+        ("ablation=no_consistency_reward", "consistency_coeff=0.1 and cannot go on with 0.0"),
+        ("ablation=no_model", None),
+        ("learning_rates.actor=1e-5", None),
     ],
 )
-def test_a_run_cannot_go_on_with_other_weights(
-    config, tmp_path: Path, monkeypatch, ablation: str, says: str | None
+def test_a_run_cannot_go_on_with_what_its_weights_forbid(
+    config, tmp_path: Path, monkeypatch, option: str, says: str | None
 ) -> None:
     from alm_torchrl.training import Checkpoint
     from recipes.conf import schema
@@ -162,15 +166,14 @@ def test_a_run_cannot_go_on_with_other_weights(
     start = Checkpoint(tmp_path / "checkpoints/update-1", 1, 1, ())
     monkeypatch.setattr(schema, "find_checkpoint", lambda folder: start)
     monkeypatch.setenv("ALM_TORCHRL_RUN_FOLDER", "none")  # what preparing sets is taken back
-    before, after = config(), config(f"ablation={ablation}", f"resume={tmp_path}")
+    before, after = config(), config(option, f"resume={tmp_path}")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(vars(before))))
     if says is None:
         assert schema.prepare(after) == (tmp_path, start)
     else:
-        with pytest.raises(ValueError, match=re.escape(says)):
+        with pytest.raises(ValueError, match=re.escape(f"objective.{says}")):
             schema.prepare(after)
-        before.objective.__dict__.pop("latent_target")  # a run older than the options
-        before.objective.__dict__.pop("consistency_target")
+        before.objective.__dict__.pop(says.split("=")[0])  # a run older than the option
         content = {**vars(before), "objective": vars(before.objective)}
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
         assert schema.prepare(after) == (tmp_path, start)

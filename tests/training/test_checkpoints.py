@@ -179,6 +179,20 @@ def test_a_finished_run_goes_on_if_it_is_given_more_steps(make_module, tmp_path,
     assert find_checkpoint(tmp_path / "checkpoints").update == 24
 
 
+def test_a_run_goes_on_with_the_learning_rates_that_it_is_given(make_module, tmp_path) -> None:
+    first = make_module(12, learning_rates=1e-3)
+    fit(first, tmp_path)
+    rates = {"world_model": 1e-4, "reward": 1e-5, "value": 1e-6, "actor": 0.0}
+    module = make_module(24, learning_rates=rates)
+    trainer, _ = fit(module, tmp_path, resume=True)
+    (optimizer,) = trainer.optimizers
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == rates
+    before = first.loss.parameter_groups()
+    for name, parameters in module.loss.parameter_groups().items():
+        same = all(torch.equal(*pair) for pair in zip(parameters, before[name], strict=True))
+        assert same == (name == "actor"), name
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -125,9 +125,14 @@ class ALMModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Builds the update, now that the optimiser, the device and the precision are known."""
+        optimizer = self.trainer.optimizers[0]
+        for group, own in zip(
+            optimizer.param_groups, self.configure_optimizers().param_groups, strict=True
+        ):
+            group["lr"] = own["lr"]  # a checkpoint has brought those of the run before
         update = Update(
             self.loss,
-            self.trainer.optimizers[0],
+            optimizer,
             self.target_update,
             max_grad_norm=self.max_grad_norm,
             precision=self.trainer.precision,

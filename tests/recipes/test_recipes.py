@@ -75,7 +75,7 @@ def test_the_paper_preset_holds_the_published_hyperparameters(config) -> None:
     assert (paper.evaluation.every, paper.evaluation.episodes) == (5000, 5)
 
 
-@pytest.mark.parametrize("preset", ["paper", "quickstart"])
+@pytest.mark.parametrize("preset", ["paper", "quickstart", "fast"])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_preset_and_task_is_complete_and_its_task_exists(config, preset, task) -> None:
     from alm_torchrl.envs import make_env

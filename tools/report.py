@@ -43,14 +43,15 @@ scores, mean and standard deviation over five seeds, in an older version of the 
 `halfcheetah-distractors` has 64 dimensions of noise in its observation, `halfcheetah-masked` no
 velocities, `inverted_pendulum` is observed as 32x32 images alone (random actions return 5 +- 3).
 
-`paper` and `quickstart` are presets of `recipes/mujoco.py`, `pixels` of `recipes/pixels.py`;
+`paper`, `quickstart` and `fast` are presets of `recipes/mujoco.py`, `pixels` of
+`recipes/pixels.py`; the sweeps that `fast` was chosen by saw seeds 0 and 4 alone;
 `-bf16` behind one stands for `run.precision=bf16-mixed`, `-window` for `encoder=window`, `-first`
 for the project's first run, `-1e-3` for these learning rates and a batch of 64; `sac` and `redq`
 are TorchRL's, by `recipes/sac.py`.
 """
 REACHING = (
     "Steps until a return is first reached, median over seeds, with the time it took where nothing "
-    "else ran:"
+    "else ran (minutes of one kind of machine can be compared; the last table names it):"
 )
 Rows = list[dict[str, float]]
 #: By task, by what was trained, by seed.

@@ -8,11 +8,10 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-
-from recipes.reproduce import processor
 
 Work = Callable[[], object]
 
@@ -101,7 +100,7 @@ def copy_case(device: torch.device, mebibytes: int = 128) -> Case:
 def machine(device: torch.device) -> dict[str, object]:
     """The machine in words."""
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -115,6 +114,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def synchronize() -> None:

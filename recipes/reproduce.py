@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import shlex
 import shutil
 import subprocess
@@ -21,10 +20,12 @@ from itertools import product
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the folder of this file, where mujoco.py would pass for the simulator
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # mujoco.py here is no simulator
 
 import torch
 from omegaconf import OmegaConf
+
+from benchmarks import measure
 
 RECIPES = Path(__file__).resolve().parent
 ROOT = RECIPES.parent
@@ -87,18 +88,8 @@ def is_done(curve: Path, steps: int) -> bool:
 
 def machine() -> str:
     """The kind of machine: what figures of time depend on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{processor()}, {torch.get_num_threads()} threads"
-
-
-def processor() -> str:
-    """The CPU's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    here = measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{here['device']}, {here['threads']} threads"
 
 
 def keep(run: Run, command: list[str], curve: Path, results: Path, timed: bool) -> None:

@@ -126,10 +126,9 @@ class ALMModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Builds the update, now that the optimiser, the device and the precision are known."""
         optimizer = self.trainer.optimizers[0]
-        for group, own in zip(
-            optimizer.param_groups, self.configure_optimizers().param_groups, strict=True
-        ):
-            group["lr"] = own["lr"]  # a checkpoint has brought those of the run before
+        rates = self.learning_rates
+        for group in optimizer.param_groups:  # a checkpoint has brought those of the run before
+            group["lr"] = rates[group["name"]] if isinstance(rates, Mapping) else rates
         update = Update(
             self.loss,
             optimizer,

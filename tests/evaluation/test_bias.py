@@ -12,7 +12,13 @@ from torchrl.envs import EnvBase, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl.evaluation import monte_carlo_returns, normalised_bias, value_bias, visit
+from alm_torchrl.evaluation import (
+    UnknownReturnsError,
+    monte_carlo_returns,
+    normalised_bias,
+    value_bias,
+    visit,
+)
 from alm_torchrl.modules import Actor, GaussianLatentModule, NoiseSchedule
 from alm_torchrl.objectives import ALMLoss
 
@@ -203,7 +209,7 @@ def test_a_time_limit_is_no_end_of_the_return() -> None:
     bias = value_bias(loss, visit(loss, env, 80), tail=0.03)
     assert bias.states == 2 * 7
     assert 0 < bias.value.item() < 0.03
-    with pytest.raises(ValueError, match="visit more steps, or raise `tail`"):
+    with pytest.raises(UnknownReturnsError, match="visit more steps, or raise `tail`"):
         value_bias(loss, visit(loss, env, 20), tail=0.03)
 
 

@@ -2,6 +2,7 @@
 
 from alm_torchrl.evaluation.bias import (
     Bias,
+    UnknownReturnsError,
     monte_carlo_returns,
     normalised_bias,
     value_bias,
@@ -22,6 +23,7 @@ from alm_torchrl.evaluation.returns import evaluate_policy
 __all__ = [
     "Bias",
     "Calibration",
+    "UnknownReturnsError",
     "calibration",
     "classifier_calibration",
     "cut_windows",

@@ -16,7 +16,18 @@ from torchrl.objectives.value.functional import reward2go
 from alm_torchrl.evaluation.bound import lower_bound
 from alm_torchrl.objectives.alm import ALMLoss
 
-__all__ = ["Bias", "monte_carlo_returns", "normalised_bias", "value_bias", "visit"]
+__all__ = [
+    "Bias",
+    "UnknownReturnsError",
+    "monte_carlo_returns",
+    "normalised_bias",
+    "value_bias",
+    "visit",
+]
+
+
+class UnknownReturnsError(ValueError):
+    """No return of a rollout is known: all are hidden by a time limit or by the rollout's end."""
 
 
 class Bias(NamedTuple):
@@ -121,7 +132,8 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
         The normalised biases; positive ones overestimate.
 
     Raises:
-        ValueError: if no state is far enough from the end of its episode or of the rollout.
+        UnknownReturnsError: if no state is far enough from the end of its episode or of the
+            rollout.
     """
     keys = loss.tensor_keys
     reward, done, terminated = (
@@ -130,7 +142,7 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
     gamma = float(loss.value_estimator.gamma)
     returns, counted = monte_carlo_returns(reward, done, terminated, gamma, tail=tail)
     if not counted.any():
-        raise ValueError(
+        raise UnknownReturnsError(
             f"no return is known to within {tail:.0%}: each of the {rollout.shape[-1]} steps is "
             "too near to a time limit or the end of the rollout; visit more steps, or raise `tail`"
         )

@@ -10,12 +10,14 @@ from typing import Any, BinaryIO, cast
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from alm_torchrl.envs import random_states, set_random_states
 from alm_torchrl.evaluation import (
+    Bias,
+    UnknownReturnsError,
     classifier_calibration,
     cut_windows,
     effective_rank,
@@ -130,7 +132,8 @@ class Measurement(L.Callback):
 class ValueBias(Measurement):
     """The normalised bias of action values and bound, as ``bias.csv`` and ``bias.png``.
 
-    See :func:`alm_torchrl.evaluation.value_bias`.
+    See :func:`alm_torchrl.evaluation.value_bias`. Where a time limit hides every return, the run
+    goes on: it warns, and the numbers are NaN.
 
     Args:
         folder: where the files go.
@@ -156,8 +159,13 @@ class ValueBias(Measurement):
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
         """The fields of :class:`~alm_torchrl.evaluation.Bias`."""
-        bias = value_bias(loss, rollout, tail=self.tail)._asdict()
-        return {f"bias_{name}": value for name, value in bias.items()}
+        try:
+            bias = value_bias(loss, rollout, tail=self.tail)
+        except UnknownReturnsError as error:
+            rank_zero_warn(f"the bias of this evaluation is left out: {error}")
+            nan = torch.tensor(float("nan"))
+            bias = Bias(nan, nan, nan, nan, nan, states=torch.tensor(0))
+        return {f"bias_{name}": value for name, value in bias._asdict().items()}
 
     def draw(self, figure: Any) -> None:
         """Mean and standard deviation over states, of values and bound."""

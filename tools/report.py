@@ -44,7 +44,7 @@ scores, mean and standard deviation over five seeds, in an older version of the 
 velocities, `inverted_pendulum` is observed as 32x32 images alone (random actions return 5 +- 3).
 
 `paper`, `quickstart` and `fast` are presets of `recipes/mujoco.py`, `pixels` of
-`recipes/pixels.py`; the sweeps that `fast` was chosen by saw seeds 0 and 4 alone;
+`recipes/pixels.py`; `fast` was chosen by the sweeps `fast` and `fast_refined`, on seeds 0 and 4;
 `-bf16` behind one stands for `run.precision=bf16-mixed`, `-window` for `encoder=window`, `-first`
 for the project's first run, `-1e-3` for these learning rates and a batch of 64; `sac` and `redq`
 are TorchRL's, by `recipes/sac.py`.

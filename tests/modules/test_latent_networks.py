@@ -48,8 +48,8 @@ def batch(*shape: int) -> TensorDict:
 
 
 def layers(module: nn.Module) -> list[str]:
-    kinds = {"Linear", "LayerNorm", "Tanh", "ELU"}
-    return [type(m).__name__ for m in module.modules() if type(m).__name__ in kinds]
+    kinds = (nn.Linear, nn.LayerNorm, nn.Tanh, nn.ELU)
+    return [kind.__name__ for m in module.modules() for kind in kinds if isinstance(m, kind)]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,18 @@ def test_heads_answer_in_full_precision_under_autocast(name: str) -> None:
     half = {key for key, value in out.items(True, True) if value.dtype == torch.bfloat16}
     assert {k if isinstance(k, str) else k[-1] for k in half} <= {"latent_params"}
     assert out[network.out_keys[-1]].dtype == torch.float32
+
+
+def test_large_values_keep_their_differences_under_autocast() -> None:
+    """In bfloat16, 400 has neighbours at 398 and 402."""
+    torch.manual_seed(0)
+    trunk, x = TrunkMLP(5, 1, HIDDEN), torch.randn(64, 5)
+    with torch.no_grad():
+        trunk[-1].bias.fill_(400.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = trunk(x)
+    torch.testing.assert_close(rounded, trunk(x), rtol=0, atol=0.05)
+    assert trunk.bfloat16()(x.bfloat16()).dtype == torch.float32  # weights in half precision
 
 
 def test_trunk_concatenates_its_inputs() -> None:

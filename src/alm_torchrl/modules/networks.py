@@ -8,15 +8,20 @@ from torchrl.modules import MLP
 
 from alm_torchrl.distributions import full_precision
 
-__all__ = ["FullPrecision", "TrunkMLP", "orthogonal_init", "plain_mlp"]
+__all__ = ["FullPrecisionLinear", "TrunkMLP", "orthogonal_init", "plain_mlp"]
 
 
-class FullPrecision(nn.Module):
-    """Raises the output of a network run under bfloat16 or float16 autocast to float32."""
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer that autocast leaves in the precision of its weights.
+
+    For an output in units of return: bfloat16 has eight significant bits, and so steps of 2
+    between 256 and 512, as coarse as the differences between actions that a value is asked for.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``x``, as float32 where it was half precision; any shape."""
-        return full_precision(x)
+        """Maps ``[..., D]`` to ``[..., out_features]``, at least float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return full_precision(super().forward(x.to(self.weight.dtype)))
 
 
 def orthogonal_init(module: nn.Module) -> nn.Module:
@@ -80,8 +85,7 @@ class TrunkMLP(nn.Sequential):
             nn.Tanh(),
             nn.Linear(hidden_dim, hidden_dim),
             nn.ELU(),
-            nn.Linear(hidden_dim, out_features),
-            FullPrecision(),
+            FullPrecisionLinear(hidden_dim, out_features),
         )
         orthogonal_init(self)
 

@@ -32,13 +32,27 @@ def test_another_mode_is_refused() -> None:
         worth_compiling("on", 1)
 
 
-@pytest.mark.parametrize(("bf16_seconds", "chosen"), [(0.7, "32-true"), (0.6, "bf16-mixed")])
-def test_precision_by_measurement(monkeypatch, bf16_seconds: float, chosen: str) -> None:
+@pytest.mark.parametrize(
+    ("bf16_seconds", "chosen", "sizes"),
+    [(0.7, "32-true", 4), (0.6, "bf16-mixed", 4), (3.9, "32-true", 4), (4.1, "32-true", 1)],
+)
+def test_precision_by_measurement(
+    monkeypatch, bf16_seconds: float, chosen: str, sizes: int
+) -> None:
+    """And without the larger products where a small one is hopeless already."""
     seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
-    monkeypatch.setattr(precision, "_matmul_seconds", lambda dtype, device: seconds[dtype])
+    timed = set()
+
+    def measured(dtype: torch.dtype, device: torch.device, size: int) -> float:
+        timed.add(size)
+        return seconds[dtype]
+
+    monkeypatch.setattr(precision, "_matmul_seconds", measured)
     assert choose_precision("auto") == chosen
+    assert len(timed) == sizes
     assert choose_precision("32-true") == "32-true"
     assert choose_precision("bf16-mixed") == "bf16-mixed"
+    assert len(timed) == sizes
 
 
 def test_the_measurement_is_one() -> None:

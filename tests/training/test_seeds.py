@@ -149,24 +149,27 @@ def test_the_gradient_that_is_not_finite_is_found_in_any_seed() -> None:
 def test_every_seed_acts_in_its_own_environments(envs: int) -> None:
     agents, losses = make_seeds()
     agent, _ = stack_seeds(agents, losses)
-    observations = torch.randn(SEEDS * envs, 5, dtype=torch.float64)
-    for a in agents:  # a latent without noise, so that there is something to compare
-        a.encoder[-1].default_interaction_type = "deterministic"
-    state = TensorDict(observation=observations, batch_size=[SEEDS * envs])
+    draws = 600  # the latent is drawn, so that only means over draws agree
+    observations = torch.randn(SEEDS * envs, 5, dtype=torch.float64).repeat_interleave(draws, 0)
+    state = TensorDict(observation=observations, batch_size=[SEEDS * envs * draws])
     with set_exploration_type(ExplorationType.RANDOM):
         noisy = agent.policy()(state.clone())["action"]
-        assert noisy.shape == (SEEDS * envs, 2)
+        assert noisy.shape == (SEEDS * envs * draws, 2)
         assert not torch.equal(noisy, agent.policy()(state.clone())["action"])
     torch.manual_seed(0)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        repeated = [agent.policy()(state.clone())["action"] for _ in range(600)]
-    # The latent is drawn, so that only means over draws agree.
-    mean = torch.stack(repeated).mean(0)
-    for seed, a in enumerate(agents):
-        share = slice(seed * envs, (seed + 1) * envs)
-        with set_exploration_type(ExplorationType.DETERMINISTIC):
-            alone = [a.policy()(state[share].clone())["action"] for _ in range(600)]
-        torch.testing.assert_close(mean[share], torch.stack(alone).mean(0), rtol=0, atol=0.1)
+        stacked = agent.policy()(state.clone())["action"]
+        shares = [
+            a.policy()(share.clone())["action"]
+            for a, share in zip(agents, state.split(envs * draws), strict=True)
+        ]
+    means, alone = (
+        actions.unflatten(0, (SEEDS, envs, draws)).mean(2)
+        for actions in (stacked, torch.cat(shares))
+    )
+    torch.testing.assert_close(means, alone, rtol=0, atol=0.1)
+    with pytest.raises(AssertionError):  # and tells the seeds apart
+        torch.testing.assert_close(means.roll(1, 0), alone, rtol=0, atol=0.1)
 
 
 def test_one_seed_stays_as_it_is() -> None:

@@ -13,6 +13,8 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 #: How many times faster bfloat16 matrix products must be to be chosen.
 WORTHWHILE_SPEEDUP = 1.5
+#: Where smaller products tell enough: a processor without bfloat16 takes seconds for a large one.
+HOPELESS_SPEEDUP = 0.25
 
 
 def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision:
@@ -39,12 +41,22 @@ def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision
         raise ValueError(f"precision={name!r} is none of 32-true, bf16-mixed, auto")
     if name != "auto":
         return cast("Precision", name)
-    device = torch.device(device)
-    speedup = _matmul_seconds(torch.float32, device) / _matmul_seconds(torch.bfloat16, device)
-    return "bf16-mixed" if speedup >= WORTHWHILE_SPEEDUP else "32-true"
+    return "bf16-mixed" if _speedup(torch.device(device)) >= WORTHWHILE_SPEEDUP else "32-true"
 
 
-def _matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+def _speedup(device: torch.device) -> float:
+    """How many times faster than float32 a product of two large matrices is in bfloat16."""
+    speedup = 1.0
+    for size in (128, 256, 512, 1024):
+        speedup = _matmul_seconds(torch.float32, device, size) / _matmul_seconds(
+            torch.bfloat16, device, size
+        )
+        if speedup < HOPELESS_SPEEDUP:
+            break
+    return speedup
+
+
+def _matmul_seconds(dtype: torch.dtype, device: torch.device, size: int) -> float:
     """The shortest of a few products, so that a busy moment of the machine does not count."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []

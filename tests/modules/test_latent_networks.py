@@ -242,6 +242,11 @@ def test_large_values_keep_their_differences_under_autocast() -> None:
     assert trunk.bfloat16()(x.bfloat16()).dtype == torch.float32  # weights in half precision
 
 
+def test_trunk_runs_where_there_is_no_autocast() -> None:
+    trunk = TrunkMLP(5, 2, HIDDEN).to("meta")
+    assert trunk(torch.randn(3, 5, device="meta")).shape == (3, 2)
+
+
 def test_trunk_concatenates_its_inputs() -> None:
     torch.manual_seed(0)
     trunk = TrunkMLP(5, 2, HIDDEN)

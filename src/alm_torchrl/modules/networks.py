@@ -20,8 +20,11 @@ class FullPrecisionLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., D]`` to ``[..., out_features]``, at least float32."""
+        x = x.to(self.weight.dtype)
+        if not torch.amp.is_autocast_available(x.device.type):  # such as the meta device
+            return full_precision(super().forward(x))
         with torch.autocast(x.device.type, enabled=False):
-            return full_precision(super().forward(x.to(self.weight.dtype)))
+            return full_precision(super().forward(x))
 
 
 def orthogonal_init(module: nn.Module) -> nn.Module:

@@ -22,9 +22,9 @@ def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision
 
     Args:
         name: ``"32-true"`` for float32; ``"bf16-mixed"`` for matrix products in bfloat16, with
-            weights, optimiser, distributions, targets and the outputs of values and rewards left in
-            float32; ``"auto"`` times a matrix product in both on the device, and takes bfloat16
-            where that is 1.5 times as fast.
+            weights, optimiser, distributions, targets and the outputs of values, rewards and
+            classifier left in float32; ``"auto"`` times a matrix product in both on the device,
+            and takes bfloat16 where that is 1.5 times as fast.
         device: where the losses are computed.
 
     Returns:
@@ -46,7 +46,6 @@ def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision
 
 def _speedup(device: torch.device) -> float:
     """How many times faster than float32 a product of two large matrices is in bfloat16."""
-    speedup = 1.0
     for size in (128, 256, 512, 1024):
         speedup = _matmul_seconds(torch.float32, device, size) / _matmul_seconds(
             torch.bfloat16, device, size

@@ -70,18 +70,39 @@ def test_an_episode_is_cut_at_max_steps() -> None:
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("piece", [1, 4, 7])
 def test_pieces_are_one_rollout(monkeypatch, num_envs: int, piece: int) -> None:
-    """The returns, the steps and the resets are those of one long rollout."""
+    """The returns are those of one long rollout, and no step is taken twice or left out."""
 
-    def play(size: int) -> tuple[list[float], list[tuple[int, int]]]:
+    def play(size: int) -> tuple[list[float], list[int]]:
         monkeypatch.setattr("alm_torchrl.evaluation.returns._PIECE", size)
         torch.manual_seed(0)
         one = [Countdown(3 + n, growth=2) for n in range(num_envs)]
         env = one[0] if num_envs == 1 else SerialEnv(num_envs, [lambda e=e: e for e in one])
         policy = TensorDictModule(torch.randn_like, in_keys=["observation"], out_keys=["action"])
-        returns = evaluate_policy(env, policy, episodes=2 * num_envs, max_steps=12)
-        return returns.tolist(), [(e.resets, e.count) for e in one]
+        rounds = 2 if num_envs == 1 else 1  # of several, each piece may begin another episode
+        returns = evaluate_policy(env, policy, episodes=rounds * num_envs, max_steps=12)
+        return returns.tolist(), [e.resets for e in one]
 
-    assert play(piece) == play(1000)
+    returns, resets = play(piece)
+    expected, resets_of_one = play(1000)
+    assert returns == expected
+    assert all(few <= many for few, many in zip(resets, resets_of_one, strict=True))
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_nothing_is_played_once_every_episode_has_ended(num_envs: int) -> None:
+    acted = 0
+
+    def act(observation):
+        nonlocal acted
+        acted += 1
+        return torch.zeros_like(observation)
+
+    lengths = [150, 40, 120][:num_envs]
+    env = SerialEnv(num_envs, [lambda n=n: Countdown(n) for n in lengths])
+    policy = TensorDictModule(act, in_keys=["observation"], out_keys=["action"])
+    returns = evaluate_policy(env, policy, episodes=num_envs)
+    assert returns.tolist() == [n * (n + 1) / 2 for n in lengths]
+    assert acted == 200  # the longest episode, and what is left of its piece
 
 
 def test_a_long_episode_of_large_observations_is_not_kept() -> None:

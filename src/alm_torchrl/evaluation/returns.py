@@ -67,11 +67,15 @@ def _play(
     reward_key: NestedKey,
     done_key: NestedKey,
 ) -> Tensor:
-    """Returns of the first episodes, rolled out piece by piece: whole ones of pixels are large."""
+    """Returns of the first episodes, rolled out piece by piece until all of them have ended.
+
+    Whole rollouts of pixels are large, and an episode may end long before ``max_steps``.
+    """
     batched = bool(env.batch_size)
     start = env.reset()
     rewards: list[Tensor] = []
     dones: list[Tensor] = []
+    playing: Tensor | bool = True
     for first in range(0, max_steps, _PIECE):
         if first and batched:
             start = env.maybe_reset(start)
@@ -84,10 +88,11 @@ def _play(
             auto_cast_to_device=True,
         )
         rewards.append(rollout[unravel_key(("next", reward_key))].squeeze(-1))
-        dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1).int())
-        if not batched and dones[-1].any():
+        dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1))
+        playing = ~dones[-1].any(-1) & playing
+        if not playing.any():
             break
         start = step_mdp(rollout[..., -1])
     done = torch.cat(dones, -1)
-    first_episode = (done.cumsum(-1) - done) == 0
+    first_episode = (done.cumsum(-1) - done.int()) == 0
     return (torch.cat(rewards, -1) * first_episode).sum(-1)

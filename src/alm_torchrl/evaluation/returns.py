@@ -75,7 +75,6 @@ def _play(
     start = env.reset()
     rewards: list[Tensor] = []
     dones: list[Tensor] = []
-    playing: Tensor | bool = True
     for first in range(0, max_steps, _PIECE):
         if first and batched:
             start = env.maybe_reset(start)
@@ -89,8 +88,7 @@ def _play(
         )
         rewards.append(rollout[unravel_key(("next", reward_key))].squeeze(-1))
         dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1))
-        playing = ~dones[-1].any(-1) & playing
-        if not playing.any():
+        if torch.cat(dones, -1).any(-1).all():
             break
         start = step_mdp(rollout[..., -1])
     done = torch.cat(dones, -1)

@@ -114,6 +114,7 @@ class Evaluation:
 
     every: int = MISSING  # steps between two evaluations
     episodes: int = MISSING  # episodes of each
+    ema_decay: float = MISSING  # of averaged weights, evaluated and saved for the newest; 0: none
     video: bool = MISSING  # record an episode at the end
     bias: bool = MISSING  # measure the bias of values and bound against the returns that follow
     diagnostics: bool = MISSING  # measure latents, dynamics and classifier
@@ -185,6 +186,7 @@ _FIXED = (
     *("training.num_envs", "training.replay_capacity"),
     *("training.collector", "training.num_workers", "training.overlap"),
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
+    "evaluation.ema_decay",  # so have averages
     *("objective.gamma", "objective.lmbda", "objective.consistency_coeff"),  # kept beside weights
 )
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")

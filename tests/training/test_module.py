@@ -98,6 +98,50 @@ def test_a_checkpoint_restores_loss_and_optimiser(make_module, tmp_path: Path) -
     assert {group["name"] for group in optimizer.param_groups} == set(fresh.loss.parameter_groups())
 
 
+def test_an_average_of_the_weights_is_evaluated_and_saved(
+    make_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module(ema_decay=0.75)
+    played = []
+    monkeypatch.setattr(
+        "alm_torchrl.training.module.evaluate_policy",
+        lambda env, policy, episodes: played.append(policy) or torch.zeros(episodes),
+    )
+    expected = {name: p.clone() for name, p in module.agent.named_parameters()}
+
+    class Follow(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            for name, newest in pl_module.agent.named_parameters():
+                expected[name] = 0.75 * expected[name] + 0.25 * newest.detach()
+
+    run = trainer(tmp_path / "average", eval_every=12)
+    run.callbacks.insert(0, Follow())
+    run.fit(module)
+    average = module.evaluated_agents[0]
+    saved = ALMAgent.load(tmp_path / "average/agent_last.pt")
+    assert int(average.noise.step_count) == int(module.agent.noise.step_count) == 11
+    assert {id(p) for p in played[-1].parameters()} <= {id(p) for p in average.parameters()}
+    for name, value in expected.items():
+        torch.testing.assert_close(average.get_parameter(name), value, msg=name)
+        assert torch.equal(saved.get_parameter(name), average.get_parameter(name)), name
+
+    plain = make_module()
+    trainer(tmp_path / "plain", eval_every=12).fit(plain)
+    for learnt, same in zip(module.agent.parameters(), plain.agent.parameters(), strict=True):
+        assert torch.equal(learnt, same)
+
+    fresh = make_module(ema_decay=0.75)
+    fresh.load_state_dict(newest_state(tmp_path / "average")["state_dict"])
+    for kept, value in zip(fresh.average.parameters(), average.parameters(), strict=True):
+        assert torch.equal(kept, value)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_out_of_range_is_refused(make_module, decay: float) -> None:
+    with pytest.raises(ValueError, match="ema_decay must be at least 0 and below 1"):
+        make_module(ema_decay=decay)
+
+
 def test_non_finite_data_stops_the_run_before_it_does_damage(make_module, tmp_path: Path) -> None:
     module = make_module()
 

@@ -186,7 +186,7 @@ def test_seeds_of_different_sizes_are_refused() -> None:
         StackedLoss([])
 
 
-def make_module(total_steps: int = 12) -> ALMModule:
+def make_module(total_steps: int = 12, **options) -> ALMModule:
     torch.manual_seed(0)
     env = SerialEnv(2, make_env)
     agents = [ALMAgent.from_env(env, latent_dim=4, hidden_dim=8) for _ in range(2)]
@@ -201,12 +201,13 @@ def make_module(total_steps: int = 12) -> ALMModule:
         noise=agent.noise,
         num_seeds=2,
     )
-    return ALMModule(agent, loss, experience, SerialEnv(4, make_env), eval_episodes=2)
+    return ALMModule(agent, loss, experience, SerialEnv(4, make_env), eval_episodes=2, **options)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-def test_a_run_keeps_every_seed_apart(tmp_path: Path) -> None:
-    module = make_module()
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_a_run_keeps_every_seed_apart(tmp_path: Path, ema_decay: float) -> None:
+    module = make_module(ema_decay=ema_decay)
     trainer = make_trainer(
         tmp_path,
         seed=5,
@@ -228,15 +229,15 @@ def test_a_run_keeps_every_seed_apart(tmp_path: Path) -> None:
             ("6", "14", seed),
             ("12", "20", seed),
         ]
-    for name, agent in zip(("seed5", "seed6"), module.agents, strict=True):
+    for name, agent in zip(("seed5", "seed6"), module.evaluated_agents, strict=True):
         kept = ALMAgent.load(tmp_path / name / "agent_last.pt").state_dict()
         assert all(torch.equal(kept[key], value) for key, value in agent.state_dict().items())
-    one, other = (nn.utils.parameters_to_vector(a.parameters()) for a in module.agents)
+    one, other = (nn.utils.parameters_to_vector(a.parameters()) for a in module.evaluated_agents)
     assert not torch.equal(one, other)
 
     start = find_checkpoint(tmp_path / "checkpoints")
     content = torch.load(start.state, weights_only=True)
-    fresh = make_module()
+    fresh = make_module(ema_decay=ema_decay)
     fresh.load_state_dict(content["state_dict"])
     stacked = fresh.loss.parameter_groups()["actor"][0]
     assert torch.equal(stacked, module.loss.parameter_groups()["actor"][0])

@@ -154,7 +154,7 @@ class SaveAgent(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
         """Saves the agent after an evaluation."""
-        agent, mean = pl_module.agents[self.row], outputs[self.row].mean().item()
+        agent, mean = pl_module.evaluated_agents[self.row], outputs[self.row].mean().item()
         agent.save(self.folder / "agent_last.pt")
         if mean > self.best:
             self.best = mean
@@ -165,7 +165,7 @@ class SaveAgent(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
         """Saves the agent when a run is interrupted."""
-        pl_module.agents[self.row].save(self.folder / "agent_last.pt")
+        pl_module.evaluated_agents[self.row].save(self.folder / "agent_last.pt")
 
 
 class StopOnSignal(L.Callback):
@@ -284,7 +284,7 @@ class Video(L.Callback):
             return
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             rollout = self.env.rollout(
-                self.steps, pl_module.agents[0].policy(), auto_cast_to_device=True
+                self.steps, pl_module.evaluated_agents[0].policy(), auto_cast_to_device=True
             )
         pixels = rollout["pixels"][:: self.every]
         if pixels.shape[-1] != 3:  # stacks, the newest frame last

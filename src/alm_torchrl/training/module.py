@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
@@ -50,14 +51,17 @@ class ALMModule(L.LightningModule):
         max_grad_norm: largest gradient norm of a group.
         target_tau: weight of the new value in the targets' moving average.
         eval_episodes: episodes of an evaluation, for each seed.
+        ema_decay: decay of a moving average over the updates of all weights of the agent, which is
+            evaluated and saved in place of the newest weights; 0 for these, as the authors do.
+            What is learnt, and what acts to learn from, is the same with and without it.
         log_every: updates between two entries in the loggers.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
             graph on a GPU; ``"auto"`` does so where :func:`worth_compiling` says that it pays, and
             goes on without, and warns, if it fails.
 
     Raises:
-        ValueError: if the loss was not built on the agent, a learning rate names no group, or the
-            mode of compilation is another.
+        ValueError: if the loss was not built on the agent, a learning rate names no group, the
+            mode of compilation is another, or the decay is not at least 0 and below 1.
 
     In a trainer of several processes (Lightning's ``ddp``), each has an agent, a loss, experience
     and random numbers of its own, and the gradients are averaged over them. The first evaluates.
@@ -74,10 +78,13 @@ class ALMModule(L.LightningModule):
         max_grad_norm: float = 100.0,
         target_tau: float = 0.005,
         eval_episodes: int = 5,
+        ema_decay: float = 0.0,
         log_every: int = 100,
         compile: str = "never",  # noqa: A002 - the name of the recipe's option
     ) -> None:
         super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
         self.agent = agent
         self.loss = loss
         self.experience = experience
@@ -85,6 +92,8 @@ class ALMModule(L.LightningModule):
         self.learning_rates = learning_rates
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes
+        self.ema_decay = ema_decay
+        self.average = copy.deepcopy(agent).requires_grad_(False) if ema_decay else None
         self.compile_mode = compile
         self.compiles = worth_compiling(compile, len(experience), next(loss.parameters()).device)
         self.automatic_optimization = False
@@ -95,10 +104,13 @@ class ALMModule(L.LightningModule):
 
     @property
     def agents(self) -> list[ALMAgent]:
-        """The agent, or that of every seed."""
-        if isinstance(self.agent, StackedAgent):
-            return [cast("ALMAgent", agent) for agent in self.agent.agents]
-        return [self.agent]
+        """The agent that is learnt, or that of every seed."""
+        return _agents(self.agent)
+
+    @property
+    def evaluated_agents(self) -> list[ALMAgent]:
+        """The agent that is evaluated and saved, or that of every seed."""
+        return _agents(self.agent if self.average is None else self.average)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the four parameter groups."""
@@ -154,6 +166,8 @@ class ALMModule(L.LightningModule):
         # a step that may be part of a graph.
         optimizer = cast("LightningOptimizer", self.optimizers())
         optimizer.step(closure=lambda: metrics.update(self._update(batch)))
+        if self.average is not None:
+            _move(self.average, self.agent, 1 - self.ema_decay)
         logging = batch_idx % self.log_every == 0
         if logging or self.device.type == "cpu":
             self.check()
@@ -201,10 +215,9 @@ class ALMModule(L.LightningModule):
 
     def _evaluate(self) -> Tensor:
         seeds = len(self.agents)
+        agent = self.agent if self.average is None else self.average
         with torch.autocast(self.device.type, enabled=False):
-            returns = evaluate_policy(
-                self.eval_env, self.agent.policy(), seeds * self.eval_episodes
-            )
+            returns = evaluate_policy(self.eval_env, agent.policy(), seeds * self.eval_episodes)
         return returns.reshape(seeds, -1).cpu()
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
@@ -231,3 +244,16 @@ class ALMModule(L.LightningModule):
                     "the loss does not share the agent's networks and noise schedule: move the "
                     "agent to its device first, then build ALMLoss(**agent.networks())"
                 )
+
+
+def _agents(agent: ALMAgent | StackedAgent) -> list[ALMAgent]:
+    if isinstance(agent, StackedAgent):
+        return [cast("ALMAgent", one) for one in agent.agents]
+    return [agent]
+
+
+@torch.no_grad()
+def _move(average: nn.Module, newest: nn.Module, weight: float) -> None:
+    """Moves the average of parameters towards the newest; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(newest.parameters()), weight)
+    torch._foreach_copy_(list(average.buffers()), list(newest.buffers()))

@@ -46,9 +46,9 @@ velocities, `inverted_pendulum` is observed as 32x32 images alone (random action
 `paper`, `quickstart` and `fast` are presets of `recipes/mujoco.py`, `pixels` of
 `recipes/pixels.py`; `fast` was chosen by the sweeps `fast` and `fast_refined`, on seeds 0 and 4;
 `-bf16` behind one stands for `run.precision=bf16-mixed`, `-newest` for `evaluation.ema_decay=0`
-(that of `fast` before commit 9f40492, all sweeps' too), `-window` for `encoder=window`, `-first` for
-the project's first run, `-1e-3` for these learning rates and a batch of 64; `sac` and `redq` are
-TorchRL's, by `recipes/sac.py`.
+(that of `fast` before commit 9f40492, all sweeps' too), `-window` for `encoder=window`, `-first`
+for the project's first run, `-1e-3` for these learning rates and a batch of 64; `sac` and `redq`
+are TorchRL's, by `recipes/sac.py`.
 """
 REACHING = (
     "Steps until a return is first reached, median over seeds, with the time it took where nothing "

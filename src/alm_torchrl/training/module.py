@@ -108,9 +108,14 @@ class ALMModule(L.LightningModule):
         return _agents(self.agent)
 
     @property
+    def evaluated(self) -> ALMAgent | StackedAgent:
+        """What is evaluated: the average of the weights, if one is kept, or the newest."""
+        return self.agent if self.average is None else self.average
+
+    @property
     def evaluated_agents(self) -> list[ALMAgent]:
         """The agent that is evaluated and saved, or that of every seed."""
-        return _agents(self.agent if self.average is None else self.average)
+        return _agents(self.evaluated)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the four parameter groups."""
@@ -215,9 +220,9 @@ class ALMModule(L.LightningModule):
 
     def _evaluate(self) -> Tensor:
         seeds = len(self.agents)
-        agent = self.agent if self.average is None else self.average
+        policy = self.evaluated.policy()
         with torch.autocast(self.device.type, enabled=False):
-            returns = evaluate_policy(self.eval_env, agent.policy(), seeds * self.eval_episodes)
+            returns = evaluate_policy(self.eval_env, policy, seeds * self.eval_episodes)
         return returns.reshape(seeds, -1).cpu()
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:

@@ -185,6 +185,7 @@ _FIXED = (
     *("seed", "num_seeds", "task", "agent", "encoder"),
     *("training.num_envs", "training.replay_capacity"),
     *("training.collector", "training.num_workers", "training.overlap"),
+    "training.updates_per_step",  # or updates would be owed, or paid already, for steps of before
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
     "evaluation.ema_decay",  # so have averages
     *("objective.gamma", "objective.lmbda", "objective.consistency_coeff"),  # kept beside weights

@@ -159,6 +159,7 @@ def test_an_ablation_changes_its_switch_alone_and_trains(
             "ablation=no_consistency_reward",
             "objective.consistency_coeff=0.1 and cannot go on with 0.0",
         ),
+        ("training.updates_per_step=2", "training.updates_per_step=1.0 and cannot go on with 2.0"),
         ("evaluation.ema_decay=0.9", "evaluation.ema_decay=0.0 and cannot go on with 0.9"),
         ("ablation=no_model", None),
         ("learning_rates.actor=1e-5", None),

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
@@ -172,7 +173,7 @@ class ALMModule(L.LightningModule):
         optimizer = cast("LightningOptimizer", self.optimizers())
         optimizer.step(closure=lambda: metrics.update(self._update(batch)))
         if self.average is not None:
-            _move(self.average, self.agent, 1 - self.ema_decay)
+            _move(self.average, self.agent, self.ema_decay)
         logging = batch_idx % self.log_every == 0
         if logging or self.device.type == "cpu":
             self.check()
@@ -258,7 +259,11 @@ def _agents(agent: ALMAgent | StackedAgent) -> list[ALMAgent]:
 
 
 @torch.no_grad()
-def _move(average: nn.Module, newest: nn.Module, weight: float) -> None:
-    """Moves the average of parameters towards the newest; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(newest.parameters()), weight)
+def _move(average: nn.Module, newest: nn.Module, decay: float) -> None:
+    """Moves the average of parameters towards the newest; buffers are copied.
+
+    As torch's ``AveragedModel``, which waits for the device at every update.
+    """
+    move = get_ema_multi_avg_fn(decay)
+    move(list(average.parameters()), list(newest.parameters()), None)
     torch._foreach_copy_(list(average.buffers()), list(newest.buffers()))

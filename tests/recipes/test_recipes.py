@@ -91,6 +91,18 @@ def test_every_preset_and_task_is_complete_and_its_task_exists(config, preset, t
     assert size < 60 or task in ("ant", "humanoid")
 
 
+@pytest.mark.parametrize("preset", ["paper", "quickstart", "fast", "pixels"])
+def test_a_run_gets_what_its_preset_says(config, preset) -> None:
+    """Nothing that is read after the presets has another value for an option of theirs."""
+    said = OmegaConf.to_container(OmegaConf.load(RECIPES / f"conf/preset/{preset}.yaml"))
+    said.pop("defaults", None)
+    composed = config(f"preset={preset}")
+    for group, options in said.items():
+        for name, value in options.items():
+            if "${" not in str(value):
+                assert getattr(getattr(composed, group), name) == value, f"{group}.{name}"
+
+
 ABLATIONS = {
     "no_consistency_reward": {"consistency_coeff": 0.0},
     "no_reward_term": {"reward_term": False},

@@ -105,7 +105,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
     experience = Experience(
         collector,
         replay,
-        **pick(training, "total_steps", "warmup_steps", "updates_per_step"),
+        **pick(training, "total_steps", "warmup_steps", "warmup_updates", "updates_per_step"),
         noise=agent.noise,
         policy=policy,
         observe=agent.update_statistics if isinstance(agent, ALMAgent) else None,

@@ -94,6 +94,7 @@ class Training:
 
     total_steps: int = MISSING  # environment steps after the warm-up (the authors' counter)
     warmup_steps: int = MISSING  # uniformly random steps before them
+    warmup_updates: int = MISSING  # updates on these alone, before the policy acts
     num_envs: int = MISSING  # environments, altogether; of several run.devices, in each process
     collector: str = MISSING  # what steps them: sync (this process), multi (processes) or ray
     num_workers: int = MISSING  # processes or Ray actors, between which environments are divided
@@ -185,11 +186,14 @@ _FIXED = (
     *("seed", "num_seeds", "task", "agent", "encoder"),
     *("training.num_envs", "training.replay_capacity"),
     *("training.collector", "training.num_workers", "training.overlap"),
-    "training.updates_per_step",  # or updates would be owed, or paid already, for steps of before
+    # Or updates would be owed, or paid already, for steps of before.
+    *("training.updates_per_step", "training.warmup_updates"),
     *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
     "evaluation.ema_decay",  # so have averages
     *("objective.gamma", "objective.lmbda", "objective.consistency_coeff"),  # kept beside weights
 )
+#: What these were before there was an option.
+_ONCE = {"training.warmup_updates": 0, "evaluation.ema_decay": 0.0}
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 
@@ -211,7 +215,8 @@ def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
         before = OmegaConf.load(folder / "config.yaml")
         for name in _FIXED:
             new = OmegaConf.select(options, name)
-            old = OmegaConf.select(before, name, default=new)  # a run may be older than an option
+            # A run may be older than an option.
+            old = OmegaConf.select(before, name, default=_ONCE.get(name, new))
             if old != new:
                 raise ValueError(
                     f"{folder} was trained with {name}={old} and cannot go on with {new}"

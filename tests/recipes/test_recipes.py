@@ -172,6 +172,7 @@ def test_an_ablation_changes_its_switch_alone_and_trains(
             "objective.consistency_coeff=0.1 and cannot go on with 0.0",
         ),
         ("training.updates_per_step=2", "training.updates_per_step=1.0 and cannot go on with 2.0"),
+        ("training.warmup_updates=9", "training.warmup_updates=0 and cannot go on with 9"),
         ("evaluation.ema_decay=0.9", "evaluation.ema_decay=0.0 and cannot go on with 0.9"),
         ("ablation=no_model", None),
         ("learning_rates.actor=1e-5", None),
@@ -198,7 +199,11 @@ def test_a_run_cannot_go_on_with_what_its_weights_forbid(
         del older[name]  # a run older than the option
         content = {**vars(before), group: older}
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
-        assert schema.prepare(after) == (tmp_path, start)
+        if name in ("warmup_updates", "ema_decay"):  # there was but one value before
+            with pytest.raises(ValueError, match=re.escape(says)):
+                schema.prepare(after)
+        else:
+            assert schema.prepare(after) == (tmp_path, start)
 
 
 def test_an_ablation_has_folders_of_its_own(tmp_path: Path, monkeypatch) -> None:

@@ -90,6 +90,17 @@ def test_an_interrupted_run_goes_on_where_it_was(make_module, tmp_path, stop_aft
     assert int(module.agent.noise.step_count) == 23
 
 
+@pytest.mark.parametrize("stop_after", [3, 4, 5, 10, 13])
+def test_the_warmups_updates_are_counted_apart(make_module, tmp_path, stop_after) -> None:
+    """Evaluations fall on the steps that they would without, wherever a run was interrupted."""
+    fit(make_module(12, warmup_updates=4), tmp_path, Losses(stop_after))
+    notes, module = Losses(), make_module(12, warmup_updates=4)
+    fit(module, tmp_path, notes, resume=True)
+    assert list(notes.seen) == list(range(stop_after + 1, 17))
+    assert curve(tmp_path) == [("0", "8"), ("6", "14"), ("12", "20")]
+    assert int(module.agent.noise.step_count) == 11
+
+
 def test_losses_go_on_bit_by_bit_from_the_same_experience(make_module, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()

@@ -57,6 +57,21 @@ def test_every_step_is_stored_before_the_update_that_follows_it() -> None:
     assert (experience.steps, experience.frames) == (3, 5)
 
 
+def test_the_warmup_is_learnt_from_before_the_policy_acts() -> None:
+    recorder = Recorder()
+    recorder.publish = lambda update: recorder.events.append(f"publish {update}")
+    experience = recorder.run(
+        total_steps=2, warmup_steps=2, warmup_updates=3, updates_per_step=2.0, policy=recorder
+    )
+    assert recorder.events == [
+        *("step", "store") * 2,
+        *("sample", "update at 1.0") * 3,
+        *("publish 3", "step", "store", *("sample", "update at 1.0") * 2),
+        *("publish 5", "step", "store", *("sample", "update at 0.9") * 2),
+    ]
+    assert len(experience) == experience.updates == 7
+
+
 def test_what_observes_sees_every_batch_once_it_is_stored() -> None:
     recorder = Recorder(frames_per_batch=2)
     recorder.run(
@@ -100,8 +115,11 @@ def test_returns_of_finished_episodes_are_kept() -> None:
         {"total_steps": 5, "warmup_steps": -1},
         {"total_steps": 5, "updates_per_step": 0.0},
         {"total_steps": 5, "updates_per_step": 0.1},
+        {"total_steps": 5, "updates_per_step": 0.1, "warmup_updates": 1},
+        {"total_steps": 5, "warmup_updates": -1},
+        {"total_steps": 5, "warmup_updates": 1, "warmup_steps": 0},
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"expected total_steps|give no update"):
+    with pytest.raises(ValueError, match=r"expected total_steps|give no update|warmup_updates="):
         Experience(Recorder(), Recorder(), **options)

@@ -21,6 +21,7 @@ def make_env() -> TransformedEnv:
 def make_module(
     total_steps: int = 12,
     *,
+    warmup_updates: int = 0,
     updates_per_step: float = 1.0,
     policy_lag: int = 0,
     num_processes: int = 1,
@@ -39,6 +40,7 @@ def make_module(
         make_replay_buffer(100, batch_size=6 // num_processes),
         total_steps=total_steps,
         warmup_steps=8,
+        warmup_updates=warmup_updates,
         updates_per_step=updates_per_step,
         noise=agent.noise,
         policy=policy,

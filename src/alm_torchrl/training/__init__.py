@@ -7,6 +7,7 @@ if find_spec("lightning") is None:
 
 from alm_torchrl.training.acting import PolicyCopy, SentPolicy, StampedPolicy
 from alm_torchrl.training.callbacks import (
+    EvaluationSchedule,
     LearningCurve,
     SaveAgent,
     StopOnSignal,
@@ -38,6 +39,7 @@ __all__ = [
     "Checkpoints",
     "Diagnostics",
     "EnvironmentFailedError",
+    "EvaluationSchedule",
     "Experience",
     "LearningCurve",
     "Measurement",

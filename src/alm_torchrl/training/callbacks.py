@@ -22,7 +22,29 @@ from alm_torchrl.training.checkpoints import Checkpoints, validates_next
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import agree
 
-__all__ = ["LearningCurve", "SaveAgent", "StopOnSignal", "Video"]
+__all__ = ["EvaluationSchedule", "LearningCurve", "SaveAgent", "StopOnSignal", "Video"]
+
+
+class EvaluationSchedule(L.Callback):
+    """Evaluates when the warm-up has been learnt from, and then after every so many updates.
+
+    Lightning by itself counts from the first update of all.
+
+    Args:
+        every: updates between two evaluations.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: ALMModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Has Lightning evaluate after this update if it is time to."""
+        updates = batch_idx + 1 - pl_module.experience.warmup_updates
+        due = updates >= 0 and updates % self.every == 0
+        # It evaluates where the number of updates is a multiple of this.
+        trainer.val_check_batch = 1 if due else batch_idx + 2
 
 
 class LearningCurve(L.Callback):

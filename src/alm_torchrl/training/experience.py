@@ -25,10 +25,11 @@ class EnvironmentFailedError(RuntimeError):
 class Experience:
     """Steps the environment, stores what happened, and yields the batches to learn from.
 
-    Warm-up frames are stored without an update. After them every collected batch is stored first,
-    then sampled as often as ``updates_per_step`` asks, and only then is the noise moved on, so
-    that acting and the updates after it see the same scale. Workers act with the scale that came
-    with their weights.
+    Warm-up frames are stored without an update, and then learnt from by ``warmup_updates``, before
+    the policy acts for the first time. After them every collected batch is stored first, then
+    sampled as often as ``updates_per_step`` asks, and only then is the noise moved on, so that
+    acting and the updates after it see the same scale. Workers act with the scale that came with
+    their weights.
 
     Where workers of the collector were replaced, the episodes that were running are closed in the
     replay buffer, so that no window joins what does not follow.
@@ -38,7 +39,8 @@ class Experience:
         replay: the buffer that :func:`alm_torchrl.data.make_replay_buffer` makes.
         total_steps: environment steps to learn from, after the warm-up (the authors' counter).
         warmup_steps: frames collected before the first update.
-        updates_per_step: updates for each environment step; may be a fraction.
+        warmup_updates: updates after the warm-up, on its frames alone.
+        updates_per_step: updates for each environment step after that; may be a fraction.
         noise: the schedule to advance with every environment step.
         policy: what has to be told when there are new weights: the collector's policy, or what
             sends them to its workers.
@@ -60,6 +62,7 @@ class Experience:
         *,
         total_steps: int,
         warmup_steps: int = 5000,
+        warmup_updates: int = 0,
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | StackedNoise | None = None,
         policy: PolicyCopy | SentPolicy | None = None,
@@ -72,10 +75,16 @@ class Experience:
                 "expected total_steps >= 1, warmup_steps >= 0 and updates_per_step > 0, got "
                 f"{total_steps}, {warmup_steps} and {updates_per_step}"
             )
+        if warmup_updates < 0 or (warmup_updates and not warmup_steps):
+            raise ValueError(
+                f"warmup_updates={warmup_updates} at warmup_steps={warmup_steps}: at least 0, and "
+                "0 where there are no frames to learn from"
+            )
         self.collector = collector
         self.replay = replay
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
+        self.warmup_updates = warmup_updates
         self.updates_per_step = updates_per_step
         self.noise = noise
         self.policy = policy
@@ -90,7 +99,7 @@ class Experience:
         self._losses = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
-        if len(self) < 1:
+        if len(self) == warmup_updates:
             raise ValueError(
                 f"{total_steps} steps at {updates_per_step} updates per step give no update"
             )
@@ -116,7 +125,7 @@ class Experience:
 
     def __len__(self) -> int:
         """Updates altogether. Without a length, Lightning would collect one step ahead."""
-        return int(self.total_steps * self.updates_per_step)
+        return self._due(self.total_steps)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """Yields batches until there have been ``len(self)``, collecting as it goes.
@@ -126,7 +135,8 @@ class Experience:
         """
         batches = iter(self.collector)
         while True:
-            due = min(int(self.steps * self.updates_per_step), len(self))
+            learning = self.frames >= self.warmup_steps
+            due = self._due(min(self.steps, self.total_steps)) if learning else 0
             while self.updates < due:
                 self.updates += 1
                 yield self.replay.sample()
@@ -169,6 +179,10 @@ class Experience:
         """Closes the environments and ends the workers; there is no more to collect after it."""
         self.collector.shutdown()
 
+    def _due(self, steps: int) -> int:
+        """Updates that there should have been after as many steps."""
+        return self.warmup_updates + int(steps * self.updates_per_step)
+
     def _conclude(self) -> None:
         """Ends the step that was learnt from."""
         if self.steps and self.noise is not None:
@@ -178,7 +192,7 @@ class Experience:
         """The collector's next batch, if there is one and nothing is wrong with it."""
         self.collecting = True
         try:
-            if self.steps and self.policy is not None:
+            if self.frames >= self.warmup_steps and self.policy is not None:
                 self.policy.publish(self.updates)
             data = next(batches, None)
         except Exception as error:

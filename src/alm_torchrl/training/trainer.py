@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torchrl.envs import EnvBase
 
 from alm_torchrl.training.callbacks import (
+    EvaluationSchedule,
     LearningCurve,
     SaveAgent,
     StopOnSignal,
@@ -59,7 +60,7 @@ def make_trainer(
         seed: noted in the curve.
         num_seeds: seeds trained at once: ``seed``, ``seed + 1`` and so on.
         title: of the plot.
-        eval_every: updates between two evaluations.
+        eval_every: updates between two evaluations, not counting the warm-up's.
         checkpoint_every: updates between two checkpoints; none are kept if left out.
         keep_checkpoints: how many of the newest are kept.
         start: the checkpoint to go on from; give its ``state`` to ``fit`` as ``ckpt_path``, with
@@ -93,7 +94,8 @@ def make_trainer(
             "precision='auto' measures, and each process might find another: choose 32-true or "
             "bf16-mixed"
         )
-    callbacks = _keep_by_seed(folder, seed, num_seeds, title, measurements)
+    callbacks: list[Callback] = [EvaluationSchedule(eval_every)]
+    callbacks += _keep_by_seed(folder, seed, num_seeds, title, measurements)
     checkpoints = None
     if checkpoint_every is not None:
         checkpoints = Checkpoints(

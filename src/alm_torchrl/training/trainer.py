@@ -103,8 +103,7 @@ def make_trainer(
         )
         callbacks.append(checkpoints)
     callbacks += [ProgressBar(), StopOnSignal(checkpoints)]
-    if video_env is not None:
-        callbacks.append(Video(folder, video_env))
+    callbacks += [Video(folder, video_env)] if video_env is not None else []
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     trainer = L.Trainer(
         accelerator=accelerator,

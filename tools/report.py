@@ -44,11 +44,11 @@ scores, mean and standard deviation over five seeds, in an older version of the 
 velocities, `inverted_pendulum` is observed as 32x32 images alone (random actions return 5 +- 3).
 
 `paper`, `quickstart` and `fast` are presets of `recipes/mujoco.py`, `pixels` of
-`recipes/pixels.py`; `fast` was chosen by the sweeps `fast` and `fast_refined`, on seeds 0 and 4;
-`-bf16` behind one stands for `run.precision=bf16-mixed`, `-newest` for `evaluation.ema_decay=0`
-(that of `fast` before commit 9f40492, all sweeps' too), `-window` for `encoder=window`, `-first`
-for the project's first run, `-1e-3` for these learning rates and a batch of 64; `sac` and `redq`
-are TorchRL's, by `recipes/sac.py`.
+`recipes/pixels.py`; `fast` was chosen by the sweeps below, on seeds 0, 4, 14 and 15. `-earlier`
+behind it stands for the preset before commit 7c68998 (no updates on the warm-up, noise from 1.0,
+the newest weights evaluated), `-bf16` for `run.precision=bf16-mixed`, `-window` for
+`encoder=window`, `-first` for the project's first run, `-1e-3` for these learning rates and a
+batch of 64; `sac` and `redq` are TorchRL's, by `recipes/sac.py`.
 """
 REACHING = (
     "Steps until a return is first reached, median over seeds, with the time it took where nothing "

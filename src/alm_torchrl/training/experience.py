@@ -192,7 +192,7 @@ class Experience:
         """The collector's next batch, if there is one and nothing is wrong with it."""
         self.collecting = True
         try:
-            if self.frames >= self.warmup_steps and self.policy is not None:
+            if (self.steps or self.updates) and self.policy is not None:
                 self.policy.publish(self.updates)
             data = next(batches, None)
         except Exception as error:

@@ -94,16 +94,16 @@ def make_trainer(
             "precision='auto' measures, and each process might find another: choose 32-true or "
             "bf16-mixed"
         )
-    callbacks: list[Callback] = [EvaluationSchedule(eval_every)]
-    callbacks += _keep_by_seed(folder, seed, num_seeds, title, measurements)
+    callbacks = _keep_by_seed(folder, seed, num_seeds, title, measurements)
     checkpoints = None
     if checkpoint_every is not None:
         checkpoints = Checkpoints(
             folder / "checkpoints", every=checkpoint_every, keep=keep_checkpoints, start=start
         )
         callbacks.append(checkpoints)
-    callbacks += [ProgressBar(), StopOnSignal(checkpoints)]
-    callbacks += [Video(folder, video_env)] if video_env is not None else []
+    callbacks += [EvaluationSchedule(eval_every), ProgressBar(), StopOnSignal(checkpoints)]
+    if video_env is not None:
+        callbacks.append(Video(folder, video_env))
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     trainer = L.Trainer(
         accelerator=accelerator,

@@ -28,7 +28,7 @@ class GivenBatches:
 
     def __init__(self, batches: list[TensorDictBase]) -> None:
         self.batches = batches
-        self.updates = self.frames = self.steps = 0
+        self.updates = self.frames = self.steps = self.warmup_updates = 0
         self.episode_returns: list[float] = []
         self.policy_age = None
         self.collecting = False

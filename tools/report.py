@@ -45,11 +45,11 @@ velocities, `inverted_pendulum` is observed as 32x32 images alone (random action
 
 `paper`, `quickstart` and `fast` are presets of `recipes/mujoco.py`, `pixels` of
 `recipes/pixels.py`; `fast` was chosen by the sweeps `fast` and `fast_refined`, on seeds 0 and 4,
-and changed after trials on 14 and 15. `-earlier` behind it stands for the preset before that
-(until commit 7c68998: no updates on the warm-up, noise from 1.0, the newest weights evaluated; the
-sweeps' too), `-bf16` for `run.precision=bf16-mixed`, `-window` for
-`encoder=window`, `-first` for the project's first run, `-1e-3` for these learning rates and a
-batch of 64; `sac` and `redq` are TorchRL's, by `recipes/sac.py`.
+and changed after trials on 14 and 15, which the sweep `fast_warmup` repeats. `-earlier` behind it
+stands for the preset before that (until commit 7c68998: no updates on the warm-up, noise from 1.0,
+the newest weights evaluated; the other sweeps' too), `-bf16` for `run.precision=bf16-mixed`,
+`-window` for `encoder=window`, `-first` for the project's first run, `-1e-3` for these learning
+rates and a batch of 64; `sac` and `redq` are TorchRL's, by `recipes/sac.py`.
 """
 REACHING = (
     "Steps until a return is first reached, median over seeds, with the time it took where nothing "

@@ -52,8 +52,9 @@ the newest weights evaluated; the other sweeps' too), `-bf16` for `run.precision
 rates and a batch of 64; `sac` and `redq` are TorchRL's, by `recipes/sac.py`.
 """
 REACHING = (
-    "Steps until a return is first reached, median over seeds, with the time it took where nothing "
-    "else ran (minutes of one kind of machine can be compared; the last table names it):"
+    "Steps until a return is first reached, median over seeds, and the median time of those seeds "
+    "beside which nothing else ran (minutes of one kind of machine can be compared; the last table "
+    "names it):"
 )
 Rows = list[dict[str, float]]
 #: By task, by what was trained, by seed.
@@ -136,7 +137,7 @@ def first_reaching(rows: Rows, wanted: float) -> dict[str, float] | None:
 def reaching_table(
     curves: dict[str, dict[int, Rows]], timed: dict[str, dict[int, Rows]]
 ) -> Iterator[str]:
-    """Steps, and minutes where nothing else ran, until a return is reached first: the median."""
+    """Median steps of all seeds, and minutes of the timed ones, until a return is first reached."""
     rows = []
     for what, seeds in sorted(curves.items()):
         cells = []

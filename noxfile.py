@@ -1,4 +1,4 @@
-"""The project's checks: `nox` runs lint, types, tests, docs and smoke; `nox -l` lists them all.
+"""The project's checks: `nox` runs the quick ones, `nox -s full` every test; `nox -l` lists all.
 
 Everything but `lint` needs the whole stack (torch, TorchRL, Lightning, MuJoCo), which is large, so
 those sessions share one environment, `stack`, that is installed once and again only when
@@ -40,6 +40,11 @@ def _run_in_stack(session: nox.Session, *command: str, **env: str) -> None:
     session.run(str(program), *command[1:], external=True, env=env)
 
 
+def _run_pytest(session: nox.Session, *arguments: str) -> None:
+    # The tests' tensors are tiny: a second thread only gets in the way of the first.
+    _run_in_stack(session, "pytest", *arguments, OMP_NUM_THREADS="1")
+
+
 # pip and venv, not uv: uv reads neither pip's configuration nor its local wheels.
 @nox.session(venv_backend="venv", reuse_venv=True, default=False)
 def stack(session: nox.Session) -> None:
@@ -70,12 +75,15 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["stack"])
 def tests(session: nox.Session) -> None:
-    """Run the tests and every docstring example, with coverage; arguments go to pytest."""
-    # A selection of tests cannot reach the coverage that the whole suite owes.
-    everything = ["--cov", "--cov-report=term", "--numprocesses=auto"]
-    arguments = session.posargs or everything
-    # The tests' tensors are tiny: a second thread only gets in the way of the first.
-    _run_in_stack(session, "pytest", *arguments, OMP_NUM_THREADS="1")
+    """Run the quick tests of every module and every docstring example; arguments go to pytest."""
+    _run_pytest(session, *(session.posargs or ["-m", "not slow", "--numprocesses=auto"]))
+
+
+@nox.session(venv_backend="none", requires=["stack"], default=False)
+def full(session: nox.Session) -> None:
+    """Run every test, with coverage; arguments are added to pytest's."""
+    coverage = ["--cov", "--cov-report=term"]
+    _run_pytest(session, *coverage, "--numprocesses=auto", "--durations=40", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["stack"])

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,14 +32,16 @@ from alm_torchrl.training import (
     Experience,
     SentPolicy,
     StampedPolicy,
+    find_checkpoint,
     make_trainer,
 )
 from tests.data.counting import CountingEnv
+from tests.patience import patience
 from tests.training.test_checkpoints import Failing
 
 ROOT = Path(__file__).parents[2]
-NO_RAY = find_spec("ray") is None
-RAY = pytest.param("ray", marks=pytest.mark.skipif(NO_RAY, reason="Ray is not installed"))
+NEEDS_RAY = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+RAY = pytest.param("ray", marks=NEEDS_RAY)
 
 pytestmark = pytest.mark.slow  # for the time that processes need to start
 
@@ -48,6 +52,29 @@ def failing_env(how: str, at: int) -> TransformedEnv:
 
 def dying_env() -> TransformedEnv:
     return TransformedEnv(CountingEnv(), Dying())
+
+
+def hanging_env() -> TransformedEnv:
+    return TransformedEnv(CountingEnv(), Hanging("hangs", 5))
+
+
+def slow_env() -> TransformedEnv:
+    print("constructs", flush=True)
+    time.sleep(1e6)
+
+
+def broken_env() -> TransformedEnv:
+    raise ValueError("no such joint")
+
+
+class Hanging(Failing):
+    """Does not return from a step, as a simulator that waits for something does."""
+
+    def _step(self, tensordict, next_tensordict):
+        self.count += 1
+        if self.count == self.at:
+            time.sleep(1e6)
+        return next_tensordict
 
 
 class Dying(Failing):
@@ -71,7 +98,7 @@ def make_module(kind, overlap=False, every=1, env=CountingEnv, **options) -> ALM
     policy = StampedPolicy(agent.policy())
     collector = make_collector(
         env, copy.deepcopy(policy), kind=kind, num_workers=2, frames_per_batch=20,
-        init_random_frames=40, overlap=overlap, seed=3, timeout=60, **options,
+        init_random_frames=40, overlap=overlap, seed=3, timeout=patience(), **options,
     )  # fmt: skip
     experience = Experience(
         collector,
@@ -101,15 +128,15 @@ class Killer(L.Callback):
             ray.kill(collector.remote_collectors[0])
 
 
-def fit(module: ALMModule, folder: Path, *callbacks: L.Callback) -> None:
+def fit(module: ALMModule, folder: Path, *callbacks: L.Callback, start=None) -> None:
     trainer = make_trainer(
         folder, seed=0, title="workers", eval_every=50, checkpoint_every=50,
-        accelerator="cpu", tensorboard=False,
+        accelerator="cpu", tensorboard=False, start=start,
     )  # fmt: skip
     trainer.callbacks += callbacks
     trainer.progress_bar_callback.disable()
     try:
-        trainer.fit(module)
+        trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
     finally:
         module.experience.shutdown()
 
@@ -152,16 +179,15 @@ def _keep_cluster(request):
             )
 
 
-@pytest.mark.parametrize("kind", ["multi", RAY])
-def test_a_run_goes_on_without_a_worker_that_was_killed(kind, tmp_path) -> None:
-    module = make_module(kind)
+@NEEDS_RAY
+def test_a_run_goes_on_without_a_ray_actor_that_was_killed(tmp_path) -> None:
+    module = make_module("ray")
     before = copy.deepcopy(module.agent.state_dict())
     collector, experience = module.experience.collector, module.experience
-    processes = getattr(collector, "procs", [])
     with pytest.warns(UserWarning, match="worker .*was lost .*; it is replaced"):
         fit(module, tmp_path, Killer(at=34))
     assert (experience.frames, experience.steps, experience.updates) == (240, 200, 100)
-    assert collector.losses == 1
+    assert collector.restarts == 1
     assert ages(tmp_path) == [0.0] * len(ages(tmp_path))
     assert len(ages(tmp_path)) >= 10
     assert any(not torch.equal(before[k], v) for k, v in module.agent.state_dict().items())
@@ -170,7 +196,22 @@ def test_a_run_goes_on_without_a_worker_that_was_killed(kind, tmp_path) -> None:
     closed = stored["next", "truncated"] & (stored["next", "observation"][..., 2:] < 7)
     assert closed.sum() == 2  # the episodes that were running, one in each lane
     assert stored["observation"][..., 0].unique().numel() > 2  # not the same episodes again
+
+
+def test_a_process_that_was_killed_ends_the_run_which_goes_on_from_there(tmp_path) -> None:
+    module = make_module("multi")
+    processes = list(module.experience.collector.procs)
+    says = "failed after frame 120: .*worker 0 ended with exit code -9: look for what ends it"
+    with pytest.raises(EnvironmentFailedError, match=says):
+        fit(module, tmp_path, Killer(at=34))
     assert not any(process.is_alive() for process in processes if not process._closed)
+    start = find_checkpoint(tmp_path / "checkpoints")
+    assert start is not None
+    module = make_module("multi")
+    fit(module, tmp_path, start=start)
+    experience = module.experience
+    assert (experience.frames, experience.updates) == (240, 100)
+    check_windows(module)
 
 
 @pytest.mark.parametrize("kind", ["multi", RAY])
@@ -181,7 +222,9 @@ def test_overlap_is_seen_in_the_age_of_the_policy(kind, tmp_path) -> None:
     assert (experience.frames, experience.updates) == (240, 100)
     assert 0 < experience.policy_age < 100
     check_windows(module)
-    first = experience.replay.read(0, 40)["action"]
+    stored = experience.replay.read(0, 240)
+    worker = stored["observation"][:, 0]  # a second batch may come before the other's first
+    first = torch.cat([stored["action"][worker == seed][:20] for seed in worker.unique()])
     assert first.unique(dim=0).shape[0] == 40  # random, and differently in each worker
 
 
@@ -193,82 +236,120 @@ def test_weights_sent_less_often_are_older(tmp_path) -> None:
     assert module.experience.policy_age == 5.0
 
 
-@pytest.mark.parametrize("kind", ["multi", RAY])
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("kind", "how", "says"),
     [
-        ("raises", "failed after frame 60: .*the joint came off"),
-        ("nan", "not finite was collected in .*observation.* after frame 60"),
+        ("multi", "raises", "failed after frame 60: .*the joint came off"),
+        ("multi", "nan", "not finite was collected in .*observation.* after frame 60"),
+        pytest.param("ray", "raises", "frame 60: .*the joint came off", marks=NEEDS_RAY),
     ],
 )
-def test_an_environment_that_fails_in_a_worker_is_not_replaced(kind, how, says, tmp_path) -> None:
+def test_an_environment_that_fails_in_a_worker_ends_the_run(kind, how, says, tmp_path) -> None:
     module = make_module(kind, env=partial(failing_env, how, 35))
     with pytest.raises(EnvironmentFailedError, match=says):
         fit(module, tmp_path)
-    assert module.experience.collector.losses == 0
     assert len(module.experience.replay) == 60
     assert (tmp_path / "checkpoints").exists()
 
 
-def test_a_worker_that_keeps_dying_ends_the_run() -> None:
+def test_a_process_that_hangs_is_not_waited_for_without_end() -> None:
     collector = make_collector(
-        dying_env, None, kind="multi", num_workers=2, frames_per_batch=20, max_losses=1
+        hanging_env, None, kind="multi", num_workers=2, frames_per_batch=20, timeout=5.0
+    )
+    with pytest.raises(WorkersLostError, match="the workers did not answer within 5 s"):
+        next(iter(collector))
+    begin = time.monotonic()
+    collector.shutdown()
+    assert time.monotonic() - begin < 5.0  # they have been killed before
+
+
+def test_a_process_that_cannot_start_says_why() -> None:
+    with pytest.raises(WorkersLostError, match="could not start: ValueError: no such joint$"):
+        make_collector(broken_env, None, kind="multi", num_workers=2, frames_per_batch=20)
+
+
+@NEEDS_RAY
+def test_a_ray_actor_that_keeps_dying_ends_the_run() -> None:
+    collector = make_collector(
+        dying_env, None, kind="ray", num_workers=2, frames_per_batch=20, max_restarts=1
     )
     experience = Experience(
         collector, make_replay_buffer(100, batch_size=6, num_envs=2), total_steps=20
     )
     says = "loss 2 within an hour: look for what ends the workers"
     with (
-        pytest.warns(UserWarning, match="exit code 11"),
+        pytest.warns(UserWarning, match="was lost .*; it is replaced"),
         pytest.raises(EnvironmentFailedError, match=says),
     ):
         next(iter(experience))
     experience.shutdown()
 
 
-@pytest.mark.skipif(NO_RAY, reason="Ray is not installed")
+@NEEDS_RAY
 def test_a_ray_cluster_without_room_is_not_waited_for_without_end() -> None:
-    options = {"kind": "ray", "num_workers": 2, "frames_per_batch": 20, "timeout": 5.0}
+    options = {"kind": "ray", "num_workers": 2, "frames_per_batch": 20, "start_timeout": 5.0}
     with pytest.raises(WorkersLostError, match="within 5 s: each of 2 asks for .*1000.* no room"):
         make_collector(CountingEnv, None, remote_configs={"num_cpus": 1000}, **options)
 
 
 SCRIPT = """
-import sys, time
+import sys
 from alm_torchrl.data import make_collector
-from tests.data.counting import CountingEnv
+from tests.training.test_workers import CountingEnv, hanging_env, slow_env
 
-if __name__ == "__main__":
-    collector = make_collector(CountingEnv, None, kind="multi", num_workers=2, frames_per_batch=20)
+if __name__ == "__main__" or sys.argv[1] == "unguarded":
+    env = {"interrupted": slow_env, "killed": hanging_env}.get(sys.argv[1], CountingEnv)
+    collector = make_collector(env, None, kind="multi", num_workers=2, frames_per_batch=20)
+    print("started", flush=True)
     next(iter(collector))
-    print(*(process.pid for process in collector.procs), flush=True)
-    if sys.argv[1] == "raise":
-        raise ValueError("nobody ends the workers")
-    time.sleep(100)
+    raise ValueError("nobody ends the workers")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-@pytest.mark.parametrize("end", ["raise", "kill"])
-def test_no_process_is_left_behind(end, tmp_path) -> None:
-    """Neither by an exception that nobody expected, nor by SIGKILL."""
-    script = tmp_path / "script.py"
+@pytest.mark.parametrize("how", ["raises", "killed", "interrupted", "unguarded"])
+def test_no_process_is_left_behind(how, tmp_path) -> None:
+    """By an error, by SIGKILL while an environment hangs, and by Ctrl-C while they start."""
+    script, temporary = tmp_path / "script.py", tmp_path / "tmp"
     script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    command = [sys.executable, str(script), end]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-        if end == "kill":
-            process.kill()
-        process.wait(timeout=60)
-    deadline = time.monotonic() + 30
-    while any(map(_runs, workers)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert len(workers) == 2
-    assert not any(map(_runs, workers))
+    temporary.mkdir()
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(temporary)}
+    command = [sys.executable, str(script), how]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            if how in ("killed", "interrupted"):
+                process.stdout.readline()
+                time.sleep(1)  # so that all environments hang
+                process.kill() if how == "killed" else os.killpg(process.pid, signal.SIGINT)
+            _, errors = process.communicate(timeout=patience())
+            wait_until(lambda: not group(process.pid))
+        finally:
+            for left in group(process.pid):
+                os.kill(left, signal.SIGKILL)
+    assert not list(temporary.iterdir())
+    last = errors.strip().splitlines()[-1]
+    if how == "raises":
+        assert "nobody ends the workers" in last
+    if how == "unguarded":
+        assert 'needs an `if __name__ == "__main__":` guard' in last
+        assert errors.count("Traceback") == 1
 
 
-def _runs(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + patience()
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def group(leader: int) -> list[int]:
+    """The processes of a group that run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, number = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if state != "Z" and int(number) == leader:
+                found.append(int(folder.name))
+    return found

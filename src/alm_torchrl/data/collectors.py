@@ -12,7 +12,8 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from alm_torchrl.data.ray_workers import RayWorkers
-from alm_torchrl.data.workers import ProcessCollector
+from alm_torchrl.data.workers import AsyncWorkers, SyncWorkers
+from alm_torchrl.spawned import leave_unguarded_script
 
 __all__ = ["make_collector"]
 
@@ -30,7 +31,8 @@ def make_collector(
     device: torch.device | str | None = None,
     seed: int | None = None,
     timeout: float = 600.0,
-    max_losses: int = 10,
+    start_timeout: float = 600.0,
+    max_restarts: int = 10,
     **collector_kwargs: Any,
 ) -> BaseCollector:
     """Makes a TorchRL collector that feeds a replay buffer.
@@ -38,8 +40,9 @@ def make_collector(
     The first ``init_random_frames`` actions are uniform in the action spec; after them the policy
     acts, sampling (``ExplorationType.RANDOM``). A frame is one step of one environment.
 
-    A worker process or Ray actor that dies, or does not answer, is replaced with a warning. The
-    next batch then does not follow the last one: a ``losses`` that has grown shows it, and
+    A worker process that dies, or does not answer, ends the collection with a
+    :class:`WorkersLostError`. A Ray actor is replaced, with a warning. The next batch then does not
+    follow the last one: ``collector.restarts`` has grown, and
     :meth:`WindowReplayBuffer.close_episodes` says so to the buffer (``Experience`` does). What an
     environment raises in a worker is raised here.
 
@@ -63,7 +66,8 @@ def make_collector(
         seed: seed of the environments, and in workers also of TorchRL's random numbers, drawn from
             torch's generator if left out. A seed inside ``create_env`` is the same in each worker.
         timeout: seconds after which a worker that does not answer counts as lost.
-        max_losses: how many losses within an hour are made good.
+        start_timeout: seconds that workers may take to start.
+        max_restarts: Ray actors replaced within an hour.
         **collector_kwargs: passed to TorchRL's collector, such as ``policy_device``,
             ``storing_device`` or ``compile_policy``; for ``"ray"`` also ``ray_init_config`` and
             ``remote_configs`` (what a worker asks of the cluster, ``{"num_cpus": 1}``).
@@ -77,6 +81,7 @@ def make_collector(
     Raises:
         ValueError: if the frames do not divide as asked, or the kind is unknown.
         ImportError: if Ray is asked for and not installed.
+        WorkersLostError: if a worker does not start.
 
     Examples:
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
@@ -109,20 +114,21 @@ def make_collector(
             f"kind={kind!r} makes an environment in each worker: pass a function that makes it"
         )
     options |= {
-        "overlap": overlap,
         "set_truncated": overlap,
         "seed": int(torch.randint(2**31 - 1, ())) if seed is None else seed,
         "timeout": timeout,
-        "max_losses": max_losses,
+        "start_timeout": start_timeout,
     }
     create_envs = [create_env] * num_workers
     if kind == "ray":
-        options["track_traj_ids"] = False
+        options |= {"track_traj_ids": False, "overlap": overlap, "max_restarts": max_restarts}
         return RayWorkers(create_envs, policy, **{**options, **collector_kwargs})
+    leave_unguarded_script()
     options["exploration_type"] = ExplorationType.RANDOM
     if not overlap:
         options["cat_results"] = "stack"
-    return ProcessCollector(create_envs, policy, **{**options, **collector_kwargs})
+    workers = AsyncWorkers if overlap else SyncWorkers
+    return workers(create_envs, policy, **{**options, **collector_kwargs})
 
 
 def _check_workers(kind: str, num_workers: int, overlap: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,11 +19,12 @@ from torchrl.collectors import Collector
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs.utils import ExplorationType
 
-from alm_torchrl.data.workers import WorkerLosses, WorkersLostError
+from alm_torchrl.data.workers import WorkersLostError
 
 __all__ = ["RayWorkers"]
 
 _QUIET = {"include_dashboard": False, "log_to_driver": False}  # where Ray is started here
+_HOUR = 3600.0
 
 
 class RayWorkers(RayCollector):
@@ -39,8 +42,9 @@ class RayWorkers(RayCollector):
         init_random_frames: uniformly random frames at the start.
         total_frames: frames after which iteration stops; -1 for never.
         seed: seed of the environments and of the actors' random numbers.
-        timeout: seconds that a batch, or the start of an actor, may take.
-        max_losses: how many actors are replaced within an hour.
+        timeout: seconds that a batch, or another answer, may take.
+        start_timeout: seconds that actors may take to start.
+        max_restarts: actors replaced within an hour.
         ray_init_config: arguments of ``ray.init``, where Ray is not running yet.
         remote_configs: what an actor asks of the cluster; one CPU if left out.
         **options: of the :class:`~torchrl.collectors.Collector` in every actor.
@@ -61,7 +65,8 @@ class RayWorkers(RayCollector):
         total_frames: int,
         seed: int,
         timeout: float,
-        max_losses: int,
+        start_timeout: float,
+        max_restarts: int,
         ray_init_config: dict[str, Any] | None = None,
         remote_configs: dict[str, Any] | None = None,
         **options: Any,
@@ -70,8 +75,11 @@ class RayWorkers(RayCollector):
             raise ImportError("kind='ray' needs Ray: pip install 'alm-torchrl[ray]'")
         self._create_envs = create_envs
         self._remote_config = remote_configs or {"num_cpus": 1}
-        self._losses = WorkerLosses(max_losses)
-        self._timeout = timeout
+        if max_restarts < 0:
+            raise ValueError(f"max_restarts must be at least 0, not {max_restarts}")
+        self.restarts = 0
+        self._restart_times: deque[float] = deque(maxlen=max_restarts + 1)
+        self._timeout, self._start_timeout = timeout, start_timeout
         self._weights: Any = None  # in the object store
         self._informed = [True] * len(create_envs)
         self._random = [False] * len(create_envs)
@@ -99,11 +107,6 @@ class RayWorkers(RayCollector):
         self._start_within_timeout(begin)
         self.init_random_frames = init_random_frames
         self._begin()
-
-    @property
-    def losses(self) -> int:
-        """How many actors were replaced."""
-        return self._losses.total
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yields batches, ``[num_workers, ...]``, or of one actor where they overlap.
@@ -134,13 +137,14 @@ class RayWorkers(RayCollector):
 
     def reset(self, *_: Any, **__: Any) -> None:
         """Begins new episodes."""
-        self._call("reset")
+        for future in [actor.reset.remote() for actor in self.remote_collectors]:
+            self._get(future, self._timeout)
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Seeds the environments and the actors, and begins new episodes."""
         self._seed = seed
         for actor in self.remote_collectors:
-            seed = self._get(actor.set_seed.remote(seed, static_seed))
+            seed = self._get(actor.set_seed.remote(seed, static_seed), self._start_timeout)
         return seed
 
     def state_dict(self) -> OrderedDict[str, int]:
@@ -164,17 +168,17 @@ class RayWorkers(RayCollector):
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        thread.join(self._timeout)
+        thread.join(self._start_timeout)
         if thread.is_alive():
             self.stop_remote_collectors()  # which ends the wait
-            raise self._no_room()
+            raise self._no_room(self._start_timeout)
         if failed:
             raise failed[0]
 
-    def _no_room(self) -> WorkersLostError:
+    def _no_room(self, timeout: float) -> WorkersLostError:
         return WorkersLostError(
-            f"a Ray worker did not start within {self._timeout:.0f} s: each of {self.num_workers} "
-            f"asks for {self._remote_config}, and the cluster may have no room"
+            f"no answer of a Ray worker within {timeout:.0f} s: each of {self.num_workers} asks "
+            f"for {self._remote_config}, and the cluster may have no room"
         )
 
     def _begin(self) -> None:
@@ -246,7 +250,7 @@ class RayWorkers(RayCollector):
         if self._random[index]:
             self._random_left += self._frames_per_batch_corrected
         while True:
-            self._losses.note(f"Ray worker {index} {reason}")
+            self._count_restart(f"Ray worker {index} {reason}")
             with suppress(ray.exceptions.RayError):
                 ray.kill(self.remote_collectors[index])
             kwargs, config = self.collector_kwargs[index], self._remote_config
@@ -254,16 +258,31 @@ class RayWorkers(RayCollector):
             actor = self.remote_collectors[index] = self.remote_collectors.pop()
             self._informed[index] = self._weights is None
             try:
-                self._get(actor.set_seed.remote(self._seed + 1009 * self.losses + index))
+                seed = self._seed + 1009 * self.restarts + index  # others than those before
+                self._get(actor.set_seed.remote(seed), self._start_timeout)
                 return
             except ray.exceptions.RayActorError as error:
                 reason = f"was lost again ({type(error).__name__})"
 
-    def _call(self, method: str) -> None:
-        for future in [getattr(actor, method).remote() for actor in self.remote_collectors]:
-            self._get(future)
+    def _count_restart(self, reason: str) -> None:
+        """Counts a lost actor, and warns of it.
 
-    def _get(self, future: Any) -> Any:
+        Raises:
+            WorkersLostError: if it is one too many.
+        """
+        self.restarts += 1
+        self._restart_times.append(time.monotonic())
+        limit, times = self._restart_times.maxlen, self._restart_times
+        if len(times) == limit and times[-1] - times[0] < _HOUR:
+            raise WorkersLostError(
+                f"{reason}, and it is loss {limit} within an hour: look for what ends the "
+                "workers, such as the memory of the machine or a simulator that crashes"
+            )
+        warnings.warn(
+            f"{reason}; it is replaced, and the episodes that were running end there", stacklevel=2
+        )
+
+    def _get(self, future: Any, timeout: float) -> Any:
         """An actor's answer outside collection, within the time that one may take.
 
         Raises:
@@ -272,10 +291,10 @@ class RayWorkers(RayCollector):
         import ray
 
         try:
-            return ray.get(future, timeout=self._timeout)
+            return ray.get(future, timeout=timeout)
         except ray.exceptions.GetTimeoutError:
             self.shutdown()
-            raise self._no_room() from None
+            raise self._no_room(timeout) from None
 
 
 class RayWorker(Collector):

@@ -1,250 +1,168 @@
-"""Collection in processes of this machine, which goes on when one of them dies."""
+"""TorchRL's process collectors, which end in bounded time when a process dies or hangs."""
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import signal
-import tempfile
 import threading
 import time
-import warnings
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from multiprocessing.connection import Connection
+from multiprocessing.util import get_temp_dir
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.collectors import BaseCollector, Collector, MultiAsyncCollector, MultiSyncCollector
+from torchrl.collectors import Collector, MultiAsyncCollector, MultiCollector, MultiSyncCollector
 
-__all__ = ["ProcessCollector", "WorkerLosses", "WorkersLostError"]
+from alm_torchrl.spawned import GUARD_HINT, end_with_parent
 
-_GRACE = 20.0  # seconds that TorchRL has to notice a dead process and to end the others
-_HOUR = 3600.0
+__all__ = ["AsyncWorkers", "SyncWorkers", "WorkersLostError"]
+
+_GRACE = 5.0  # seconds that TorchRL has to notice a dead process by itself
 
 
 class WorkersLostError(ChildProcessError):
-    """More workers were lost than a run should replace, or one could not be replaced."""
+    """A worker could not start, died or did not answer, and is not replaced."""
 
 
-class WorkerLosses:
-    """Counts the workers that were lost, and says when there are too many to go on.
+class _Workers(MultiCollector):
+    """A TorchRL process collector that says why it fails, and does so in bounded time.
 
-    Args:
-        limit: losses within an hour that are made good.
-
-    Raises:
-        ValueError: if the limit is negative.
-    """
-
-    def __init__(self, limit: int) -> None:
-        if limit < 0:
-            raise ValueError(f"max_losses must be at least 0, not {limit}")
-        self.limit = limit
-        self.total = 0
-        self._times: deque[float] = deque(maxlen=limit + 1)
-
-    def note(self, reason: str) -> None:
-        """Counts a loss, and warns of it.
-
-        Raises:
-            WorkersLostError: if it is one too many.
-        """
-        self.total += 1
-        self._times.append(time.monotonic())
-        if len(self._times) > self.limit and self._times[-1] - self._times[0] < _HOUR:
-            raise WorkersLostError(
-                f"{reason}, and it is loss {self.limit + 1} within an hour: look for what ends the "
-                "workers, such as the memory of the machine or a simulator that crashes"
-            )
-        warnings.warn(
-            f"{reason}; it is replaced, and the episodes that were running end there", stacklevel=3
-        )
-
-
-class ProcessCollector(BaseCollector):
-    """A TorchRL multi-process collector that is made anew when one of its processes dies.
-
-    TorchRL's collectors end all processes when one is gone. The new ones begin new episodes: the
-    next batch does not follow the last one, which shows in :attr:`losses`. An exception that the
-    environment raises in a process ends the collection with its message.
+    A process that dies or does not answer raises :class:`WorkersLostError`; what an environment
+    raises is a ``RuntimeError`` with its message. The processes end with the collector, with an
+    error or Ctrl-C while they start, and with the process that has started them.
 
     Args:
         create_envs: one function for each process.
         policy: the acting policy, or None for random actions.
-        overlap: processes collect on by themselves, each for batches of its own.
         init_random_frames: uniformly random frames at the start.
-        total_frames: frames after which iteration stops; -1 for never.
         seed: seed of the environments and of the processes' random numbers.
-        timeout: seconds that a batch may take.
-        max_losses: how often processes are replaced within an hour.
+        timeout: seconds that a batch, or another answer, may take.
+        start_timeout: seconds that the processes may take to start.
         **options: of TorchRL's collector.
+
+    Raises:
+        WorkersLostError: if a process does not start.
     """
+
+    procs: list[Any] = []  # noqa: RUF012 - TorchRL sets it
 
     def __init__(
         self,
         create_envs: list[Callable[[], Any]],
         policy: Any,
         *,
-        overlap: bool,
         init_random_frames: int,
-        total_frames: int,
         seed: int,
         timeout: float,
-        max_losses: int,
+        start_timeout: float,
         **options: Any,
     ) -> None:
-        super().__init__()
-        self._reports = tempfile.TemporaryDirectory(prefix="alm-torchrl-workers-")
-        self._make = partial(
-            MultiAsyncCollector if overlap else MultiSyncCollector,
-            create_envs,
-            policy,
-            num_threads=torch.get_num_threads(),  # the learner keeps those that it has
-            collector_class=ReportingCollector,
-            init_fn=partial(prepare_process, self._reports.name),
-            **options,
-        )
-        self._overlap = overlap
-        self._batch = options["frames_per_batch"]
-        self.num_workers = len(create_envs)
-        self.init_random_frames = init_random_frames
-        self.total_frames = total_frames
-        self._seed = seed
+        self._random_frames = init_random_frames
         self._timeout = timeout
-        self._losses = WorkerLosses(max_losses)
-        self._weights: TensorDictBase | None = None
-        self._frames = self._iter = 0
-        self._inner: Any = None
-        self._running: list[Any] = []
-        # Python waits for children when it ends, and TorchRL's wait for a word of their parent.
-        weakref.finalize(self, _kill, self._running)
-        self._start()
-
-    @property
-    def losses(self) -> int:
-        """How often processes were replaced."""
-        return self._losses.total
-
-    @property
-    def procs(self) -> list[Any]:
-        """The worker processes."""
-        return list(self._running)
+        self._reports, writer = multiprocessing.Pipe(duplex=False)
+        get_temp_dir()  # made before the workers, it is theirs too, to remove if this is killed
+        options["num_threads"] = torch.get_num_threads()  # the learner keeps those that it has
+        options["collector_class"] = partial(Worker, reports=writer)
+        try:
+            with self._watching(start_timeout):
+                super().__init__(create_envs, policy, **options)
+            # Kill workers at exit: they block on their parent, which blocks interpreter shutdown.
+            weakref.finalize(self, _kill, self.procs)
+            self._count_random(0)
+            self.set_seed(seed)
+        except BaseException:
+            _kill(self.procs)
+            raise
+        finally:
+            writer.close()
 
     def iterator(self) -> Iterator[TensorDictBase]:
-        """Yields batches, from other processes where some were lost.
+        """Yields batches.
 
         Raises:
-            RuntimeError: with the message of an environment that raised, or if too many processes
-                were lost.
+            RuntimeError: with the message of an environment that raised.
+            WorkersLostError: if a process died, or did not answer.
         """
-        while self.total_frames < 0 or self._frames < self.total_frames:
-            try:
-                data = self._bounded(partial(next, self._batches))
-            except Exception as error:  # noqa: BLE001 - sorted out there
-                self._replace(error)
-                continue
-            self._frames += data.numel()
-            self._iter += 1
+        batches = super().iterator()
+        while (data := self._bounded(partial(next, batches, None))) is not None:
             yield data
 
     def update_policy_weights_(self, policy_or_weights: Any = None, **kwargs: Any) -> None:
-        """Sends weights to every process, as in TorchRL, and keeps them for those that follow."""
-        self._weights = policy_or_weights
-        try:
-            self._bounded(partial(self._inner.update_policy_weights_, policy_or_weights, **kwargs))
-        except Exception as error:  # noqa: BLE001 - sorted out there
-            self._replace(error)
+        """Sends weights to every process."""
+        self._bounded(partial(super().update_policy_weights_, policy_or_weights, **kwargs))
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Begins new episodes."""
-        self._bounded(partial(self._inner.reset, *args, **kwargs))
+        self._bounded(partial(super().reset, *args, **kwargs))
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Seeds the environments and the processes, and begins new episodes."""
-        self._seed = seed
-        return self._bounded(partial(self._inner.set_seed, seed, static_seed))
-
-    def state_dict(self) -> OrderedDict[str, int]:
-        """The frames and batches so far."""
-        return OrderedDict(frames=self._frames, iter=self._iter)
+        return self._bounded(partial(super().set_seed, seed, static_seed))
 
     def load_state_dict(self, state_dict: dict[str, Any], **_: Any) -> None:
         """Goes on counting, so that the random frames are not repeated."""
         self._frames, self._iter = state_dict["frames"], state_dict["iter"]
-        self._inner.init_random_frames = self._random_frames()
+        self._count_random(self._frames)
 
     def shutdown(self, timeout: float | None = None, **_: Any) -> None:
         """Ends the processes."""
-        inner, self._inner = self._inner, None
-        if inner is not None:
-            inner.shutdown(timeout=timeout, raise_on_error=False)
-            _kill(self._running)
-        self._reports.cleanup()
+        super().shutdown(timeout=timeout, raise_on_error=False)
+        _kill(self.procs)
 
-    def _start(self) -> None:
-        """Makes the processes, seeds them, and sends them what the lost ones had."""
-        self._inner = self._make(init_random_frames=self._random_frames(), total_frames=-1)
-        self._running[:] = self._inner.procs
-        self._batches = iter(self._inner)
-        seed = (self._seed + 1009 * self.losses) % 2**31  # others than those before
-        self._bounded(partial(self._inner.set_seed, seed))
-        if self._weights is not None:
-            self._bounded(partial(self._inner.update_policy_weights_, self._weights))
-
-    def _random_frames(self) -> int:
-        """What TorchRL's collector must be told to go on acting at random as long as asked.
+    def _count_random(self, frames: int) -> None:
+        """Tells TorchRL's collector until which frame to act at random.
 
         MultiAsyncCollector starts every worker before it has counted a frame, and then counts a
         batch when it arrives, by when the others are under way: told ``n`` batches it draws
         ``n + num_workers - 1``.
         """
-        left = max(0, self.init_random_frames - self._frames)
-        if left and self._overlap:
-            return max(left - (self.num_workers - 1) * self._batch, self._batch)
-        return left
+        left, batch = self._random_frames - frames, self.requested_frames_per_batch
+        if left > 0 and isinstance(self, MultiAsyncCollector):
+            left = max(left - (self.num_workers - 1) * batch, batch)
+        self.init_random_frames = frames + max(left, 0)
 
-    def _replace(self, error: Exception) -> None:
-        """Starts anew if a process died, and raises what else there was."""
-        while True:
-            reports = sorted(Path(self._reports.name).glob("*.txt"))
-            if reports:
-                raise RuntimeError(reports[0].read_text()) from error
-            lost = isinstance(error, TimeoutError) or self._dead()
-            if not lost or self._inner is None:  # None: it could not even be made again
-                raise error
-            self._stop()
-            self._losses.note(f"a worker process was lost ({' '.join(str(error).split())})")
-            try:
-                return self._start()
-            except Exception as again:  # noqa: BLE001 - sorted out above
-                error = again
+    @contextmanager
+    def _watching(self, timeout: float) -> Iterator[None]:
+        """Ends all processes when one ends while they start, or when that takes too long.
 
-    def _dead(self) -> str:
-        """Names the processes that have ended."""
-        ended = (f"process {i}: {_exit_code(p)}" for i, p in enumerate(self._running))
-        return ", ".join(text for text in ended if not text.endswith("None"))
+        TorchRL waits for one after the other, without a limit.
+        """
+        done, reasons = threading.Event(), []
 
-    def _stop(self) -> None:
-        """Ends all processes at once."""
-        _kill(self.procs)
-        inner, self._inner = self._inner, None
-        inner.shutdown(timeout=5, raise_on_error=False)
+        def watch() -> None:
+            deadline = time.monotonic() + timeout
+            while not done.wait(0.2):
+                reason = _dead(self.procs)
+                if not reason and time.monotonic() > deadline:
+                    reason = f"it is not ready after {timeout:.0f} s"
+                if reason:
+                    reasons.append(reason)
+                    _kill(self.procs)
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error.__cause__ or error, EOFError | ConnectionError):
+                reasons.append(_dead(self.procs))  # found by TorchRL before it was seen here
+            report = self._report()
+            if not report and not reasons:
+                raise
+            reason = report or f"{reasons[0]}; {GUARD_HINT}"
+            raise WorkersLostError(f"a worker could not start: {reason}") from None
+        finally:
+            done.set()
 
     def _bounded(self, call: Callable[[], Any]) -> Any:
-        """Waits for an answer of the processes, and no longer than one can be expected.
+        """Calls what waits for the processes, and waits no longer than an answer may take.
 
         TorchRL waits without a limit in places, so the call has a thread of its own.
-
-        Raises:
-            TimeoutError: if there was no answer in time.
-            ChildProcessError: if a process was dead before.
         """
-        if dead := self._dead():
-            raise ChildProcessError(dead)
         outcome: list[tuple[Any, Exception | None]] = []
 
         def run() -> None:
@@ -255,57 +173,97 @@ class ProcessCollector(BaseCollector):
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        started, died = time.monotonic(), None
-        while True:
+        deadline = time.monotonic() + self._timeout
+        while thread.is_alive() and time.monotonic() < deadline:
             thread.join(1.0)
-            if not thread.is_alive():
-                break
-            now = time.monotonic()
-            if died is None and self._dead():
-                died = now
-            if now - started > self._timeout or (died is not None and now - died > _GRACE):
-                raise TimeoutError(f"no answer of the workers within {now - started:.0f} s")
-        result, error = outcome[0]
-        if error is not None:
-            raise error
-        return result
+            if thread.is_alive() and _dead(self.procs):
+                deadline = min(deadline, time.monotonic() + _GRACE)
+        result, error = outcome[0] if outcome else (None, TimeoutError())
+        if error is None:
+            return result
+        raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> Exception:
+        """What went wrong, of which TorchRL may know no more than that a process has ended."""
+        if report := self._report():
+            return RuntimeError(report)
+        if dead := _dead(self.procs):
+            _kill(self.procs)
+            return WorkersLostError(
+                f"{dead}: look for what ends it, such as the memory of the machine or a simulator "
+                "that crashes"
+            )
+        if isinstance(error, TimeoutError):
+            _kill(self.procs)
+            return WorkersLostError(f"the workers did not answer within {self._timeout:.0f} s")
+        return error
+
+    def _report(self) -> str:
+        """What was raised in a process first, if anything was."""
+        with suppress(EOFError):
+            if self._reports.poll():
+                return self._reports.recv()
+        return ""
 
 
-class ReportingCollector(Collector):
-    """What collects in a process: writes down what the environment raises, where it is found."""
+class SyncWorkers(_Workers, MultiSyncCollector):
+    """Workers of which each contributes to every batch."""
 
-    reports: ClassVar[str] = ""
+
+class AsyncWorkers(_Workers, MultiAsyncCollector):
+    """Workers that collect on by themselves, each for batches of its own."""
+
+
+class Worker(Collector):
+    """What collects in a process, and reports what is raised there to the one that started it.
+
+    Args:
+        *args: of TorchRL's collector.
+        reports: where to.
+        **options: of TorchRL's collector.
+    """
+
+    def __init__(self, *args: Any, reports: Connection, **options: Any) -> None:
+        # Ctrl-C, and a cluster's SIGTERM, reach every process of a group. The learner finishes its
+        # update and makes a checkpoint then, and ends the workers itself.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        end_with_parent()
+        self._reports = reports
+        with self._reporting():
+            super().__init__(*args, **options)
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yields batches."""
-        try:
+        with self._reporting():
             yield from super().iterator()
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """Begins new episodes."""
+        with self._reporting():
+            super().reset(*args, **kwargs)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            Path(self.reports, f"{os.getpid()}.txt").write_text(text)
+            with suppress(OSError):
+                self._reports.send(f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
             raise
 
 
-def prepare_process(reports: str) -> None:
-    """Sets a new worker process up.
-
-    Ctrl-C reaches every process of a terminal. The learner's makes a checkpoint then, and ends the
-    others itself.
-    """
-    ReportingCollector.reports = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _exit_code(process: Any) -> str:
-    """How a process ended; ends in None if it has not."""
-    try:
-        return f"exit code {process.exitcode}"
-    except ValueError:
-        return "closed"
+def _dead(processes: list[Any]) -> str:
+    """Names the first process that has ended."""
+    for index, process in enumerate(processes):
+        with suppress(ValueError):  # TorchRL has closed it
+            if process.exitcode is not None:
+                return f"worker {index} ended with exit code {process.exitcode}"
+    return ""
 
 
 def _kill(processes: list[Any]) -> None:
-    for process in processes:
-        with suppress(ValueError):
-            process.kill()
-            process.join(5)
+    for act in (lambda process: process.kill(), lambda process: process.join(5)):
+        for process in processes:
+            with suppress(ValueError, AttributeError, AssertionError):  # closed, or never started
+                act(process)

@@ -31,8 +31,8 @@ class Experience:
     acting and the updates after it see the same scale. Workers act with the scale that came with
     their weights.
 
-    Where workers of the collector were replaced, the episodes that were running are closed in the
-    replay buffer, so that no window joins what does not follow.
+    Where Ray actors were replaced, the episodes that were running are closed in the replay buffer,
+    so that no window joins what does not follow.
 
     Args:
         collector: a TorchRL collector that never stops by itself.
@@ -96,7 +96,7 @@ class Experience:
         self.collecting = False
         self._batches = 0
         self._last_frames = 0
-        self._losses = 0
+        self._restarts = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
         if len(self) == warmup_updates:
@@ -206,9 +206,9 @@ class Experience:
         return data
 
     def _store(self, data: TensorDictBase) -> None:
-        losses = getattr(self.collector, "losses", 0)
-        if losses != self._losses:
-            self._losses = losses
+        restarts = getattr(self.collector, "restarts", 0)
+        if restarts != self._restarts:
+            self._restarts = restarts
             self.replay.close_episodes()
         acted_with = data.get("policy_update", None)
         if acted_with is not None and self.frames >= self.warmup_steps:

@@ -37,6 +37,7 @@ from alm_torchrl.envs.transforms import (
     SeededEnv,
     transforms_of,
 )
+from alm_torchrl.spawned import GUARD_HINT, leave_unguarded_script
 
 __all__ = ["frame_stacks", "make_env"]
 
@@ -115,7 +116,8 @@ def make_env(
         ValueError: if the task is unknown, is no environment, has an unbounded action, or does not
             take one of ``task_kwargs``; if an option is out of range or does not fit the task; or
             if there are not as many seeds as environments.
-        OSError: if ``pixels`` are asked for and cannot be rendered here.
+        OSError: if ``pixels`` are asked for and cannot be rendered here, or a process of
+            ``parallel`` does not start.
 
     Examples:
         >>> env = make_env("HalfCheetah-v5", seed=0)
@@ -127,6 +129,8 @@ def make_env(
         >>> env.rollout(3)["history"].shape  # 8 positions and 6 actions
         torch.Size([3, 8, 14])
     """
+    if parallel:
+        leave_unguarded_script()
     seeds = _seeds(seed, num_envs)
     kind = _kind(task)
     observed = _Observed(
@@ -145,11 +149,25 @@ def make_env(
         env.close()  # made above so that an error is raised in this process, before any worker
         makes = [partial(make, seed=own) for own in seeds]
         env = (ParallelEnv if parallel else SerialEnv)(num_envs, makes, device=device)
+        if parallel:
+            _start(env)
     chain = Compose(DoubleToFloat(), RewardSum(), *(transform.clone() for transform in transforms))
     env = TransformedEnv(env, chain, auto_unwrap=False)
     if isinstance(seed, int):
         env.set_seed(seed)
     return env
+
+
+def _start(env: ParallelEnv) -> None:
+    """Starts the processes of parallel environments.
+
+    Raises:
+        ChildProcessError: if one of them ends on the way.
+    """
+    try:
+        env.start()
+    except EOFError:
+        raise ChildProcessError(f"parallel=True could not start a process: {GUARD_HINT}") from None
 
 
 def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:

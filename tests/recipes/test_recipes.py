@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from alm_torchrl.evaluation import evaluate_policy
+from tests.patience import patience
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TASKS = sorted(path.stem for path in (RECIPES / "conf/task").glob("*.yaml"))
@@ -37,7 +38,7 @@ def run(script: str, *arguments: str, cwd: Path, **env: str) -> subprocess.Compl
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=patience(100),
         check=False,
     )
 
@@ -370,11 +371,11 @@ def test_ctrl_c_ends_cleanly_and_the_run_goes_on(tmp_path: Path, monkeypatch) ->
         text=True,
     ) as process:
         metrics = tmp_path / "out/logs/csv/metrics.csv"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + patience(40)
         while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=patience())
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert "interrupted after" in errors.strip().splitlines()[-1]

@@ -20,6 +20,7 @@ from tensordict import TensorDict
 
 from alm_torchrl.training import find_checkpoint, make_trainer, quiet_notices
 from alm_torchrl.training.processes import is_lost_process
+from tests.patience import patience
 from tests.training import ranks as script
 from tests.training.tiny import make_env
 
@@ -51,7 +52,7 @@ def started(mode: str, folder: Path, updates: int) -> Iterator[subprocess.Popen[
 
 def run(mode: str, folder: Path, updates: int) -> list[dict]:
     with started(mode, folder, updates) as process:
-        _, errors = process.communicate(timeout=180)
+        _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 0, errors
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -78,7 +79,7 @@ def is_running(process: int) -> bool:
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(40)
     while not list(folder.glob("checkpoints/update-*[0-9]")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -139,7 +140,7 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint_to_go_on_from(tmp_p
     with started("run", tmp_path, 100_000) as process:
         wait_for_checkpoint(tmp_path, process)
         os.kill(second(process), signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=patience())
     assert process.returncode == 1
     assert "Traceback" not in errors
     reached = find_checkpoint(tmp_path / "checkpoints").update
@@ -161,7 +162,7 @@ def test_when_one_process_dies_the_other_ends_and_says_why(tmp_path: Path, which
         wait_for_checkpoint(tmp_path, process)
         other = second(process)
         os.kill(process.pid if which == "first" else other, signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)  # until both have closed standard error
+        _, errors = process.communicate(timeout=patience())  # until both have closed standard error
     assert process.returncode != 0
     assert "Connection" in errors or "terminated with code -9" in errors
     assert not is_running(other)
@@ -173,7 +174,7 @@ def test_when_an_environment_fails_in_one_process_all_end_and_the_checkpoint_sta
     tmp_path,
 ) -> None:
     with started("fail", tmp_path, 100_000) as process:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=patience(40))
     assert process.returncode != 0
     assert "the environment failed after frame 118: ValueError: the joint came off" in errors
     assert find_checkpoint(tmp_path / "checkpoints").update == 110

@@ -17,7 +17,7 @@ from alm_torchrl.data import make_replay_buffer
 from alm_torchrl.training import Experience, make_trainer
 from benchmarks.measure import peak_memory, synchronize
 from benchmarks.workloads import QUICKSTART, TASKS, ALMWork, windows
-from recipes.conf.components import make_module
+from recipes.build import make_module
 
 CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "conf"
 #: Updates in which the allocator finds what it needs.

@@ -15,7 +15,7 @@ import torch
 from alm_torchrl.training import Checkpoints, make_trainer
 from benchmarks.long import recipe_config
 from benchmarks.measure import synchronize
-from recipes.conf.components import make_module
+from recipes.build import make_module
 
 #: Transitions put into the buffer at a time.
 CHUNK = 10_000

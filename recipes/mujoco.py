@@ -34,8 +34,9 @@ from alm_torchrl.training import (
     make_trainer,
     quiet_notices,
 )
-from recipes.conf.components import env_factory, make_measurements, make_module
-from recipes.conf.schema import Config, pick, prepare
+from recipes.build import env_factory, make_measurements, make_module
+from recipes.config import Config, pick
+from recipes.run_folder import prepare
 
 
 def train(options: DictConfig) -> None:

@@ -45,7 +45,7 @@ def run(script: str, *arguments: str, cwd: Path, **env: str) -> subprocess.Compl
 
 @pytest.fixture
 def config():
-    import recipes.conf.schema  # noqa: F401 - registers the schema with Hydra
+    import recipes.run_folder  # noqa: F401 - registers the options with Hydra
 
     def make(*overrides: str):
         with initialize_config_dir(str(RECIPES / "conf"), version_base="1.3"):
@@ -136,7 +136,7 @@ def test_an_ablation_changes_its_switch_alone_and_trains(
     config, name: str, tmp_path: Path, monkeypatch
 ) -> None:
     from alm_torchrl.training import make_trainer
-    from recipes.conf.components import make_module
+    from recipes.build import make_module
 
     brief = partial(evaluate_policy, max_steps=5)
     monkeypatch.setattr("alm_torchrl.training.module.evaluate_policy", brief)
@@ -183,18 +183,18 @@ def test_a_run_cannot_go_on_with_what_its_weights_forbid(
     config, tmp_path: Path, monkeypatch, option: str, says: str | None
 ) -> None:
     from alm_torchrl.training import Checkpoint
-    from recipes.conf import schema
+    from recipes import run_folder
 
     start = Checkpoint(tmp_path / "checkpoints/update-1", 1, 1, ())
-    monkeypatch.setattr(schema, "find_checkpoint", lambda folder: start)
+    monkeypatch.setattr(run_folder, "find_checkpoint", lambda folder: start)
     monkeypatch.setenv("ALM_TORCHRL_RUN_FOLDER", "none")  # what preparing sets is taken back
     before, after = config(), config(option, f"resume={tmp_path}")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(vars(before))))
     if says is None:
-        assert schema.prepare(after) == (tmp_path, start)
+        assert run_folder.prepare(after) == (tmp_path, start)
     else:
         with pytest.raises(ValueError, match=re.escape(says)):
-            schema.prepare(after)
+            run_folder.prepare(after)
         group, name = says.split("=")[0].split(".")
         older = dict(vars(getattr(before, group)))
         del older[name]  # a run older than the option
@@ -202,9 +202,9 @@ def test_a_run_cannot_go_on_with_what_its_weights_forbid(
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content)))
         if name in ("warmup_updates", "ema_decay"):  # there was but one value before
             with pytest.raises(ValueError, match=re.escape(says)):
-                schema.prepare(after)
+                run_folder.prepare(after)
         else:
-            assert schema.prepare(after) == (tmp_path, start)
+            assert run_folder.prepare(after) == (tmp_path, start)
 
 
 def test_an_ablation_has_folders_of_its_own(tmp_path: Path, monkeypatch) -> None:
@@ -445,7 +445,7 @@ PIXELS = ("pixels", "pixels_and_vector")
 def test_every_encoder_is_an_option_of_the_state_tasks(config, encoder: str) -> None:
     import torch
 
-    from recipes.conf.components import env_factory, make_agent
+    from recipes.build import env_factory, make_agent
 
     sizes = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
     options = config(f"encoder={encoder}", *sizes)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
 
-from recipes.conf.components import make_module
-from recipes.conf.schema import env_options
+from recipes.build import make_module
+from recipes.config import env_options
 from tests.recipes.test_recipes import RECIPES, SHORT, config, mistake, run  # noqa: F401 - a fixture
 
 OBSERVED = [

@@ -30,7 +30,7 @@ from alm_torchrl.training import (
     rank_seed,
     stack_seeds,
 )
-from recipes.conf.schema import Config, env_options, num_processes, pick
+from recipes.config import Config, env_options, num_processes, pick
 
 
 def make_agent(

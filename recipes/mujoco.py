@@ -37,13 +37,15 @@ from alm_torchrl.training import (
 from recipes.build import env_factory, make_measurements, make_module
 from recipes.config import Config, pick
 from recipes.run_folder import prepare
+from recipes.run_name import register_names
 
 
 def train(options: DictConfig) -> None:
     """One run: environment, agent, loss, data, training."""
     config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
     try:
-        folder, start = prepare(config)
+        run = prepare(config)
+        folder, start = run.folder, run.start
         torch.set_float32_matmul_precision(config.run.matmul_precision)
         L.seed_everything(config.seed, verbose=False)
         task, training, video = config.task, config.training, config.evaluation.video
@@ -61,6 +63,7 @@ def train(options: DictConfig) -> None:
             measurements=make_measurements(config),
             video_env=env_factory(config)(from_pixels=True) if video else None,
         )
+        trainer.callbacks += run.record(config)  # type: ignore[attr-defined]
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
     except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(f"{type(error).__name__}: {error}")
@@ -95,8 +98,12 @@ def train(options: DictConfig) -> None:
 def launch(config_name: str) -> None:
     """Reads the command line and trains; a mistake costs one line."""
     quiet_notices()
+    register_names()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that an error in an option arrives here
-    options = {"config_path": str(Path(__file__).parent / "conf"), "config_name": config_name}
+    options = {
+        "config_path": str(Path(__file__).resolve().parent / "conf"),
+        "config_name": config_name,
+    }
     try:
         hydra.main(version_base="1.3", **options)(train)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -8,6 +8,11 @@ from hydra.types import RunMode
 from recipes.config import Config, num_processes
 
 
+def in_sweep() -> bool:
+    """Whether this run is one of several that -m starts."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
 def check_options(config: Config) -> None:
     """Raises a ValueError that names the option if values contradict each other."""
     training, every = config.training, config.evaluation.every
@@ -63,7 +68,7 @@ def _check_processes(config: Config) -> None:
             f"num_seeds={config.num_seeds} are trained at once in one process: start a run for "
             "each seed to train it on several devices"
         )
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+    if in_sweep():
         raise ValueError(
             f"a sweep (-m) trains in one process, and run.devices times run.num_nodes is "
             f"{processes}: start its runs one by one"

@@ -8,71 +8,107 @@ from typing import Any
 from omegaconf import MISSING
 
 
+def fixed(default: Any = MISSING, *, before: Any = MISSING, named: bool = True) -> Any:
+    """Declares an option that a run cannot change when it goes on.
+
+    Args:
+        default: its value, where no file in conf/ gives one; a type is called for it.
+        before: its value in runs that are older than the option, such as ``"${seed}"`` for that of
+            another option; the default if there is one. Without, every config.yaml has the option.
+        named: whether the name of a run's folder carries the option when it is overridden.
+    """
+    return _declare("fixed", default, before, named)
+
+
+def noted(default: Any = MISSING, *, before: Any = MISSING, named: bool = True) -> Any:
+    """Declares an option that may change when a run goes on: changes.jsonl then says at which step.
+
+    The arguments are those of :func:`fixed`.
+    """
+    return _declare("noted", default, before, named)
+
+
+def free(default: Any = MISSING) -> Any:
+    """Declares an option that has no part in what is learnt, nor in the name of a run's folder."""
+    return _declare("free", default, MISSING, named=False)
+
+
+def _declare(kind: str, default: Any, before: Any, named: bool) -> Any:
+    value = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    if before is MISSING:
+        before = default() if isinstance(default, type) else default
+    return field(**value, metadata={"kind": kind, "before": before, "named": named})
+
+
 @dataclass
 class Task:
     """A task, and what is observed of it (alm_torchrl.envs.make_env)."""
 
-    name: str = MISSING  # how folders and plots call it
-    id: str = MISSING  # a Gymnasium id, dm_control/domain-task, or package.module:attribute
-    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of what makes it
-    pixels: Any = False  # observe frames of this size, 84 or [height, width], not the vector
-    frame_stack: int = 3  # frames observed at once
-    proprioception: bool = False  # keep the vector beside the pixels
-    action_repeat: int = 1  # simulator steps with each action; one environment step
-    mask_velocities: bool = False  # leave the velocities out of the vector
-    distractors: int = 0  # dimensions of Gaussian noise appended to the vector
-    history: int = 0  # vectors in the entry "history", for encoders that read the past
-    history_actions: bool = False  # with the action before each of them
-    replay_capacity: int = MISSING  # transitions that the authors keep for this task
-    paper_steps: int = MISSING  # length of the authors' curve, in steps after the warm-up
+    name: str = fixed(named=False)  # how folders and plots call it
+    id: str = fixed()  # a Gymnasium id, dm_control/domain-task, or package.module:attribute
+    kwargs: dict[str, Any] = fixed(dict)  # further arguments of what makes it
+    pixels: Any = fixed(False)  # observe frames of this size, 84 or [height, width], not the vector
+    frame_stack: int = fixed(3)  # frames observed at once
+    proprioception: bool = fixed(False)  # keep the vector beside the pixels
+    action_repeat: int = fixed(1)  # simulator steps with each action; one environment step
+    mask_velocities: bool = fixed(False)  # leave the velocities out of the vector
+    distractors: int = fixed(0)  # dimensions of Gaussian noise appended to the vector
+    history: int = fixed(0)  # vectors in the entry "history", for encoders that read the past
+    history_actions: bool = fixed(False)  # with the action before each of them
+    replay_capacity: int = fixed()  # transitions that the authors keep for this task
+    paper_steps: int = noted(named=False)  # steps of the authors' curve, after the warm-up
 
 
 @dataclass
 class Agent:
     """Sizes of the networks and the schedule of the noise (alm_torchrl.agent.AgentConfig)."""
 
-    latent_dim: int = MISSING  # size of the latent
-    hidden_dim: int = MISSING  # width of encoder, reward, classifier, values and actor
-    dynamics_hidden_dim: int = MISSING  # width of the latent dynamics
-    scale_to_range: bool = MISSING  # the actor's mean spans the action range
-    noise_clip: float | None = MISSING  # largest action noise inside the losses
-    noise_start: float = MISSING  # scale of the noise at the first step
-    noise_end: float = MISSING  # scale of the noise after noise_steps
-    noise_steps: int = MISSING  # steps to anneal over
+    latent_dim: int = fixed()  # size of the latent
+    hidden_dim: int = fixed()  # width of encoder, reward, classifier, values and actor
+    dynamics_hidden_dim: int = fixed()  # width of the latent dynamics
+    scale_to_range: bool = fixed()  # the actor's mean spans the action range
+    noise_clip: float | None = fixed()  # largest action noise inside the losses
+    noise_start: float = fixed()  # scale of the noise at the first step
+    noise_end: float = fixed()  # scale of the noise after noise_steps
+    noise_steps: int = fixed()  # steps to anneal over
+
+
+#: The encoder of runs that are older than the choice.
+_MLP = {"_target_": "alm_torchrl.modules.MLPEncoder.from_spec"}
 
 
 @dataclass
 class Encoder:
     """The representation; a _target_ is an import path, called with the options beside it."""
 
-    transforms: list[Any] = MISSING  # what the environment adds to its observations for it
-    build: dict[str, Any] = MISSING  # from observation_spec, latent_dim, hidden_dim to the encoder
+    transforms: list[Any] = fixed(before=[])  # of the environment, for the encoder
+    build: dict[str, Any] = fixed(before=_MLP)  # called with the specs and sizes as well
 
 
 @dataclass
 class Objective:
     """The losses (alm_torchrl.objectives.ALMLoss)."""
 
-    horizon: int = MISSING  # imagined steps, and the length of the windows
-    gamma: float = MISSING  # discount
-    lmbda: float = MISSING  # lambda of the imagined returns
-    consistency_coeff: float = MISSING  # weight of the log-ratio in the actor's reward
-    bootstrap_terminated: bool = MISSING  # keep the value term after a terminal state
-    short_windows: str = MISSING  # windows cut short by an episode's end: mask or drop
-    reward_term: bool = MISSING  # rewards in the world-model loss
-    value_term: bool = MISSING  # the value at the window's end in the world-model loss
-    consistency: str = MISSING  # reverse_kl, forward_kl, squared_distance or classifier
-    consistency_target: float | None = MISSING  # level that a learnt weight holds it at
-    latent_target: str = MISSING  # the encoder's moving_average, stop_gradient or online
-    actor_objective: str = MISSING  # lambda_returns, bound, or value (without the model)
+    horizon: int = fixed()  # imagined steps, and the length of the windows
+    gamma: float = fixed()  # discount
+    lmbda: float = fixed()  # lambda of the imagined returns
+    consistency_coeff: float = fixed()  # weight of the log-ratio in the actor's reward
+    bootstrap_terminated: bool = fixed()  # keep the value term after a terminal state
+    short_windows: str = fixed()  # windows cut short by an episode's end: mask or drop
+    reward_term: bool = fixed(before=True)  # rewards in the world-model loss
+    value_term: bool = fixed(before=True)  # the value at the window's end in the world-model loss
+    consistency: str = fixed(before="reverse_kl")  # or forward_kl, squared_distance, classifier
+    consistency_target: float | None = fixed(before=None)  # level that a learnt weight holds it at
+    latent_target: str = fixed(before="moving_average")  # or stop_gradient, online
+    actor_objective: str = fixed(before="lambda_returns")  # or bound, value (without the model)
 
 
 @dataclass
 class LearningRates:
     """Adam's learning rate for each parameter group."""
 
-    world_model: float = MISSING  # encoder and latent dynamics
-    reward: float = MISSING  # reward model and classifier
-    value: float = MISSING  # action values
-    actor: float = MISSING  # actor
-    multiplier: float = MISSING  # weight of the consistency term, where it is learnt
+    world_model: float = noted()  # encoder and latent dynamics
+    reward: float = noted()  # reward model and classifier
+    value: float = noted()  # action values
+    actor: float = noted()  # actor
+    multiplier: float = noted(before="${learning_rates.actor}")  # of a learnt weight

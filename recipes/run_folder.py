@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 
-from alm_torchrl.files import replacing
 from alm_torchrl.training import Checkpoint, find_checkpoint
-from recipes.config import Config, num_processes
-from recipes.option_checks import check_options
+from recipes.config import Config, declarations, num_processes
+from recipes.option_checks import check_options, in_sweep
+from recipes.run_config import ConfigRecord, find_changes, write_config
 
 #: Where the first process tells those that it starts what the run's folder is called.
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
-#: What a run cannot change when it goes on.
-_FIXED = (
-    *("seed", "num_seeds", "task", "agent", "encoder"),
-    *("training.num_envs", "training.replay_capacity"),
-    *("training.collector", "training.num_workers", "training.overlap"),
-    # Or updates would be owed, or paid already, for steps of before.
-    *("training.updates_per_step", "training.warmup_updates"),
-    *("objective.latent_target", "objective.consistency_target"),  # these have weights of their own
-    "evaluation.ema_decay",  # so have averages
-    *("objective.gamma", "objective.lmbda", "objective.consistency_coeff"),  # kept beside weights
-)
-#: What these were before there was an option.
-_ONCE = {"training.warmup_updates": 0, "evaluation.ema_decay": 0.0}
 _TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 
-def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
-    """Refuses values that contradict each other, and makes the run's folder with its config.yaml.
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to train.
 
-    Returns:
-        The folder, and the checkpoint in it to go on from, if the run is to be resumed.
+    Attributes:
+        folder: where everything goes.
+        start: the checkpoint in it to go on from, if the run is resumed.
+        changes: the options that are others than before, then.
+    """
+
+    folder: Path
+    start: Checkpoint | None
+    changes: list[dict[str, Any]]
+
+    def record(self, config: Config) -> list[Callback]:
+        """What notes the changes once the run has been restored."""
+        if self.start is None:
+            return []
+        return [ConfigRecord(self.folder, config, self.changes, self.start.step)]
+
+
+def prepare(config: Config) -> Run:
+    """Refuses values that contradict each other, and makes a new run's folder with config.yaml.
+
+    The files of a run that is resumed stay as they are.
 
     Raises:
         ValueError: naming the option and why its value will not do.
@@ -45,23 +54,23 @@ def prepare(config: Config) -> tuple[Path, Checkpoint | None]:
     check_options(config)
     _share_folder(config)
     folder, start = _find_run(config)
-    options = OmegaConf.create(vars(config))
-    if start is not None:
-        before = OmegaConf.load(folder / "config.yaml")
-        for name in _FIXED:
-            new = OmegaConf.select(options, name)
-            # A run may be older than an option.
-            old = OmegaConf.select(before, name, default=_ONCE.get(name, new))
-            if old != new:
-                raise ValueError(
-                    f"{folder} was trained with {name}={old} and cannot go on with {new}"
-                )
+    changes = find_changes(folder, config) if start is not None else []
+    _check_sweep(folder, changes)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[_FOLDER] = str(folder)
-    if _rank() == 0:
-        with replacing(folder / "config.yaml") as file:
-            file.write(OmegaConf.to_yaml(options).encode())
-    return folder, start
+    if start is None and _rank() == 0:
+        write_config(folder, config)
+    return Run(folder, start, changes)
+
+
+def _check_sweep(folder: Path, changes: list[dict[str, Any]]) -> None:
+    """Refuses to go on with another run of the same sweep."""
+    named = {name for name, option in declarations() if option.metadata["named"]}
+    if in_sweep() and (differ := [c["option"] for c in changes if c["option"] in named]):
+        raise ValueError(
+            f"{folder} was trained with another {differ[0]}, and a sweep (-m) keeps its runs "
+            f"apart: leave run.folder out, or have it hold ${{{differ[0]}}}"
+        )
 
 
 def _share_folder(config: Config) -> None:
@@ -107,11 +116,3 @@ def _find_run(config: Config) -> tuple[Path, Checkpoint | None]:
         if (start := find_checkpoint(run / "checkpoints")) is not None:
             return run, start
     return folder, None
-
-
-def _suffix(ablation: str) -> str:
-    """What an ablation adds to the name of a run's folder, so that its curves stay apart."""
-    return "" if ablation == "none" else f"-{ablation}"
-
-
-OmegaConf.register_new_resolver("suffix", _suffix, replace=True)

@@ -1,0 +1,54 @@
+"""The name of a run's folder: what was overridden on the command line, so that runs stay apart."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from recipes.config import declarations
+
+#: What stands in a folder's name by itself.
+_OWN_PLACE = {"task", "preset", "ablation"}
+#: Characters; file systems allow 255 for the whole name.
+_LONGEST = 100
+
+
+def override_name(overrides: Sequence[str]) -> str:
+    """What the command line adds to a folder's name, such as ``-learning_rates.actor_0.001``.
+
+    Options that have no part in what is learnt are left out, and so is what the name holds anyway.
+    The order on the command line does not matter, nor does the spelling of a number. Whatever file
+    systems or Hydra do not take, or is too long, becomes a checksum.
+
+    Args:
+        overrides: as Hydra lists them in ``hydra.overrides.task``.
+
+    Examples:
+        >>> override_name(["task=ant", "seed=1", "training.batch_size=64", "resume=auto"])
+        '-training.batch_size_64'
+    """
+    unnamed = {name for name, option in declarations() if not option.metadata["named"]}
+    parts = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        if key not in _OWN_PLACE | unnamed:
+            parts[key] = "none" if override.is_delete() else str(override.value())
+    name = "".join(f"-{key}_{value}" for key, value in sorted(parts.items()))
+    short = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    if short == name and len(name) <= _LONGEST:
+        return name
+    return f"{short[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _ablation_name(ablation: str) -> str:
+    return "" if ablation == "none" else f"-{ablation}"
+
+
+def register_names() -> None:
+    """Makes what conf/mujoco.yaml calls in ``run.folder`` known to Hydra."""
+    OmegaConf.register_new_resolver("suffix", _ablation_name, replace=True)
+    OmegaConf.register_new_resolver("override_name", override_name, replace=True)

@@ -1,0 +1,143 @@
+"""What a run that goes on may change of its options, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipes.config import Config, declarations
+from recipes.run_config import ConfigRecord, find_changes, write_config
+
+
+def test_every_option_says_whether_a_run_may_change_it() -> None:
+    kinds = {name: option.metadata.get("kind") for name, option in declarations()}
+    leaves = OmegaConf.to_container(OmegaConf.structured(Config))
+    missing = {name: value for name, value in leaves.items() if not isinstance(value, dict)}
+    for group, options in leaves.items():
+        if isinstance(options, dict):
+            missing |= {f"{group}.{name}": value for name, value in options.items()}
+    assert kinds.keys() == missing.keys()
+    assert set(kinds.values()) == {"fixed", "noted", "free"}
+    for name, kind in kinds.items():
+        if name.startswith(("objective.", "agent.", "encoder.")):
+            assert kind == "fixed", name
+    for name in ("warmup_steps", "frames_per_batch", "num_envs", "updates_per_step"):
+        assert kinds[f"training.{name}"] == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (
+            "ablation=no_model",
+            "objective.actor_objective=lambda_returns and cannot go on with value",
+        ),
+        ("ablation=horizon_5", "objective.horizon=3 and cannot go on with 5"),
+        ("ablation=squared_distance", "objective.consistency=reverse_kl and cannot go on with squ"),
+        ("ablation=online_target", "objective.latent_target=moving_average and cannot go on with"),
+        ("ablation=learnt_weight", "objective.consistency_target=None and cannot go on with 1.0"),
+        ("ablation=no_reward_term", "objective.reward_term=True and cannot go on with False"),
+        ("ablation=no_consistency_reward", "objective.consistency_coeff=0.1 and cannot go on with"),
+        ("objective.short_windows=drop", "objective.short_windows=mask and cannot go on with drop"),
+        ("objective.gamma=0.9", "objective.gamma=0.99 and cannot go on with 0.9"),
+        ("training.updates_per_step=2", "training.updates_per_step=1.0 and cannot go on with 2.0"),
+        ("training.warmup_steps=9", "training.warmup_steps=2000 and cannot go on with 9"),
+        ("training.warmup_updates=9", "training.warmup_updates=0 and cannot go on with 9"),
+        ("training.frames_per_batch=2", "training.frames_per_batch=1 and cannot go on with 2"),
+        ("evaluation.ema_decay=0.9", "evaluation.ema_decay=0.0 and cannot go on with 0.9"),
+        (
+            "encoder=linear",
+            "encoder.build={'_target_': 'alm_torchrl.modules.MLP",
+        ),
+        ("task.pixels=84", "task.pixels=False and cannot go on with 84"),
+        ("seed=1", "seed=0 and cannot go on with 1"),
+    ],
+)
+def test_a_run_cannot_go_on_as_another(config, tmp_path: Path, option: str, says: str) -> None:
+    write_config(tmp_path, config())
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} was trained with {says}")):
+        find_changes(tmp_path, config(option))
+
+
+def test_what_may_change_is_noted_with_its_step(config, tmp_path: Path, capsys) -> None:
+    write_config(tmp_path, config())
+    assert find_changes(tmp_path, config()) == []
+    later = config("learning_rates.actor=1e-5", "training.total_steps=9000", "run.log_every=7")
+    changes = find_changes(tmp_path, later)
+    assert changes == [
+        {"option": "learning_rates.actor", "from": 0.001, "to": 1e-05},
+        {"option": "training.total_steps", "from": 6000, "to": 9000},
+    ]
+    record = ConfigRecord(tmp_path, later, changes, step=4000)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+    record.on_train_start(SimpleNamespace(is_global_zero=True), None)
+    lines = (tmp_path / "changes.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 4000, **one} for one in changes]
+    assert "from step 4000: learning_rates.actor=1e-05, 0.001 before" in capsys.readouterr().out
+    assert find_changes(tmp_path, later) == []  # config.yaml is what trains now
+
+
+def test_a_run_older_than_an_option_had_its_value_of_then(config, tmp_path: Path) -> None:
+    """For every option with such a value; no other can be missing from a run's file."""
+    now = config()
+    whole = OmegaConf.to_container(OmegaConf.create(vars(now)))
+    for name, option in declarations():
+        old = OmegaConf.create(whole)
+        group, _, last = name.rpartition(".")
+        del (OmegaConf.select(old, group) if group else old)[last]
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(old))
+        if option.metadata["kind"] != "free" and option.metadata["before"] == "???":
+            with pytest.raises(ValueError, match=f"lacks {name}: restore it from a copy"):
+                find_changes(tmp_path, now)
+        else:
+            assert find_changes(tmp_path, now) == [], name
+    for name, other in {"training.warmup_updates": 9, "evaluation.ema_decay": 0.9}.items():
+        old = OmegaConf.create(whole)
+        del old[name.split(".")[0]][name.split(".")[1]]
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(old))
+        with pytest.raises(ValueError, match=f"{name}=0.* and cannot go on with {other}"):
+            find_changes(tmp_path, config(f"{name}={other}"))
+
+
+LEVEL = "a{0}: &a{0} [{1}]\n"
+BOMB = "a0: &a0 [x]\n" + "".join(LEVEL.format(i, f"*a{i - 1}," * 9) for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "# nothing\n", "- a\n- list\n", "text", "seed: [", "a: 1\na: 2\n", "\x00"),
+        *(BOMB, "a: " + "[" * 20_000, "a: " + "9" * 5_000, "a: b\n" * 20_000, "\udcff"),
+        "a: !!python/object/apply:os.mkdir ['executed']",
+    ],
+    ids=lambda content: content[:12],
+)
+def test_a_config_that_no_run_wrote_is_refused_at_once(
+    config, tmp_path: Path, monkeypatch, content: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_bytes(content.encode(errors="surrogateescape"))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="config.yaml .*: restore it from a copy, or begin") as no:
+        find_changes(Path(), config())
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(no.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_interpolations_of_a_file_are_not_followed(config, tmp_path: Path) -> None:
+    old = OmegaConf.to_yaml(OmegaConf.create(vars(config())))
+    (tmp_path / "config.yaml").write_text(old.replace("seed: 0", "seed: ${oc.env:HOME}", 1))
+    with pytest.raises(ValueError, match=r"trained with seed=\$\{oc.env:HOME\} and cannot"):
+        find_changes(tmp_path, config())
+
+
+def test_a_missing_config_is_refused(config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config.yaml is missing: restore it from a copy"):
+        find_changes(tmp_path, config())

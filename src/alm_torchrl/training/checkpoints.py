@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +31,9 @@ _FORMAT = "alm_torchrl.Checkpoint"
 _VERSION = 1
 _STATE = "state.ckpt"
 _MANIFEST = "manifest.json"
+_NAME = re.compile(r"update-\d+")
+#: Bytes; a replay part takes about 200.
+_LARGEST_MANIFEST = 2**24
 _PACKAGES = ("alm-torchrl", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco")
 
 
@@ -62,42 +67,111 @@ class Checkpoint:
 def find_checkpoint(folder: str | Path) -> Checkpoint | None:
     """Finds the newest checkpoint of a run that is whole, and warns of newer ones that are not.
 
+    It also warns if the packages have changed since.
+
     Args:
         folder: the run's ``checkpoints``.
 
     Returns:
-        The checkpoint, if there is one.
+        The checkpoint; ``None`` if the run has made none yet.
 
     Raises:
+        OSError: if there are checkpoints and none of them is whole, or the folder cannot be read.
         ValueError: if a checkpoint was written by a newer version of this package.
     """
-    for found in sorted(Path(folder).glob("update-*[0-9]"), reverse=True):
+    folder = Path(folder)
+    if not (folder.exists() or folder.is_symlink()):
+        return None
+    names = [found.name for found in folder.iterdir() if _NAME.fullmatch(found.name)]
+    damaged: list[OSError] = []
+    for name in sorted(names, reverse=True):
         try:
-            return _read(found)
+            checkpoint, versions = _read(folder / name)
         except OSError as error:
-            warnings.warn(f"passing over a checkpoint that is not whole: {error}", stacklevel=2)
+            damaged.append(error)
+            continue
+        for damage in damaged:
+            message = f"passing over a checkpoint that is not whole: {damage}"
+            warnings.warn(message, stacklevel=2)
+        _compare_versions(checkpoint, versions)
+        return checkpoint
+    if damaged:
+        raise OSError(f"no checkpoint in {folder} is whole; of the newest, {damaged[0]}")
     return None
 
 
-def _read(folder: Path) -> Checkpoint:
-    """Reads a manifest and compares everything with it."""
+def _read(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
+    """Reads a manifest and compares everything with it, before anything is loaded."""
     path = folder / _MANIFEST
     try:
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError
         manifest = json.loads(path.read_bytes())
         checksum = manifest.pop("sha256")
         if manifest["format"] != _FORMAT or checksum != _digest(manifest):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+        newer = manifest["version"] > _VERSION
+        replay = () if newer else tuple(tuple(map(_part, parts)) for parts in manifest["replay"])
+        checkpoint = Checkpoint(folder, int(manifest["update"]), int(manifest["step"]), replay)
+        sizes, versions = dict(manifest.get("sizes", {})), dict(manifest["versions"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise OSError(f"{path} is not as it was written") from None
-    if manifest["version"] > _VERSION:
+    if newer:
         raise ValueError(f"{folder} was written by a newer alm_torchrl: update this one")
-    if sha256(folder / _STATE) != manifest["state_sha256"]:
-        raise OSError(f"{folder / _STATE} is not as it was written")
-    replay = tuple(tuple(JournalPart(**part) for part in parts) for parts in manifest["replay"])
+    for file in _files(checkpoint):
+        _check_archive(file, sizes.get(file.relative_to(folder.parent).as_posix()))
+    if sha256(checkpoint.state) != manifest["state_sha256"]:
+        raise OSError(f"{checkpoint.state} is not as it was written")
     for rank, parts in enumerate(replay):
         for part in parts:
             part.check(_replay_folder(folder.parent, rank))
-    return Checkpoint(folder, manifest["update"], manifest["step"], replay)
+    return checkpoint, versions
+
+
+def _part(entry: dict[str, Any]) -> JournalPart:
+    """A part as a manifest describes it, which may be anybody's."""
+    part = JournalPart(**entry)
+    if not re.fullmatch(r"[\w-]+\.pt", part.file) or not 0 <= part.start < part.stop:
+        raise ValueError
+    return part
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Everything that belongs to a checkpoint but its manifest."""
+    yield checkpoint.state
+    for rank, parts in enumerate(checkpoint.replay):
+        yield from (_replay_folder(checkpoint.folder.parent, rank) / part.file for part in parts)
+
+
+def _check_archive(path: Path, size: int | None) -> None:
+    """Raises an :class:`OSError` unless a file has its size, and unpacks to no more than that."""
+    if not path.is_file():
+        raise OSError(f"{path} is lacking")
+    if size is not None and path.stat().st_size != size:
+        raise OSError(f"{path} has {path.stat().st_size} bytes, not the {size} that were written")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.filelist)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        stored = False
+    if not stored:
+        raise OSError(f"{path} is not as it was written")
+
+
+def _compare_versions(checkpoint: Checkpoint, before: Mapping[str, str]) -> None:
+    """Warns of packages that have changed since."""
+    now = dict(_versions())
+    changed = [
+        f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in _PACKAGES
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        warnings.warn(
+            f"{checkpoint.folder} was written with other packages, so that what follows may "
+            f"differ: {', '.join(changed)}",
+            stacklevel=3,
+        )
 
 
 class Checkpoints(L.Callback):
@@ -319,12 +393,21 @@ def _write_manifest(folder: Path, checkpoint: Checkpoint, frames: int) -> None:
         "step": checkpoint.step,
         "frames": frames,
         "versions": dict(_versions()),
+        "sizes": _sizes(folder, checkpoint),
         "state_sha256": sha256(folder / _STATE),
         "replay": [[asdict(part) for part in parts] for parts in checkpoint.replay],
     }
     manifest["sha256"] = _digest(manifest)
     with replacing(folder / _MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
+
+
+def _sizes(partial: Path, checkpoint: Checkpoint) -> dict[str, int]:
+    """The bytes of every file, by its name under ``checkpoints``."""
+    state, *parts = _files(checkpoint)
+    root = checkpoint.folder.parent
+    sizes = {state.relative_to(root).as_posix(): (partial / _STATE).stat().st_size}
+    return sizes | {part.relative_to(root).as_posix(): part.stat().st_size for part in parts}
 
 
 def _versions() -> Iterator[tuple[str, str]]:

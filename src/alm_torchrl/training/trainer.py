@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +11,14 @@ import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torchrl.envs import EnvBase
 
 from alm_torchrl.training.callbacks import (
@@ -112,8 +119,7 @@ def make_trainer(
         num_nodes=num_nodes,
         # The targets and the noise, which are buffers, move alike in all processes.
         strategy=DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
-        # Lightning's own checkpoints know no replay buffer, nor does what it requeues a job with.
-        plugins=SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None,
+        plugins=_choose_environment(num_processes),
         enable_checkpointing=False,
         max_epochs=1,
         val_check_interval=eval_every,
@@ -126,6 +132,27 @@ def make_trainer(
     )
     end_with_parent(trainer)
     return trainer
+
+
+def _choose_environment(num_processes: int) -> ClusterEnvironment | None:
+    """Where the numbers of processes come from; nothing where Lightning is to find out.
+
+    Raises:
+        ValueError: if a job of SLURM starts other processes than the run has.
+    """
+    if num_processes == 1:
+        # A cluster's RANK or SLURM_PROCID is that of an independent run, not of a process of this.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+        return LightningEnvironment()
+    if TorchElasticEnvironment.detect() or "SLURM_NTASKS" not in os.environ:
+        return None
+    if "SLURM_PROCID" not in os.environ or not SLURMEnvironment.detect():
+        return LightningEnvironment()  # within salloc, but not started by srun
+    try:
+        # Lightning's own checkpoints know no replay buffer, nor does what it requeues a job with.
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:

@@ -1,0 +1,62 @@
+"""What a trainer makes of the environment that a cluster starts it in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L  # noqa: N812
+import pytest
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+
+from alm_torchrl.training import make_trainer
+from tests.training import tiny
+
+SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+SALLOC = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train"}
+
+
+@pytest.fixture(autouse=True)
+def unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+
+
+def trainer(folder: Path, **options) -> L.Trainer:
+    settings = {"seed": 0, "title": "", "eval_every": 6, "checkpoint_every": 6}
+    return make_trainer(folder, **settings, accelerator="cpu", tensorboard=False, **options)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "1", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"}, SRUN, SALLOC],
+    ids=["RANK", "LOCAL_RANK", "srun", "salloc"],
+)
+def test_a_run_of_one_process_is_its_first_wherever_it_is_started(
+    tmp_path: Path, monkeypatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # what Lightning makes of it when imported
+    run = trainer(tmp_path)
+    run.progress_bar_callback.disable()
+    run.fit(tiny.make_module(6))
+    assert run.is_global_zero
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"curve.csv", "curve.png", "agent_last.pt", "checkpoints", "logs"}
+    assert (tmp_path / "logs/csv/metrics.csv").stat().st_size > 0
+
+
+def test_several_processes_know_who_has_started_them(tmp_path: Path, monkeypatch) -> None:
+    def environment() -> object:
+        return trainer(tmp_path, devices=2).strategy.cluster_environment
+
+    assert type(environment()) is LightningEnvironment
+    for name, value in SALLOC.items():
+        monkeypatch.setenv(name, value)
+    assert type(environment()) is LightningEnvironment  # nobody but it starts the others
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="Use `--ntasks-per-node=2` instead"):
+        environment()
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    assert type(environment()) is SLURMEnvironment

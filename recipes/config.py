@@ -91,7 +91,7 @@ class Config:
 def declarations(group: type = Config, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
     """Every option by its name, such as ``training.batch_size``, with its declaration."""
     for option in fields(group):
-        factory = option.default_factory
+        factory: Any = option.default_factory
         if isinstance(factory, type) and is_dataclass(factory):
             yield from declarations(factory, f"{prefix}{option.name}.")
         else:

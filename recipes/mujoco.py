@@ -36,16 +36,25 @@ from alm_torchrl.training import (
 )
 from recipes.build import env_factory, make_measurements, make_module
 from recipes.config import Config, pick
-from recipes.run_folder import prepare
+from recipes.run_folder import Run, prepare
 from recipes.run_name import register_names
 
 
 def train(options: DictConfig) -> None:
-    """One run: environment, agent, loss, data, training."""
+    """One run: its folder, then :func:`fit`."""
     config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
     try:
         run = prepare(config)
-        folder, start = run.folder, run.start
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    with run:
+        fit(config, run)
+
+
+def fit(config: Config, run: Run) -> None:
+    """Environment, agent, loss, data, training."""
+    folder, start = run.folder, run.start
+    try:
         torch.set_float32_matmul_precision(config.run.matmul_precision)
         L.seed_everything(config.seed, verbose=False)
         task, training, video = config.task, config.training, config.evaluation.video

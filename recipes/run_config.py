@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from alm_torchrl.files import replacing
 from recipes.config import Config, declarations
 
-_REMEDY = "restore it from a copy, or begin anew by resume=never in another run.folder"
+#: What helps against files of a run that are not as they were.
+REMEDY = "restore it from a copy, or begin anew by resume=never in another run.folder"
 #: Bytes; that of a run has about 3,000.
 _LARGEST = 50_000
 #: Mappings and lists within each other.
@@ -43,7 +44,8 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
         OSError: if config.yaml cannot be read.
     """
     old = dict(_flatten(_read(folder / "config.yaml")))
-    new = dict(_flatten(OmegaConf.to_container(OmegaConf.create(vars(config)))))
+    options: Any = OmegaConf.to_container(OmegaConf.create(vars(config)))
+    new = dict(_flatten(options))
     changes = []
     for name, option in declarations():
         kind, before = option.metadata["kind"], option.metadata["before"]
@@ -53,7 +55,7 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
             before = old.get(before[2:-1])
         value = old.get(name, before)
         if value == "???":
-            raise ValueError(f"{folder / 'config.yaml'} lacks {name}: {_REMEDY}")
+            raise ValueError(f"{folder / 'config.yaml'} lacks {name}: {REMEDY}")
         if value == new[name]:
             continue
         if kind == "fixed":
@@ -70,16 +72,16 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {_REMEDY}") from None
+        raise ValueError(f"{path} is missing: {REMEDY}") from None
     try:
         text = content.decode()
         if len(content) > _LARGEST or not _is_plain(text):
             raise ValueError
-        config = OmegaConf.to_container(OmegaConf.create(text))
+        config: Any = OmegaConf.to_container(OmegaConf.create(text))
     except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
         config = None
     if not isinstance(config, dict) or not config:
-        raise ValueError(f"{path} is not as a run writes it: {_REMEDY}")
+        raise ValueError(f"{path} is not as a run writes it: {REMEDY}")
     return config
 
 

@@ -1,9 +1,8 @@
-"""The folder of a run: where it lies, and what a run there goes on from."""
+"""Makes the folder of a run ready to train in."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,45 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from alm_torchrl.training import Checkpoint, find_checkpoint
+from alm_torchrl.training import Checkpoint
 from recipes.config import Config, declarations, num_processes
 from recipes.option_checks import check_options, in_sweep
 from recipes.run_config import ConfigRecord, find_changes, write_config
+from recipes.run_lock import RunLock
+from recipes.run_start import TIMESTAMP, choose_folder, find_start
 
 #: Where the first process tells those that it starts what the run's folder is called.
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
-_TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """A run that is about to train.
+    """A run that is about to train; its folder is locked until the ``with`` block ends.
 
     Attributes:
         folder: where everything goes.
         start: the checkpoint in it to go on from, if the run is resumed.
         changes: the options that are others than before, then.
+        lock: of the folder, in the first process.
     """
 
     folder: Path
     start: Checkpoint | None
     changes: list[dict[str, Any]]
+    lock: RunLock | None
 
     def record(self, config: Config) -> list[Callback]:
         """What notes the changes once the run has been restored."""
         if self.start is None:
             return []
         return [ConfigRecord(self.folder, config, self.changes, self.start.step)]
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
 
 def prepare(config: Config) -> Run:
@@ -49,18 +58,29 @@ def prepare(config: Config) -> Run:
 
     Raises:
         ValueError: naming the option and why its value will not do.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written or is in use, or no checkpoint in it can be read.
     """
     check_options(config)
+    if num_processes(config) == 1:
+        # Whatever RANK or SLURM_PROCID say: they are of the cluster, and this is a run of its own.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     _share_folder(config)
-    folder, start = _find_run(config)
-    changes = find_changes(folder, config) if start is not None else []
-    _check_sweep(folder, changes)
+    folder = choose_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[_FOLDER] = str(folder)
-    if start is None and _rank() == 0:
-        write_config(folder, config)
-    return Run(folder, start, changes)
+    lock = RunLock(folder) if _rank() == 0 else None
+    run = Run(folder, None, [], lock)
+    try:
+        run.start = find_start(config, folder)
+        if run.start is not None:
+            run.changes = find_changes(folder, config)
+            _check_sweep(folder, run.changes)
+        elif lock is not None:
+            write_config(folder, config)
+    except BaseException:
+        run.__exit__()
+        raise
+    return run
 
 
 def _check_sweep(folder: Path, changes: list[dict[str, Any]]) -> None:
@@ -79,7 +99,7 @@ def _share_folder(config: Config) -> None:
         return
     if _rank() > 0 and _FOLDER in os.environ:
         config.run.folder = os.environ[_FOLDER]
-    elif os.environ.keys() & {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} and _TIMESTAMP.search(
+    elif os.environ.keys() & {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} and TIMESTAMP.search(
         config.run.folder
     ):
         raise ValueError(
@@ -91,28 +111,3 @@ def _share_folder(config: Config) -> None:
 def _rank() -> int:
     """This process's number, 0 for the first."""
     return int(getattr(rank_zero_only, "rank", 0))
-
-
-def _find_run(config: Config) -> tuple[Path, Checkpoint | None]:
-    """The folder of a new run, or of the one that ``resume`` asks for."""
-    folder = Path(config.run.folder)
-    if config.resume == "never":
-        if any((folder / "checkpoints").glob("update-*")):
-            raise ValueError(
-                f"there is a run in {folder} already: go on with it by resume=auto, or choose "
-                "another run.folder"
-            )
-        return folder, None
-    if config.resume != "auto":
-        start = find_checkpoint(Path(config.resume) / "checkpoints")
-        if start is None:
-            raise ValueError(f"resume={config.resume}: there is no whole checkpoint in that folder")
-        return Path(config.resume), start
-    earlier = [folder]
-    if _TIMESTAMP.search(folder.name):
-        alike = folder.parent.glob(_TIMESTAMP.sub("*", folder.name))
-        earlier += sorted((f for f in alike if _TIMESTAMP.search(f.name)), reverse=True)
-    for run in earlier:
-        if (start := find_checkpoint(run / "checkpoints")) is not None:
-            return run, start
-    return folder, None

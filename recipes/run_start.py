@@ -1,0 +1,66 @@
+"""Where a run begins: in a folder of its own, or at the checkpoint of a run that is resumed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from alm_torchrl.training import Checkpoint, find_checkpoint
+from recipes.config import Config
+from recipes.run_config import REMEDY
+
+#: What the name of a folder ends with, by default: the time of the run's start.
+TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
+
+
+def choose_folder(config: Config) -> Path:
+    """The folder of a new run, or of the one that ``resume`` asks for."""
+    if config.resume not in ("never", "auto"):
+        if not Path(config.resume, "checkpoints").is_dir():
+            raise ValueError(f"resume={config.resume}: there is no whole checkpoint in that folder")
+        return Path(config.resume)
+    folder = Path(config.run.folder)
+    if config.resume == "never" or not TIMESTAMP.search(folder.name) or _has_run(folder):
+        return folder
+    name = TIMESTAMP.sub("", folder.name)
+    alike = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    earlier = [run for run in alike if TIMESTAMP.sub("", run.name) == name != run.name]
+    return next((run for run in sorted(earlier, reverse=True) if _has_run(run)), folder)
+
+
+def _has_run(folder: Path) -> bool:
+    """Whether anything was learnt here, also if no checkpoint of it is whole any more."""
+    checkpoints = folder / "checkpoints"
+    found = checkpoints.iterdir() if checkpoints.is_symlink() or checkpoints.exists() else ()
+    return any(re.fullmatch(r"update-\d+", path.name) for path in found) or (
+        _last_step(folder) is not None
+    )
+
+
+def find_start(config: Config, folder: Path) -> Checkpoint | None:
+    """What a run goes on from; raises if it would begin where another has been."""
+    if config.resume == "never":
+        if _has_run(folder):
+            raise ValueError(
+                f"there is a run in {folder} already: go on with it by resume=auto, or choose "
+                "another run.folder"
+            )
+        return None
+    try:
+        start = find_checkpoint(folder / "checkpoints")
+    except OSError as error:
+        raise OSError(f"{error}: {REMEDY}") from error
+    if start is None and config.resume != "auto":
+        raise ValueError(f"resume={config.resume}: there is no whole checkpoint in that folder")
+    if start is None and (step := _last_step(folder) or 0) > config.checkpoint.every:
+        raise ValueError(f"{folder} has a curve of {step} steps and no checkpoint: {REMEDY}")
+    return start
+
+
+def _last_step(folder: Path) -> int | None:
+    """How far the curves in a folder go, 0 if they do not say; nothing if they are empty."""
+    steps = []
+    for path in [*folder.glob("curve.csv"), *folder.glob("seed*/curve.csv")]:
+        _, *rows = path.read_bytes().splitlines() or [b""]
+        steps += [row.split(b",")[0] for row in rows]
+    return max((int(step) if step.isdigit() else 0 for step in steps), default=None)

@@ -47,6 +47,8 @@ def train(options: DictConfig) -> None:
         run = prepare(config)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:  # while it waits for another run
+        sys.exit("interrupted before it began")
     with run:
         fit(config, run)
 

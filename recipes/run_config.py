@@ -127,9 +127,10 @@ class ConfigRecord(L.Callback):
         self.changes = changes
         self.step = step
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Writes both files, in the first process."""
-        if not trainer.is_global_zero:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Writes both files, in the first process, if anything is left to do."""
+        experience = pl_module.experience
+        if not trainer.is_global_zero or experience.updates >= len(experience):
             return
         with (self.folder / "changes.jsonl").open("a") as file:
             for change in self.changes:

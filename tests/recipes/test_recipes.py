@@ -144,14 +144,22 @@ def test_an_ablation_changes_its_switch_alone_and_trains(
     assert ("train/multiplier" in rows[0]) == (name == "learnt_weight")
 
 
-def mistake(folder: Path, monkeypatch, *arguments: str) -> str:
+def mistake(
+    folder: Path, monkeypatch, *arguments: str, script: Path = RECIPES / "mujoco.py"
+) -> str:
     """Runs the recipe in this process, and returns what it ends with."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["mujoco.py", *arguments])
     monkeypatch.setattr(sys, "path", sys.path.copy())
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(RECIPES / "mujoco.py"), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     return str(stop.value)
+
+
+def test_the_recipe_runs_through_a_symbolic_link(tmp_path: Path, monkeypatch, capfd) -> None:
+    (tmp_path / "train.py").symlink_to(RECIPES / "mujoco.py")
+    message = mistake(tmp_path, monkeypatch, "sed=3", script=tmp_path / "train.py")
+    assert message.startswith("Could not override 'sed'")  # of the options that it has found
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from omegaconf import OmegaConf
@@ -76,7 +77,14 @@ def test_what_may_change_is_noted_with_its_step(config, tmp_path: Path, capsys) 
     ]
     record = ConfigRecord(tmp_path, later, changes, step=4000)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
-    record.on_train_start(SimpleNamespace(is_global_zero=True), None)
+    experience = MagicMock(updates=9000)
+    experience.__len__.return_value = 9000  # nothing is left to do
+    module = SimpleNamespace(experience=experience)
+    record.on_train_start(SimpleNamespace(is_global_zero=True), module)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+    assert find_changes(tmp_path, later) == changes
+    experience.updates = 4000
+    record.on_train_start(SimpleNamespace(is_global_zero=True), module)
     lines = (tmp_path / "changes.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 4000, **one} for one in changes]
     assert "from step 4000: learning_rates.actor=1e-05, 0.001 before" in capsys.readouterr().out

@@ -26,6 +26,7 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks import measure
+from recipes.run_name import override_name
 
 RECIPES = Path(__file__).resolve().parent
 ROOT = RECIPES.parent
@@ -133,17 +134,15 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="of the curves")
     parser.add_argument("--option", action="append", default=[], help="of recipes/mujoco.py")
-    parser.add_argument("--suffix", default="", help="of the preset's name with these options")
+    parser.add_argument("--suffix", default="", help="of the name; else the options")
     parser.add_argument(
         "--timed", action="store_true", help="nothing else runs here: the seconds are a measure"
     )
     args = parser.parse_args()
-    failed = 0
-    for task, what, seed in product(args.tasks, args.what, args.seeds):
-        settings = args.steps, args.eval_every, tuple(args.option), args.suffix
-        run = Run(what, task, seed, *settings)
-        failed += not train(run, args.runs, args.results, args.timed)
-    return failed
+    suffix = args.suffix or override_name(args.option)  # or other options' curves would pass for it
+    settings = args.steps, args.eval_every, tuple(args.option), suffix
+    runs = [Run(w, t, s, *settings) for t, w, s in product(args.tasks, args.what, args.seeds)]
+    return sum(not train(run, args.runs, args.results, args.timed) for run in runs)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,17 @@ def test_options_and_their_name_go_with_the_curve(tmp_path: Path, monkeypatch, t
     assert (one["what"], one["timed"]) == ("paper-bf16", True)
 
 
+def test_options_without_a_name_are_other_runs(tmp_path: Path, monkeypatch, trained) -> None:
+    asked = ["--what", "paper", "--seeds", "0", "--steps", "10"]
+    for rate in ("1e-3", "1e-4", "1e-4"):
+        main(tmp_path, monkeypatch, *asked, "--option", f"learning_rates.actor={rate}")
+    assert len(trained) == 2
+    names = sorted(json.loads((tmp_path / "results/runs.json").read_text()))
+    assert names == [
+        f"halfcheetah-paper-learning_rates.actor_{rate}-seed0.csv" for rate in (0.0001, 0.001)
+    ]
+
+
 def test_a_failed_run_is_counted_and_not_kept(tmp_path: Path, monkeypatch) -> None:
     failed = subprocess.CompletedProcess([], 3)
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: failed)

@@ -86,24 +86,32 @@ def fit(config: Config, run: Run) -> None:
     try:
         trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
     except SystemExit:  # how Lightning ends after Ctrl-C or SIGTERM
-        say(
-            f"interrupted after {module.experience.steps} steps; resume={folder} goes on",
-            file=sys.stderr,
-        )
+        when = f"after {module.experience.steps} steps" if module.restored else "before it began"
+        say(f"interrupted {when}; {_kept(folder)}", file=sys.stderr)
         sys.exit(1)
     except MisconfigurationException as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except (EnvironmentFailedError, FloatingPointError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}; resume={folder} goes on from what was kept")
-    except RuntimeError as error:
-        if not is_lost_process(error):
+        sys.exit(f"{type(error).__name__}: {error}; {_kept(folder)}")
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_lost_process(error):
+            sys.exit(f"another process of this run has ended, for its own reason; resume={folder}")
+        if start is None or module.restored:
             raise
-        sys.exit(f"another process of this run has ended, for its own reason; resume={folder}")
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.exit(f"{start.folder} does not fit this run, of which nothing was changed: {what}")
     finally:
         module.experience.shutdown()
     score = trainer.callback_metrics.get("return")
     result = "nothing was left to do" if score is None else f"return {score:.0f}"
     say(f"{result}; curve, agent and checkpoints: {folder}")
+
+
+def _kept(folder: Path) -> str:
+    """How to go on, if there is something to go on from."""
+    if any((folder / "checkpoints").glob("update-*[0-9]")):
+        return f"resume={folder} goes on from what was kept"
+    return "nothing was kept yet, so that it begins anew"
 
 
 def launch(config_name: str) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L  # noqa: N812
@@ -22,6 +23,7 @@ from tensordict import TensorDict
 from torchrl.envs import Transform, TransformedEnv
 
 from alm_torchrl.training import EnvironmentFailedError, find_checkpoint, make_trainer
+from alm_torchrl.training.trainer import _unused
 from tests.training.tiny import make_env
 
 
@@ -358,3 +360,47 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
         server.stdin.close()
     assert kills >= 10
     assert [step for step, _ in curve(tmp_path)] == ["100", "200", "300", "400"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "logs" not in path.parts
+    }
+
+
+class Stop(L.Callback):
+    """Raises in one of the hooks that are called until a run goes on."""
+
+    def __init__(self, hook: str, error: type[BaseException]) -> None:
+        setattr(self, hook, partial(self._raise, error))
+
+    @staticmethod
+    def _raise(error: type[BaseException], *_: object, **__: object) -> None:
+        raise error("stopped")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("hook", ["setup", "on_load_checkpoint", "on_fit_start", "on_train_start"])
+def test_nothing_is_written_before_the_state_is_restored(
+    make_module, tmp_path: Path, hook: str, error: type[BaseException]
+) -> None:
+    fit(make_module(12), tmp_path)
+    before = contents(tmp_path)
+    assert {"curve.csv", "curve.png", "agent_last.pt", "agent_best.pt"} <= before.keys()
+    with contextlib.nullcontext() if error is KeyboardInterrupt else pytest.raises(error):
+        _, interrupted = fit(make_module(24), tmp_path, Stop(hook, error), resume=True)
+        assert interrupted
+    assert contents(tmp_path) == before
+
+
+def test_the_metrics_of_another_session_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "logs/csv2").mkdir(parents=True)
+    (tmp_path / "logs/csv").mkdir()
+    assert _unused(tmp_path) == "csv3"
+    (tmp_path / "logs/csv").rmdir()
+    assert _unused(tmp_path) == "csv"
+    (tmp_path / "logs/csv").mkdir()
+    (tmp_path / "logs/csv2").rename(tmp_path / "logs/csv3")
+    assert _unused(tmp_path) == "csv2"

@@ -112,7 +112,8 @@ class LearningCurve(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
         """Leaves both files behind when a run is interrupted before its first evaluation."""
-        self._write()
+        if pl_module.restored:
+            self._write()
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._start
@@ -187,7 +188,8 @@ class SaveAgent(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
         """Saves the agent when a run is interrupted."""
-        pl_module.evaluated_agents[self.row].save(self.folder / "agent_last.pt")
+        if pl_module.restored:
+            pl_module.evaluated_agents[self.row].save(self.folder / "agent_last.pt")
 
 
 class StopOnSignal(L.Callback):

@@ -99,6 +99,8 @@ class ALMModule(L.LightningModule):
         self.compiles = worth_compiling(compile, len(experience), next(loss.parameters()).device)
         self.automatic_optimization = False
         self.log_every = log_every
+        #: Whether all state has been restored: nothing of the run is written before.
+        self.restored = False
         stacked = isinstance(loss, StackedLoss)
         self.target_update = (StackedSoftUpdate if stacked else SoftUpdate)(loss, tau=target_tau)
         self._check_sharing()
@@ -160,6 +162,7 @@ class ALMModule(L.LightningModule):
         alone = self.trainer.world_size == 1  # no graph holds what processes say to each other
         captured = alone and self.device.type == "cuda" and self.compile_mode != "never"
         self._update = CapturedUpdate(update) if captured else update
+        self.restored = True
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """One update. The host waits for a GPU when there is something to log, and no sooner.

@@ -171,8 +171,9 @@ def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
 
 def _unused(folder: Path) -> str:
     """A name for the metrics, of which the CSV logger would remove those there already."""
-    sessions = len(list((folder / "logs").glob("csv*")))
-    return f"csv{sessions + 1}" if sessions else "csv"
+    taken = {path.name for path in (folder / "logs").glob("csv*")}
+    names = ("csv", *(f"csv{session}" for session in range(2, len(taken) + 2)))
+    return next(name for name in names if name not in taken)
 
 
 def _keep_by_seed(

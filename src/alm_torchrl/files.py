@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replacing", "sha256", "sync"]
+__all__ = ["replacing", "set_aside", "sha256", "sync"]
 
 
 @contextmanager
@@ -39,6 +39,26 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def set_aside(path: str | Path) -> Path:
+    """Gives a file or folder a name that nothing else has, so that another can take its place.
+
+    Args:
+        path: what is in the way.
+
+    Returns:
+        Where it is now: beside it, with ``.kept`` at the end.
+
+    Raises:
+        OSError: if it cannot be renamed.
+    """
+    path, number = Path(path), 1
+    kept = path.with_name(f"{path.name}.kept")
+    while os.path.lexists(kept):
+        number += 1
+        kept = path.with_name(f"{path.name}.{number}.kept")
+    return path.rename(kept)
 
 
 def sync(path: str | Path) -> None:

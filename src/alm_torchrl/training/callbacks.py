@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import signal
 import threading
 import time
@@ -21,6 +19,7 @@ from alm_torchrl.files import replacing
 from alm_torchrl.training.checkpoints import Checkpoints, validates_next
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import agree
+from alm_torchrl.training.tables import check_table, significant, write_table
 
 __all__ = ["EvaluationSchedule", "LearningCurve", "SaveAgent", "StopOnSignal", "Video"]
 
@@ -52,7 +51,9 @@ class LearningCurve(L.Callback):
 
     Both are rewritten after every evaluation, so that they stand whenever a run ends. A row holds
     the step (the authors' counter, without the warm-up), the seed, the mean return, its standard
-    deviation over episodes, all frames, and the seconds since the start.
+    deviation over episodes, all frames, and the seconds since the start. A checkpoint holds the
+    rows too: a file that does not begin with them when a run goes on is written again from them,
+    and what was there is kept as ``curve.csv.kept``, with a warning.
 
     Args:
         folder: where the two files go.
@@ -69,6 +70,7 @@ class LearningCurve(L.Callback):
         self.title = title
         self.row = row
         self.rows: list[dict[str, float]] = []
+        self._goes_on = False
         self._before = 0.0
         self._start = time.monotonic()
 
@@ -83,11 +85,18 @@ class LearningCurve(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the curve."""
+        self._goes_on = True
         self.rows, self._before = list(state_dict["rows"]), state_dict["seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Starts the clock."""
         self._start = time.monotonic()
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Compares the file with the curve so far, and loses nothing if they differ."""
+        if check_table(self.folder / "curve.csv", self.rows, self.seed, goes_on=self._goes_on):
+            self._write()
 
     @rank_zero_only
     def on_validation_batch_end(
@@ -99,8 +108,8 @@ class LearningCurve(L.Callback):
             {
                 "step": experience.steps,
                 "seed": self.seed,
-                "return": round(returns.mean().item(), 2),
-                "return_std": round(returns.std(correction=0).item(), 2),
+                "return": significant(returns.mean().item()),
+                "return_std": significant(returns.std(correction=0).item()),
                 "frames": experience.frames,
                 "seconds": round(self._seconds(), 1),
             }
@@ -119,12 +128,7 @@ class LearningCurve(L.Callback):
         return self._before + time.monotonic() - self._start
 
     def _write(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.FIELDS)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        with replacing(self.folder / "curve.csv") as file:
-            file.write(text.getvalue().encode())
+        write_table(self.folder / "curve.csv", self.FIELDS, self.rows)
         with replacing(self.folder / "curve.png") as file:
             self._draw(file)
 

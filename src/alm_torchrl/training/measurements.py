@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -29,6 +27,7 @@ from alm_torchrl.files import replacing
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.seeds import StackedLoss
+from alm_torchrl.training.tables import check_table, significant, write_table
 
 __all__ = ["Diagnostics", "Measurement", "ValueBias"]
 
@@ -57,6 +56,7 @@ class Measurement(L.Callback):
         self.steps = steps
         self.row = row
         self.rows: list[dict[str, float]] = []
+        self._goes_on = False
 
     @property
     def state_key(self) -> str:
@@ -69,7 +69,14 @@ class Measurement(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
-        self.rows = list(state_dict["rows"])
+        self.rows, self._goes_on = list(state_dict["rows"]), True
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Compares the file with the numbers so far, and loses nothing if they differ."""
+        path = self.folder / f"{self.name}.csv"
+        if check_table(path, self.rows, self.seed, goes_on=self._goes_on):
+            self._write()
 
     @rank_zero_only
     def on_validation_batch_end(
@@ -85,7 +92,7 @@ class Measurement(L.Callback):
             found = self.measure(cast("ALMLoss", one), rollout)
         if states:
             set_random_states(env, states)
-        numbers = {name: round(float(value), 5) for name, value in found.items()}
+        numbers = {name: significant(float(value)) for name, value in found.items()}
         self.rows.append({"step": pl_module.experience.steps, "seed": self.seed, **numbers})
         if self.row == 0:
             for logger in trainer.loggers:
@@ -107,12 +114,7 @@ class Measurement(L.Callback):
         raise NotImplementedError
 
     def _write(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.rows[0])
-        writer.writeheader()
-        writer.writerows(self.rows)
-        with replacing(self.folder / f"{self.name}.csv") as file:
-            file.write(text.getvalue().encode())
+        write_table(self.folder / f"{self.name}.csv", list(self.rows[0]), self.rows)
         with replacing(self.folder / f"{self.name}.png") as file:
             self._render(file)
 

@@ -119,7 +119,9 @@ def main() -> None:
                 target_update.step()
             if step % args.eval_every == 0:
                 returns = evaluate_policy(eval_env, actor, episodes=5)
-                mean, std = (round(v.item(), 2) for v in (returns.mean(), returns.std(0, False)))
+                mean, std = (
+                    float(f"{v.item():.7g}") for v in (returns.mean(), returns.std(0, False))
+                )
                 seconds = round(time.monotonic() - start, 1)
                 writer.writerow((step, args.seed, mean, std, frame, seconds))
                 file.flush()

@@ -19,6 +19,10 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     Args:
         path: the file; an existing one stays as it is until then, and if writing fails.
 
+    Yields:
+        The new file, for writing and for reading what was written; ``partial`` at the end of its
+        name is this package's own, and what has it is replaced.
+
     Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
@@ -30,7 +34,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # a link is not followed
+        with partial.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -70,10 +70,37 @@ def test_a_step_is_written_once_and_forgotten_when_it_is_overwritten(tmp_path: P
     assert spans[-1] == [(29, 40), (39, 50), (49, 60)]
     assert journal.save() == journal.save()
     journal.remove_all_but(journal.save()[1:])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "000000000039-000000000050.pt",
-        "000000000049-000000000060.pt",
+    assert sorted(path.name[:25] for path in tmp_path.iterdir()) == [
+        "000000000039-000000000050",
+        "000000000049-000000000060",
     ]
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link: bool) -> None:
+    folder, other = tmp_path / "replay-0", tmp_path / "other"
+    other.mkdir()
+    if through_link:
+        folder.symlink_to(other)
+    replay = buffer()
+    for journal in (ReplayJournal(buffer(), folder), ReplayJournal(replay, folder)):
+        journal.replay.extend(batch(0, 10, 1))
+        journal.save()  # the parts of two runs, in one folder
+    theirs = {path.name for path in folder.iterdir()} - {part.file for part in journal.parts}
+    (folder / ".snapshot").mkdir()
+    (folder / "thesis.pt").write_bytes(b"mine")
+    (folder / "000000000000-000000000010.pt").write_bytes(b"mine")
+    theirs |= {".snapshot", "thesis.pt", "000000000000-000000000010.pt"}
+    assert len(theirs) == 4
+    stale = folder / f"{journal.parts[0].file}.partial"
+    stale.write_bytes(b"torn")
+
+    resumed = ReplayJournal(buffer(), folder)
+    resumed.load(journal.parts)
+    resumed.replay.extend(batch(10, 5, 1))
+    parts = resumed.save()
+    resumed.remove_all_but(parts[1:])
+    assert {path.name for path in folder.iterdir()} == theirs | {parts[1].file}
 
 
 def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -404,3 +405,28 @@ def test_the_metrics_of_another_session_are_never_overwritten(tmp_path: Path) ->
     (tmp_path / "logs/csv").mkdir()
     (tmp_path / "logs/csv2").rename(tmp_path / "logs/csv3")
     assert _unused(tmp_path) == "csv2"
+
+
+def test_files_of_the_user_among_the_checkpoints_stay(make_module, tmp_path: Path) -> None:
+    fit(make_module(12), tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints / "update-0000000010", checkpoints / "update-0000000010-best")
+    mine = {
+        *("notes.txt", "update-notes.txt", "update-best/agent.pt", "replay-0/notes.txt"),
+        *("update-0000000010/notes.txt", "replay-0/.snapshot/x", "update-9.partial/x"),
+    }
+    for name in mine:
+        (checkpoints / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoints / name).write_text(name)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "state.ckpt").write_text("mine")
+    for name in ("update-0000000008", "update-0000000015.partial"):
+        (checkpoints / name).symlink_to(elsewhere)
+    with pytest.warns(UserWarning, match="holds what is not a checkpoint's: it is now"):
+        fit(make_module(24), tmp_path, resume=True)
+    found = {path.read_text() for path in checkpoints.rglob("*") if path.stat().st_size < 99}
+    assert found - {"mine"} == mine
+    assert (elsewhere / "state.ckpt").read_text() == "mine"
+    assert (checkpoints / "update-0000000010-best/state.ckpt").exists()
+    assert find_checkpoint(checkpoints).update == 24

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from alm_torchrl.files import replacing, sha256
 
 __all__ = ["JournalPart", "ReplayJournal"]
 
+_NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and whose they are
 _FRAMES = "frames:"  # before the names of entries that are not time steps
 
 
@@ -48,8 +51,9 @@ class ReplayJournal:
 
     TorchRL's ``dumps`` writes a buffer as a whole, gigabytes of it every time. Here each time step
     is written once, to a file that is never touched again: what a checkpoint refers to stays as it
-    was while training goes on. A part begins with the last time step of the part before it, whose
-    episode may have been closed since.
+    was while training goes on. Its name ends with what is drawn once for each run, so that no other
+    file is overwritten or removed. A part begins with the last time step of the part before it,
+    whose episode may have been closed since.
 
     Args:
         replay: the buffer, in memory of any kind.
@@ -60,6 +64,8 @@ class ReplayJournal:
         self.replay = replay
         self.folder = Path(folder)
         self.parts: list[JournalPart] = []
+        self._owner = secrets.token_hex(4)
+        self._loaded: set[str] = set()
 
     def save(self) -> list[JournalPart]:
         """Writes a part with what is new, and waits until it is on the disk.
@@ -91,18 +97,25 @@ class ReplayJournal:
         """
         self.parts = list(parts)
         if self.parts:
+            self._loaded = {part.file for part in self.parts}
+            if named := _NAME.fullmatch(self.parts[-1].file):
+                self._owner = named[1]
             self.replay.restore(self._read(), self.parts[-1].stop)
 
     def remove_all_but(self, parts: Iterable[JournalPart]) -> None:
-        """Removes the files that are none of these parts."""
+        """Removes the parts that this run has written, in any session, and that are none of these.
+
+        Nothing else is touched that lies in the folder, which may be a link to another.
+        """
         kept = {part.file for part in parts}
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                path.unlink()
+        written = {path.name for path in self.folder.glob(f"*-{self._owner}.pt*")}
+        for name in (written | self._loaded) - kept:
+            if name in self._loaded or _NAME.fullmatch(name.removesuffix(".partial")):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, start: int, stop: int) -> JournalPart:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{start:012d}-{stop:012d}.pt"
+        path = self.folder / f"{start:012d}-{stop:012d}-{self._owner}.pt"
         content = {"/".join(key): leaf for key, leaf in _leaves(self.replay.read(start, stop))}
         for key, frames in self.replay.read_frames(start, stop).items():
             content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in frames.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import random
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -18,10 +19,11 @@ from typing import Any
 import lightning as L  # noqa: N812 - Lightning's own convention
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from alm_torchrl.data import JournalPart, ReplayJournal
 from alm_torchrl.envs import random_states, set_random_states
-from alm_torchrl.files import replacing, sha256, sync
+from alm_torchrl.files import replacing, set_aside, sha256, sync
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import gather
 
@@ -29,9 +31,9 @@ __all__ = ["Checkpoint", "Checkpoints", "check_processes", "find_checkpoint", "v
 
 _FORMAT = "alm_torchrl.Checkpoint"
 _VERSION = 1
+_NAME = re.compile(r"update-\d{10}")
 _STATE = "state.ckpt"
 _MANIFEST = "manifest.json"
-_NAME = re.compile(r"update-\d+")
 #: Bytes; a replay part takes about 200.
 _LARGEST_MANIFEST = 2**24
 _PACKAGES = ("alm-torchrl", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco")
@@ -185,6 +187,8 @@ class Checkpoints(L.Callback):
     To go on, give ``Trainer.fit`` the checkpoint's ``state``. The environments are reset, so the
     episodes that were running then end there, truncated.
 
+    Only what was written by this callback is ever removed, whatever else lies in its folders.
+
     A run of several processes has one checkpoint, with the replay buffer and the random generators
     of each. Its folder must be one that all of them see.
 
@@ -312,18 +316,18 @@ class Checkpoints(L.Callback):
         first = trainer.is_global_zero
         try:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
                 partial.mkdir(parents=True)
             trainer.save_checkpoint(partial / _STATE)
             if first:
                 sync(partial / _STATE)
                 _write_manifest(partial, checkpoint, frames)
-                shutil.rmtree(checkpoint.folder, ignore_errors=True)  # damaged, or not gone on from
+                _remove(checkpoint.folder)  # damaged, or not gone on from
                 partial.rename(checkpoint.folder)
                 sync(self.folder)
         except BaseException:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
             raise
         trainer.strategy.barrier()
 
@@ -349,8 +353,9 @@ class Checkpoints(L.Callback):
         kept = {checkpoint.folder.name for checkpoint in self.kept}
         if trainer.is_global_zero:
             for found in self.folder.glob("update-*"):
-                if found.name not in kept:
-                    shutil.rmtree(found, ignore_errors=True)
+                if found.name not in kept and _NAME.fullmatch(found.name.removesuffix(".partial")):
+                    with contextlib.suppress(OSError):  # what is left is removed after the next
+                        _remove(found)
         rank = trainer.global_rank
         self._journal.remove_all_but(part for one in self.kept for part in one.replay[rank])
 
@@ -379,6 +384,21 @@ def validates_next(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether an evaluation follows this update, after which a run that goes on skips it."""
     every = trainer.val_check_batch
     return bool(trainer.enable_validation and every and (batch_idx + 1) % every == 0)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; what else lies in its folder is kept under another name."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_symlink() and folder.is_dir():
+        for name in (_MANIFEST, _STATE):
+            for path in (folder / name, folder / f"{name}.partial"):
+                if path.is_symlink() or path.is_file():
+                    path.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+            return
+    rank_zero_warn(f"{folder} holds what is not a checkpoint's: it is now {set_aside(folder)}")
 
 
 def _replay_folder(checkpoints: Path, rank: int) -> Path:

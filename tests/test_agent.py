@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -13,7 +14,13 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.envs import make_env
-from alm_torchrl.modules import CategoricalHead, GaussianLatentModule, LatentDynamics, MLPEncoder
+from alm_torchrl.modules import (
+    CategoricalHead,
+    FixedScaleHead,
+    GaussianLatentModule,
+    LatentDynamics,
+    MLPEncoder,
+)
 from alm_torchrl.objectives import ALMLoss
 
 SIZES = {"latent_dim": 4, "hidden_dim": 8, "dynamics_hidden_dim": 12}
@@ -270,3 +277,54 @@ def test_an_unknown_component_is_refused() -> None:
     config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), **SIZES)
     with pytest.raises(TypeError, match="decoder"):
         ALMAgent(config, decoder=nn.Identity())
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:
+    size = np.prod((2, 2))
+    sizes = {"latent_dim": size, "hidden_dim": np.int32(8), "dynamics_hidden_dim": np.int64(12)}
+    encoder = MLPEncoder(
+        np.int64(5), size, np.int32(8), in_keys=["x"], head=FixedScaleHead(np.float64(0.5))
+    )
+    config = AgentConfig(
+        {"x": np.int64(5)},
+        np.array([-1.0, 0.0]),
+        torch.tensor([1.0, 4.0]),
+        **sizes,
+        noise_clip=np.float32(0.25),
+        scale_to_range=np.bool_(True),
+    )
+    assert config == AgentConfig(
+        {"x": 5}, (-1.0, 0.0), (1.0, 4.0), 4, 8, 12, scale_to_range=True, noise_clip=0.25
+    )
+    assert type(config.scale_to_range) is bool
+    for agent in (ALMAgent(config), ALMAgent(config, encoder=encoder)):
+        agent.save(tmp_path / "agent.pt")
+        again = ALMAgent.load(tmp_path / "agent.pt")
+        assert again.config == config
+        td = TensorDict(x=torch.randn(3, 5), batch_size=[3])
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            torch.manual_seed(0)
+            expected = agent.policy()(td.clone())["action"]
+            torch.manual_seed(0)
+            assert torch.equal(again.policy()(td.clone())["action"], expected)
+
+
+class Counting(MLPEncoder):
+    """An encoder of the user's, whose state cannot be read back."""
+
+    def get_extra_state(self):
+        return np.int64(3)
+
+    def set_extra_state(self, state) -> None:
+        pass
+
+
+def test_an_agent_that_could_not_be_loaded_does_not_replace_one_that_can(
+    agent: ALMAgent, tmp_path: Path
+) -> None:
+    agent.save(tmp_path / "agent.pt")
+    other = ALMAgent.from_env(Body(), **SIZES, encoder=Counting(3, 4, 8, in_keys=["position"]))
+    with pytest.raises(ValueError, match=r"could not be read again, .* \(.*numpy.*scalar"):
+        other.save(tmp_path / "agent.pt")
+    assert torch.equal(act(ALMAgent.load(tmp_path / "agent.pt")), act(agent))
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.pt"]

@@ -21,7 +21,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from alm_torchrl.files import replacing
+from alm_torchrl.files import save_tensors
 from alm_torchrl.modules import (
     Actor,
     LatentDynamics,
@@ -31,6 +31,7 @@ from alm_torchrl.modules import (
     RewardModel,
     TransitionClassifier,
     describe,
+    plain_numbers,
     rebuild,
 )
 from alm_torchrl.objectives import check_encoder
@@ -71,6 +72,13 @@ class AgentConfig:
     noise_start: float = 1.0
     noise_end: float = 0.1
     noise_steps: int = 100_000
+
+    def __post_init__(self) -> None:
+        """Makes numbers of NumPy's Python's own, which a file can hold."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain_numbers(getattr(self, field.name)))
+        for name in ("action_low", "action_high"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 class ALMAgent(nn.Module):
@@ -213,7 +221,12 @@ class ALMAgent(nn.Module):
         """Writes configuration and weights for acting (or for looking into the model).
 
         Args:
-            path: the file; an existing one is replaced only once the new one is whole.
+            path: the file; an existing one is replaced only once the new one is whole and can be
+                read again.
+
+        Raises:
+            ValueError: if a component of your own keeps in its state what cannot be read again.
+            OSError: if it cannot be written.
         """
         described = {name: describe(getattr(self, name)) for name in ("encoder", "dynamics")}
         known = {name for name in COMPONENTS if type(getattr(self, name)) in _FROM_CONFIG}
@@ -226,8 +239,7 @@ class ALMAgent(nn.Module):
             "described": {name: described[name] for name in described if name in known},
             "state_dict": self.state_dict(),
         }
-        with replacing(path) as file:
-            torch.save(content, file)
+        save_tensors(content, path)
 
     @classmethod
     def load(

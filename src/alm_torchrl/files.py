@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["replacing", "set_aside", "sha256", "sync"]
+import torch
+
+__all__ = ["replacing", "save_tensors", "set_aside", "sha256", "sync"]
 
 
 @contextmanager
@@ -44,6 +48,35 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def save_tensors(content: Any, path: str | Path) -> None:
+    """Writes what :func:`torch.save` writes, once it is known that it can be read again.
+
+    Args:
+        content: tensors, numbers and strings, in dictionaries, lists and tuples.
+        path: the file; an existing one stays if this fails.
+
+    Raises:
+        ValueError: if something in it would not be read again, such as a number of NumPy's.
+        OSError: if it cannot be written.
+    """
+    with replacing(path) as file:
+        torch.save(content, file)
+        file.seek(0)
+        try:  # without the tensors' numbers
+            torch.load(file, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} could not be read again, and was not written: it may hold tensors, "
+                f"numbers and strings of Python's, and holds something else ({_reason(error)})"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an unpickler complains of, without the advice that torch surrounds it with."""
+    found = re.search(r"(?:Unsupported|GLOBAL)[^\n.]*(?:\.\w+)*", str(error))
+    return found[0] if found else type(error).__name__
 
 
 def set_aside(path: str | Path) -> Path:

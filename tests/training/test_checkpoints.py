@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L  # noqa: N812
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -48,11 +49,18 @@ class Losses(L.Callback):
         pl_module.training_step = noted
 
 
-def fit(module, folder: Path, *callbacks: L.Callback, resume: bool = False, every: int = 5):
+def fit(
+    module,
+    folder: Path,
+    *callbacks: L.Callback,
+    resume: bool = False,
+    every: int = 5,
+    seed: int = 3,
+):
     start = find_checkpoint(folder / "checkpoints") if resume else None
     trainer = make_trainer(
         folder,
-        seed=3,
+        seed=seed,
         title="tiny",
         eval_every=6,
         checkpoint_every=every,
@@ -430,3 +438,24 @@ def test_files_of_the_user_among_the_checkpoints_stay(make_module, tmp_path: Pat
     assert (elsewhere / "state.ckpt").read_text() == "mine"
     assert (checkpoints / "update-0000000010-best/state.ckpt").exists()
     assert find_checkpoint(checkpoints).update == 24
+
+
+def test_a_run_with_numbers_of_numpy_goes_on(make_module, tmp_path: Path) -> None:
+    for steps in (12, 18):
+        module = make_module(
+            np.int64(steps), updates_per_step=np.float64(1), learning_rates=np.float64(1e-3)
+        )
+        fit(module, tmp_path, resume=steps == 18, seed=np.int64(3))
+    assert find_checkpoint(tmp_path / "checkpoints").update == 18
+    assert [step for step, _ in curve(tmp_path)] == ["6", "12", "18"]
+
+
+def test_a_checkpoint_that_could_not_be_read_is_not_kept(make_module, tmp_path: Path) -> None:
+    class Stateful(L.Callback):
+        def state_dict(self) -> dict[str, np.generic]:
+            return {"best": np.float64(1)}
+
+    with pytest.raises(ValueError, match=r"state.ckpt could not be read again"):
+        fit(make_module(12), tmp_path, Stateful())
+    assert find_checkpoint(tmp_path / "checkpoints") is None
+    assert not list((tmp_path / "checkpoints").glob("update-*"))

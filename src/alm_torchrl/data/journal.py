@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from alm_torchrl.data.replay import WindowReplayBuffer
-from alm_torchrl.files import replacing, sha256
+from alm_torchrl.files import save_tensors, sha256
 
 __all__ = ["JournalPart", "ReplayJournal"]
 
@@ -119,8 +119,7 @@ class ReplayJournal:
         content = {"/".join(key): leaf for key, leaf in _leaves(self.replay.read(start, stop))}
         for key, frames in self.replay.read_frames(start, stop).items():
             content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in frames.items()}
-        with replacing(path) as file:
-            torch.save(content, file)
+        save_tensors(content, path)
         return JournalPart(path.name, start, stop, sha256(path))
 
     def _read(self) -> Iterator[tuple[Any, ...]]:

@@ -2,7 +2,7 @@
 
 from alm_torchrl.modules.actor import Actor, NoiseSchedule
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
-from alm_torchrl.modules.described import describe, rebuild
+from alm_torchrl.modules.described import describe, plain_numbers, rebuild
 from alm_torchrl.modules.dynamics import LatentDynamics, RewardModel, TransitionClassifier
 from alm_torchrl.modules.encoders import (
     ConvNet,
@@ -62,6 +62,7 @@ __all__ = [
     "describe",
     "orthogonal_init",
     "plain_mlp",
+    "plain_numbers",
     "rebuild",
     "state_primer",
 ]

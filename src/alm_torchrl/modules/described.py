@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["describe", "described", "rebuild"]
+from torch import Tensor
+
+__all__ = ["describe", "described", "plain_numbers", "rebuild"]
 
 _CLASSES: dict[str, type] = {}
 _NAME = "component"
@@ -28,6 +30,7 @@ def described(cls: _T) -> _T:
 
     @functools.wraps(init)
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = plain_numbers(args), plain_numbers(kwargs)
         init(self, *args, **kwargs)
         if type(self) is cls:
             given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
@@ -39,6 +42,34 @@ def described(cls: _T) -> _T:
     cls.__init__ = remember  # type: ignore[misc]
     _CLASSES[cls.__name__] = cls
     return cls
+
+
+def plain_numbers(value: Any) -> Any:
+    """Python's own numbers in place of NumPy's, and tuples in place of arrays and tensors.
+
+    Args:
+        value: anything; looked through are dictionaries, lists and tuples.
+
+    Returns:
+        The same with such numbers, which a file can hold that is read without running code.
+
+    Examples:
+        >>> import numpy as np
+        >>> plain_numbers({"size": np.int64(3), "low": np.zeros(2)})
+        {'size': 3, 'low': (0.0, 0.0)}
+    """
+    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+        numbers = value.tolist()
+        return _as_tuples(numbers)
+    if type(value) is dict:
+        return {plain_numbers(key): plain_numbers(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_numbers, value))
+    return value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def describe(component: object) -> dict[str, Any] | None:

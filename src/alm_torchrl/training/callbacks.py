@@ -66,7 +66,7 @@ class LearningCurve(L.Callback):
 
     def __init__(self, folder: str | Path, *, seed: int, title: str = "", row: int = 0) -> None:
         self.folder = Path(folder)
-        self.seed = seed
+        self.seed = int(seed)  # of Python's own, which a checkpoint can hold
         self.title = title
         self.row = row
         self.rows: list[dict[str, float]] = []

@@ -19,11 +19,12 @@ from typing import Any
 import lightning as L  # noqa: N812 - Lightning's own convention
 import numpy as np
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from alm_torchrl.data import JournalPart, ReplayJournal
 from alm_torchrl.envs import random_states, set_random_states
-from alm_torchrl.files import replacing, set_aside, sha256, sync
+from alm_torchrl.files import replacing, save_tensors, set_aside, sha256, sync
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import gather
 
@@ -183,6 +184,9 @@ class Checkpoints(L.Callback):
     counters, callbacks and every random generator) and a manifest with checksums and versions.
     The replay buffer is written to ``replay-0`` beside it, each transition once. A folder gets its
     name when all that belongs to it is on the disk, so that a run can be killed at any moment.
+
+    Where the trainer has :class:`TensorFiles` among its plugins, as that of :func:`make_trainer`,
+    nothing is kept that could not be read again.
 
     To go on, give ``Trainer.fit`` the checkpoint's ``state``. The environments are reset, so the
     episodes that were running then end there, truncated.
@@ -358,6 +362,16 @@ class Checkpoints(L.Callback):
                         _remove(found)
         rank = trainer.global_rank
         self._journal.remove_all_but(part for one in self.kept for part in one.replay[rank])
+
+
+class TensorFiles(TorchCheckpointIO):
+    """Has Lightning read and write its part of a checkpoint as the rest of a run is."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """See :func:`alm_torchrl.files.save_tensors`."""
+        save_tensors(checkpoint, path)
 
 
 def check_processes(start: Checkpoint, num_processes: int) -> None:

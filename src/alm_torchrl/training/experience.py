@@ -11,7 +11,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
-from alm_torchrl.modules import NoiseSchedule
+from alm_torchrl.modules import NoiseSchedule, plain_numbers
 from alm_torchrl.training.acting import PolicyCopy, SentPolicy
 from alm_torchrl.training.seeds import StackedNoise
 
@@ -70,6 +70,9 @@ class Experience:
         num_seeds: int = 1,
         num_processes: int = 1,
     ) -> None:
+        total_steps, warmup_steps, warmup_updates, updates_per_step = plain_numbers(
+            (total_steps, warmup_steps, warmup_updates, updates_per_step)
+        )
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
             raise ValueError(
                 "expected total_steps >= 1, warmup_steps >= 0 and updates_per_step > 0, got "

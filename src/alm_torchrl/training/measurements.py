@@ -52,7 +52,7 @@ class Measurement(L.Callback):
 
     def __init__(self, folder: str | Path, *, seed: int, steps: int = 1000, row: int = 0) -> None:
         self.folder = Path(folder)
-        self.seed = seed
+        self.seed = int(seed)  # of Python's own, which a checkpoint can hold
         self.steps = steps
         self.row = row
         self.rows: list[dict[str, float]] = []

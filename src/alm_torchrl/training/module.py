@@ -18,6 +18,7 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.evaluation import evaluate_policy
+from alm_torchrl.modules import plain_numbers
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
@@ -90,7 +91,8 @@ class ALMModule(L.LightningModule):
         self.loss = loss
         self.experience = experience
         self.__dict__["eval_env"] = eval_env  # a module for TorchRL, but no part of what is learnt
-        self.learning_rates = learning_rates
+        many = isinstance(learning_rates, Mapping)
+        self.learning_rates = plain_numbers(dict(learning_rates) if many else learning_rates)
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes
         self.ema_decay = ema_decay

@@ -28,7 +28,7 @@ from alm_torchrl.training.callbacks import (
     StopOnSignal,
     Video,
 )
-from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, check_processes
+from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, TensorFiles, check_processes
 from alm_torchrl.training.measurements import Measurement
 from alm_torchrl.training.precision import choose_precision
 from alm_torchrl.training.processes import end_with_parent
@@ -119,7 +119,7 @@ def make_trainer(
         num_nodes=num_nodes,
         # The targets and the noise, which are buffers, move alike in all processes.
         strategy=DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
-        plugins=_choose_environment(num_processes),
+        plugins=[TensorFiles(), *_cluster_environment(num_processes)],
         enable_checkpointing=False,
         max_epochs=1,
         val_check_interval=eval_every,
@@ -134,7 +134,7 @@ def make_trainer(
     return trainer
 
 
-def _choose_environment(num_processes: int) -> ClusterEnvironment | None:
+def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
     """Where the numbers of processes come from; nothing where Lightning is to find out.
 
     Raises:
@@ -143,14 +143,14 @@ def _choose_environment(num_processes: int) -> ClusterEnvironment | None:
     if num_processes == 1:
         # A cluster's RANK or SLURM_PROCID is that of an independent run, not of a process of this.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
-        return LightningEnvironment()
+        return [LightningEnvironment()]
     if TorchElasticEnvironment.detect() or "SLURM_NTASKS" not in os.environ:
-        return None
+        return []
     if "SLURM_PROCID" not in os.environ or not SLURMEnvironment.detect():
-        return LightningEnvironment()  # within salloc, but not started by srun
+        return [LightningEnvironment()]  # within salloc, but not started by srun
     try:
         # Lightning's own checkpoints know no replay buffer, nor does what it requeues a job with.
-        return SLURMEnvironment(auto_requeue=False)
+        return [SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 

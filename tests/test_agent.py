@@ -328,3 +328,62 @@ def test_an_agent_that_could_not_be_loaded_does_not_replace_one_that_can(
         other.save(tmp_path / "agent.pt")
     assert torch.equal(act(ALMAgent.load(tmp_path / "agent.pt")), act(agent))
     assert [path.name for path in tmp_path.iterdir()] == ["agent.pt"]
+
+
+WRONG = {
+    "no version": {"version": None},
+    "version as text": {"version": "2"},
+    "version as a tensor": {"version": torch.zeros(3)},
+    "no config": {"config": None},
+    "config of another kind": {"config": [3, 4]},
+    "unknown field": {"config": {"observation_dims": {"x": 3}, "colour": "red"}},
+    "a field is missing": {"config": {"observation_dims": {"x": 3}}},
+    "sizes as text": {
+        "config": {"observation_dims": {"x": "3"}, "action_low": ["a"], "action_high": ["b"]}
+    },
+    "sizes beyond memory": {
+        "config": {
+            "observation_dims": {"x": 10**12},
+            "action_low": (-1.0,),
+            "action_high": (1.0,),
+            "hidden_dim": 10**12,
+        }
+    },
+    "no weights": {"state_dict": None},
+    "weights of another kind": {"state_dict": [torch.zeros(3)]},
+    "weights that are none": {"state_dict": {"encoder.weight": "heavy"}},
+    "weights of another agent": {"state_dict": {"encoder.weight": torch.zeros(3)}},
+    "custom of another kind": {"custom": 3},
+    "described of another kind": {"described": 3},
+    "described with another argument": {"described": {"encoder": {"component": "MLPEncoder"}}},
+    "described as no component": {"described": {"encoder": {"component": "GaussianHead"}}},
+    "described as text": {"described": {"encoder": "MLPEncoder"}},
+    "described class as a list": {"described": {"encoder": {"component": ["x"]}}},
+    "unknown component": {"described": {"decoder": {"component": "GaussianHead"}}},
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_what_makes_no_agent_is_a_value_error_of_one_line(
+    agent: ALMAgent, tmp_path: Path, change: dict
+) -> None:
+    agent.save(tmp_path / "agent.pt")
+    content = torch.load(tmp_path / "agent.pt", weights_only=True) | change
+    torch.save(content, tmp_path / "agent.pt")
+    with pytest.raises(ValueError, match=r"agent\.pt") as raised:
+        ALMAgent.load(tmp_path / "agent.pt")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", "list", "folder"])
+def test_a_foreign_file_is_a_value_error(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "agent.pt"
+    if content == "folder":
+        path.mkdir()
+    elif content == "list":
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a file that ALMAgent.save wrote"):
+        ALMAgent.load(path)

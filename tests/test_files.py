@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from alm_torchrl.files import replacing, set_aside
+from alm_torchrl.files import load_tensors, replacing, save_tensors, set_aside
 
 
 def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -33,3 +35,69 @@ def test_what_is_set_aside_never_takes_a_name_that_is_taken(tmp_path: Path) -> N
         (tmp_path / "x").write_text(name)
         assert set_aside(tmp_path / "x") == tmp_path / name
     assert (tmp_path / "x.2.kept").read_text() == "x.2.kept"
+
+
+def zipped(path: Path) -> None:
+    """A gigabyte of zeros in a megabyte."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, bytes(10**7) if name.endswith("data/0") else content)
+
+
+def claim(path: Path) -> None:
+    """A storage that is said to be larger than what is there."""
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            changed = content.replace(b"M\xe8\x03tq", b"\x8a\x06\x00\x10\xa5\xd4\xe8\x00tq")
+            assert changed != content or not name.endswith("data.pkl")
+            archive.writestr(name, changed)
+
+
+def expand(path: Path) -> None:
+    torch.save({"weight": torch.zeros(1).expand(10**12)}, path)
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def execute(path: Path) -> None:
+    torch.save({"weight": Payload()}, path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (zipped, "it is compressed"),
+        (claim, "record size .4000 bytes. does not match|a tensor claims 4,000,000,000,000"),
+        (expand, "a tensor claims 4,000,000,000,000 bytes, and the file has"),
+        (execute, "damaged or was not written by alm_torchrl: Unsupported global: GLOBAL getattr"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_hostile_file_is_refused_before_it_takes_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "agent.pt"
+    save_tensors({"weight": torch.zeros(1000)}, path)
+    assert torch.equal(load_tensors(path)["weight"], torch.zeros(1000))
+    harm(path)
+    with pytest.raises(ValueError, match=says) as raised:
+        load_tensors(path)
+    assert "\n" not in str(raised.value)
+    assert not Path("touched").exists()
+
+
+def test_values_that_hold_themselves_are_walked_through_once(tmp_path: Path) -> None:
+    laughs = ["ha"]
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    torch.save(laughs, tmp_path / "x.pt")
+    assert load_tensors(tmp_path / "x.pt")

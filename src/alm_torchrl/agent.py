@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from alm_torchrl.files import save_tensors
+from alm_torchrl.files import load_tensors, one_line, save_tensors
 from alm_torchrl.modules import (
     Actor,
     LatentDynamics,
@@ -265,13 +264,16 @@ class ALMAgent(nn.Module):
         if missing:
             needed = ", ".join(f"{name}=..." for name in missing)
             raise ValueError(f"{path} was saved with components of your own; pass {needed} to load")
-        described = content.get("described", {})  # files of version 1 have none
-        components = {**rebuild(described), **components}
-        agent = cls(AgentConfig(**content["config"]), **components)
+        try:
+            described = rebuild(content.get("described", {}))  # files of version 1 have none
+            agent = cls(AgentConfig(**content["config"]), **{**described, **components})
+        except Exception as error:  # whatever a file may hold
+            raise ValueError(f"{path} does not describe an agent: {one_line(error)}") from error
         try:
             agent.load_state_dict(content["state_dict"])
-        except RuntimeError as error:
-            raise ValueError(f"the weights in {path} do not fit the components: {error}") from error
+        except Exception as error:
+            what = one_line(error)
+            raise ValueError(f"the weights in {path} do not fit the components: {what}") from error
         return agent.to(device)
 
 
@@ -343,13 +345,18 @@ def _vector_keys(env: EnvBase) -> dict[NestedKey, int]:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except FileNotFoundError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or is not a file that ALMAgent.save wrote") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or is not a file that ALMAgent.save wrote: {one_line(error)}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a file that ALMAgent.save wrote")
+    kinds = {"version": int, "custom": list, "config": dict, "state_dict": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+        raise ValueError(f"{path} is damaged: it has no {', no '.join(wrong)}")
     if content["version"] > _VERSION:
         raise ValueError(
             f"{path} has format version {content['version']}, this release reads up to {_VERSION}; "

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["replacing", "save_tensors", "set_aside", "sha256", "sync"]
+__all__ = ["load_tensors", "one_line", "replacing", "save_tensors", "set_aside", "sha256", "sync"]
 
 
 @contextmanager
@@ -48,6 +49,65 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def load_tensors(path: str | Path) -> Any:
+    """Reads what :func:`save_tensors` wrote, to the CPU, without running any code stored in it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: if the file is damaged, or would take more memory than it has bytes.
+        OSError: if it cannot be opened.
+    """
+    size = Path(path).stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if sum(member.file_size for member in members) > size:
+            raise ValueError("it is compressed, which torch.save never does")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(content, size)
+    except OSError:
+        raise
+    except Exception as error:  # whatever an unpickler makes of foreign bytes
+        reason = _reason(error) if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise ValueError(
+            f"{path} is damaged or was not written by alm_torchrl: {reason}"
+        ) from error
+    return content
+
+
+def _check_sizes(content: Any, size: int) -> None:
+    """Raises if tensors claim more numbers than a file of this size (bytes) can hold."""
+    found, seen = [content], set()
+    while found:
+        value = found.pop()
+        if isinstance(value, torch.Tensor):
+            claimed = max(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            if claimed > max(size, 1 << 20):  # a small one may be expanded
+                raise ValueError(f"a tensor claims {claimed:,} bytes, and the file has {size:,}")
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            found += value.values() if isinstance(value, dict) else value
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line that is not endless.
+
+    Args:
+        error: the error.
+
+    Examples:
+        >>> one_line(KeyError("config"))
+        "KeyError: 'config'"
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def save_tensors(content: Any, path: str | Path) -> None:

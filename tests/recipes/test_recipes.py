@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,8 @@ import torch
 from omegaconf import OmegaConf
 
 from alm_torchrl.evaluation import evaluate_policy
+from alm_torchrl.files import sha256
+from alm_torchrl.training import find_checkpoint
 from tests.patience import patience
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -401,3 +406,34 @@ def test_the_example_of_an_encoder_trains_and_saves(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "step 2: return " in result.stdout
     assert (tmp_path / "agent.pt").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        ({"state_dict": {}}, "does not fit this run, of which nothing was changed: RuntimeError"),
+        ({"callbacks": 3}, "does not fit this run, of which nothing was changed: "),
+        ({"extra": torch.zeros(1).expand(10**12)}, "a tensor claims 4,000,000,000,000 bytes"),
+    ],
+)
+def test_a_foreign_state_costs_one_line_and_nothing_of_the_run(
+    finished, tmp_path: Path, monkeypatch, harm: dict, says: str
+) -> None:
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
+    folder = find_checkpoint(tmp_path / "out/checkpoints").folder
+    state = torch.load(folder / "state.ckpt", weights_only=True) | harm
+    torch.save(state, folder / "state.ckpt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state_sha256"] = sha256(folder / "state.ckpt")
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+    kept = {
+        path: path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and path.name not in ("config.yaml", "metrics.csv")
+    }
+    said = mistake(tmp_path, monkeypatch, *SHORT, "resume=out", "training.total_steps=9")
+    assert says in said
+    assert "\n" not in said
+    assert all(path.read_bytes() == content for path, content in kept.items())

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from alm_torchrl.data.replay import WindowReplayBuffer
-from alm_torchrl.files import save_tensors, sha256
+from alm_torchrl.files import load_tensors, save_tensors, sha256
 
 __all__ = ["JournalPart", "ReplayJournal"]
 
@@ -92,8 +92,9 @@ class ReplayJournal:
             parts: what :meth:`save` returned.
 
         Raises:
-            ValueError: if the buffer has other sizes or entries than the one that was saved.
-            OSError: if a part cannot be read.
+            ValueError: if the buffer has other sizes or entries than the one that was saved, or a
+                part is damaged.
+            OSError: if a part cannot be opened.
         """
         self.parts = list(parts)
         if self.parts:
@@ -125,7 +126,10 @@ class ReplayJournal:
     def _read(self) -> Iterator[tuple[Any, ...]]:
         lanes = [] if self.replay.num_envs == 1 else [self.replay.num_envs]
         for part in reversed(self.parts):
-            content = torch.load(self.folder / part.file, weights_only=True)
+            content = load_tensors(self.folder / part.file)
+            leaves = content.values() if isinstance(content, dict) else [None]
+            if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                raise ValueError(f"{self.folder / part.file} holds something else than tensors")
             frames: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
             for entry in [entry for entry in content if entry.startswith(_FRAMES)]:
                 *key, name = entry.removeprefix(_FRAMES).split("/")

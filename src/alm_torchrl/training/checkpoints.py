@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from alm_torchrl.data import JournalPart, ReplayJournal
 from alm_torchrl.envs import random_states, set_random_states
-from alm_torchrl.files import replacing, save_tensors, set_aside, sha256, sync
+from alm_torchrl.files import load_tensors, replacing, save_tensors, set_aside, sha256, sync
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import gather
 
@@ -372,6 +372,12 @@ class TensorFiles(TorchCheckpointIO):
     ) -> None:
         """See :func:`alm_torchrl.files.save_tensors`."""
         save_tensors(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See :func:`alm_torchrl.files.load_tensors`."""
+        return load_tensors(path)
 
 
 def check_processes(start: Checkpoint, num_processes: int) -> None:

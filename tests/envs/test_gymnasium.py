@@ -313,3 +313,15 @@ def test_without_states_an_environment_is_seeded_from_torch() -> None:
         observations.append(env.reset()["observation"])
     assert torch.equal(observations[0], observations[1])
     assert not torch.equal(observations[0], observations[2])
+
+
+def test_random_generators_of_environments_that_are_not_made_yet_or_closed() -> None:
+    env, other = (make_env("Pendulum-v1", num_envs=2) for _ in range(2))
+    assert random_states(env) == []
+    env.reset()
+    states = random_states(env)
+    expected = env.reset()["observation"]
+    set_random_states(other, states)
+    assert torch.equal(other.reset()["observation"], expected)
+    env.close()
+    assert random_states(env) == []

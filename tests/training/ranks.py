@@ -31,7 +31,6 @@ class GivenBatches:
         self.updates = self.frames = self.steps = self.warmup_updates = 0
         self.episode_returns: list[float] = []
         self.policy_age = None
-        self.collecting = False
 
     def __len__(self) -> int:
         return len(self.batches)

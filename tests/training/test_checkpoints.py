@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import Transform, TransformedEnv
+from torchrl.envs import SerialEnv, Transform, TransformedEnv
 
 from alm_torchrl.training import EnvironmentFailedError, find_checkpoint, make_trainer
 from alm_torchrl.training.trainer import _unused
@@ -459,3 +459,31 @@ def test_a_checkpoint_that_could_not_be_read_is_not_kept(make_module, tmp_path: 
         fit(make_module(12), tmp_path, Stateful())
     assert find_checkpoint(tmp_path / "checkpoints") is None
     assert not list((tmp_path / "checkpoints").glob("update-*"))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_an_evaluation_environment_that_fails_loses_nothing(
+    make_module, tmp_path: Path, at: int, evaluation: int
+) -> None:
+    played = 20 * (evaluation - 1)  # two episodes of ten steps each
+    env = TransformedEnv(make_env(), Failing("raises", at=played + at))
+    message = f"evaluation environment failed at step {6 * evaluation}: ValueError: the joint"
+    with pytest.raises(EnvironmentFailedError, match=message):
+        fit(make_module(24, eval_env=env), tmp_path)
+    assert find_checkpoint(tmp_path / "checkpoints").update == 6 * evaluation
+    notes = Losses()
+    fit(make_module(24), tmp_path, notes, resume=True)
+    assert list(notes.seen) == list(range(6 * evaluation + 1, 25))
+    assert curve(tmp_path) == [("6", "14"), ("12", "20"), ("18", "26"), ("24", "32")]
+
+
+def test_one_of_several_environments_that_fails_loses_nothing(make_module, tmp_path: Path) -> None:
+    failing = TransformedEnv(make_env(), Failing("raises", at=8))
+    env = SerialEnv(3, [make_env, lambda: failing, make_env])
+    with pytest.raises(EnvironmentFailedError, match="failed after frame 21: ValueError"):
+        fit(make_module(24, env=env), tmp_path)
+    found = find_checkpoint(tmp_path / "checkpoints")
+    assert found.update == 13
+    fit(make_module(24, env=SerialEnv(3, make_env)), tmp_path, resume=True)
+    assert find_checkpoint(tmp_path / "checkpoints").update == 24

@@ -34,10 +34,11 @@ def make_module(
     env = make_env() if env is None else env
     agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
     loss = ALMLoss(**agent.networks(), **(objective or {}))
+    num_envs = env.batch_size.numel()
     policy = PolicyCopy(agent.policy(), lag=policy_lag)
     experience = Experience(
         make_collector(env, policy, init_random_frames=8 // num_processes),
-        make_replay_buffer(100, batch_size=6 // num_processes),
+        make_replay_buffer(100 - 100 % num_envs, batch_size=6 // num_processes, num_envs=num_envs),
         total_steps=total_steps,
         warmup_steps=8,
         warmup_updates=warmup_updates,

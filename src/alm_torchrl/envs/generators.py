@@ -44,6 +44,8 @@ def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
     Raises:
         ValueError: if there are not as many states as environments.
     """
+    if states and isinstance(env, EnvBase) and env.is_closed:
+        env.reset()  # which makes those that are stepped together
     if not states or _any_unknown(env):
         env.set_seed(int(torch.randint(2**31 - 1, ())))
     if not states:
@@ -60,7 +62,7 @@ def _generators(env: EnvBase) -> list[Any]:
         noises = [t.np_random for t in transforms_of(env) if isinstance(t, Distractors)]
         return [*_generators(env.base_env), *noises]
     if isinstance(env, SerialEnv):
-        return [one for part in getattr(env, "_envs", ()) for one in _generators(part)]
+        return [one for part in _parts(env) for one in _generators(part)]
     if not isinstance(env, EnvBase) or env.is_closed:
         return []
     if isinstance(env, GymWrapper):
@@ -68,11 +70,17 @@ def _generators(env: EnvBase) -> list[Any]:
     return [env._env.task.random] if isinstance(env, DMControlWrapper) else []
 
 
+def _parts(env: SerialEnv) -> list[EnvBase]:
+    """The environments in it; none before they are made or once it is closed."""
+    parts: list[EnvBase] = vars(env).get("_envs", [])  # as an attribute, they would be asked for it
+    return parts
+
+
 def _any_unknown(env: EnvBase) -> bool:
     if isinstance(env, TransformedEnv):
         return _any_unknown(env.base_env)
     if isinstance(env, SerialEnv):
-        return any(_any_unknown(part) for part in getattr(env, "_envs", ()))
+        return any(_any_unknown(part) for part in _parts(env))
     return not isinstance(env, (GymWrapper, DMControlWrapper))
 
 

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from alm_torchrl.data import JournalPart, ReplayJournal
 from alm_torchrl.envs import random_states, set_random_states
 from alm_torchrl.files import load_tensors, replacing, save_tensors, set_aside, sha256, sync
+from alm_torchrl.training.experience import EnvironmentFailedError
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import gather
 
@@ -287,12 +288,12 @@ class Checkpoints(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Saves when the environment failed, since no update was under way.
+        """Saves when an environment failed, since no update was under way.
 
         Of several processes the others cannot be asked then, and their last checkpoint remains.
         """
-        alone = trainer.world_size == 1
-        if alone and pl_module.experience.collecting and pl_module.experience.updates:
+        failed = isinstance(exception, EnvironmentFailedError) and pl_module.restored
+        if failed and trainer.world_size == 1 and pl_module.experience.updates:
             self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: ALMModule) -> None:

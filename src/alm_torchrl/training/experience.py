@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -11,15 +12,34 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
+from alm_torchrl.files import one_line
 from alm_torchrl.modules import NoiseSchedule, plain_numbers
 from alm_torchrl.training.acting import PolicyCopy, SentPolicy
 from alm_torchrl.training.seeds import StackedNoise
 
-__all__ = ["EnvironmentFailedError", "Experience"]
+__all__ = ["EnvironmentFailedError", "Experience", "naming_environment"]
 
 
 class EnvironmentFailedError(RuntimeError):
     """An environment raised, or returned what is not finite; nothing of it was stored."""
+
+
+@contextmanager
+def naming_environment(what: str) -> Iterator[None]:
+    """Has what an environment raises say on one line which it was.
+
+    Args:
+        what: the environment, and when it failed.
+
+    Raises:
+        EnvironmentFailedError: in place of any other error.
+    """
+    try:
+        yield
+    except EnvironmentFailedError:
+        raise
+    except Exception as error:
+        raise EnvironmentFailedError(f"{what}: {one_line(error)}") from error
 
 
 class Experience:
@@ -96,7 +116,6 @@ class Experience:
         self.num_processes = num_processes
         self.frames = 0
         self.updates = 0
-        self.collecting = False
         self._batches = 0
         self._last_frames = 0
         self._restarts = 0
@@ -173,8 +192,13 @@ class Experience:
         self.collector.load_state_dict(counts, strict=False)
 
     def restart(self) -> None:
-        """Resets the environments and acts with the newest weights, as a run does that goes on."""
-        self.collector.reset()
+        """Resets the environments and acts with the newest weights, as a run does that goes on.
+
+        Raises:
+            EnvironmentFailedError: if an environment raises.
+        """
+        with naming_environment("the environment failed when it was reset"):
+            self.collector.reset()
         if self.policy is not None:
             self.policy.restart(self.updates)
 
@@ -193,19 +217,12 @@ class Experience:
 
     def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
         """The collector's next batch, if there is one and nothing is wrong with it."""
-        self.collecting = True
-        try:
+        with naming_environment(f"the environment failed after frame {self.frames}"):
             if (self.steps or self.updates) and self.policy is not None:
                 self.policy.publish(self.updates)
             data = next(batches, None)
-        except Exception as error:
-            raise EnvironmentFailedError(
-                f"the environment failed after frame {self.frames}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
         if data is not None:
             _check_finite(data, self.frames)
-        self.collecting = False
         return data
 
     def _store(self, data: TensorDictBase) -> None:

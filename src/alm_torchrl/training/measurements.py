@@ -25,6 +25,7 @@ from alm_torchrl.evaluation import (
 )
 from alm_torchrl.files import replacing
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training.experience import naming_environment
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.seeds import StackedLoss
 from alm_torchrl.training.tables import check_table, significant, write_table
@@ -88,7 +89,8 @@ class Measurement(L.Callback):
         devices = [device] if device.type == "cuda" else []
         states = random_states(env)
         with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
-            rollout = visit(cast("ALMLoss", one), env, self.steps).to(device)
+            with naming_environment("the evaluation environment failed while it was measured"):
+                rollout = visit(cast("ALMLoss", one), env, self.steps).to(device)
             found = self.measure(cast("ALMLoss", one), rollout)
         if states:
             set_random_states(env, states)

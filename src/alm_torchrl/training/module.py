@@ -22,7 +22,7 @@ from alm_torchrl.modules import plain_numbers
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
-from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.experience import Experience, naming_environment
 from alm_torchrl.training.processes import rank_seed
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
@@ -212,6 +212,9 @@ class ALMModule(L.LightningModule):
 
         In full precision, as the collector acts, whatever the losses are computed in. Of several
         processes the first plays, and tells the others.
+
+        Raises:
+            EnvironmentFailedError: if an environment raises.
         """
         returns = self._evaluate() if self.trainer.is_global_zero else None
         returns = self.trainer.strategy.broadcast(returns)
@@ -227,7 +230,8 @@ class ALMModule(L.LightningModule):
     def _evaluate(self) -> Tensor:
         seeds = len(self.agents)
         policy = self.evaluated.policy()
-        with torch.autocast(self.device.type, enabled=False):
+        failed = f"the evaluation environment failed at step {self.experience.steps}"
+        with torch.autocast(self.device.type, enabled=False), naming_environment(failed):
             returns = evaluate_policy(self.eval_env, policy, seeds * self.eval_episodes)
         return returns.reshape(seeds, -1).cpu()
 

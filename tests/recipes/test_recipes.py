@@ -437,3 +437,11 @@ def test_a_foreign_state_costs_one_line_and_nothing_of_the_run(
     assert says in said
     assert "\n" not in said
     assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_run_that_kept_nothing_does_not_say_that_it_goes_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    kept = runpy.run_path(str(RECIPES / "mujoco.py"))["_kept"]
+    assert kept(tmp_path) == "nothing was kept yet, so that it begins anew"
+    (tmp_path / "checkpoints/update-0000000005").mkdir(parents=True)
+    assert kept(tmp_path) == f"resume={tmp_path} goes on from what was kept"

@@ -487,3 +487,21 @@ def test_one_of_several_environments_that_fails_loses_nothing(make_module, tmp_p
     assert found.update == 13
     fit(make_module(24, env=SerialEnv(3, make_env)), tmp_path, resume=True)
     assert find_checkpoint(tmp_path / "checkpoints").update == 24
+
+
+def test_a_signal_ends_the_warm_up_at_once(make_module, tmp_path: Path) -> None:
+    class Signalling(Transform):
+        def _step(self, tensordict, next_tensordict):
+            seen.append(len(seen))
+            if len(seen) == 3:
+                signal.raise_signal(signal.SIGINT)
+            return next_tensordict
+
+    seen: list[int] = []
+    (tmp_path / "agent_last.pt").write_bytes(b"of another run")
+    module = make_module(12, env=TransformedEnv(make_env(), Signalling()))
+    _, interrupted = fit(module, tmp_path)
+    assert interrupted
+    assert len(seen) == module.experience.frames == 3
+    assert find_checkpoint(tmp_path / "checkpoints") is None
+    assert (tmp_path / "agent_last.pt").read_bytes() == b"of another run"

@@ -192,13 +192,16 @@ class SaveAgent(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Saves the agent when a run is interrupted."""
-        if pl_module.restored:
+        """Saves the agent when a run is interrupted, if anything was learnt."""
+        if pl_module.restored and pl_module.experience.updates:
             pl_module.evaluated_agents[self.row].save(self.folder / "agent_last.pt")
 
 
 class StopOnSignal(L.Callback):
     """Lets Ctrl-C and SIGTERM end a run after the update in progress, with a checkpoint.
+
+    Before the first update there is nothing to keep: a run of one process ends after the frames
+    that it is collecting.
 
     SIGTERM is what cluster managers send before they take a machine away. A second signal ends the
     run at once, without. Of several processes, all end after the same update, whichever of them
@@ -221,6 +224,7 @@ class StopOnSignal(L.Callback):
         Also from Lightning, which has registered by now: its handler has the processes of a run
         wait for each other in the midst of an update.
         """
+        self._experience = pl_module.experience
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request)
@@ -255,7 +259,7 @@ class StopOnSignal(L.Callback):
         self._restore()
 
     def _stop_next(self) -> None:
-        self._stopping = True
+        self._stopping = self._experience.stopping = True
         if self._checkpoints is not None:
             self._checkpoints.requested = True
 

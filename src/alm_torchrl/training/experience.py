@@ -116,6 +116,7 @@ class Experience:
         self.num_processes = num_processes
         self.frames = 0
         self.updates = 0
+        self.stopping = False  # set to end the warm-up, which nothing is kept of
         self._batches = 0
         self._last_frames = 0
         self._restarts = 0
@@ -154,6 +155,7 @@ class Experience:
 
         Raises:
             EnvironmentFailedError: if the environment raises, or returns what is not finite.
+            KeyboardInterrupt: before the first update, once ``stopping`` is set.
         """
         batches = iter(self.collector)
         while True:
@@ -164,6 +166,8 @@ class Experience:
                 yield self.replay.sample()
             if self.updates >= len(self):
                 return
+            if self.stopping and not self.updates:
+                raise KeyboardInterrupt
             self._conclude()
             data = self._collect(batches)
             if data is None:

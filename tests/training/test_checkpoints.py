@@ -24,6 +24,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import SerialEnv, Transform, TransformedEnv
 
+from alm_torchrl.envs import make_env as make_gymnasium
 from alm_torchrl.training import EnvironmentFailedError, find_checkpoint, make_trainer
 from alm_torchrl.training.trainer import _unused
 from tests.training.tiny import make_env
@@ -505,3 +506,16 @@ def test_a_signal_ends_the_warm_up_at_once(make_module, tmp_path: Path) -> None:
     assert len(seen) == module.experience.frames == 3
     assert find_checkpoint(tmp_path / "checkpoints") is None
     assert (tmp_path / "agent_last.pt").read_bytes() == b"of another run"
+
+
+def test_a_run_goes_on_with_another_number_of_evaluation_environments(
+    make_module, tmp_path: Path
+) -> None:
+    def pendulums(num_envs: int, steps: int):
+        env = partial(make_gymnasium, "Pendulum-v1", seed=0)
+        return make_module(steps, env=env(), eval_env=env(num_envs=num_envs))
+
+    fit(pendulums(1, 6), tmp_path)
+    with pytest.warns(UserWarning, match="other evaluation environments than before"):
+        fit(pendulums(3, 12), tmp_path, resume=True)
+    assert [step for step, _ in curve(tmp_path)] == ["6", "12"]

@@ -270,8 +270,14 @@ class Checkpoints(L.Callback):
         if len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
         with torch.random.fork_rng():  # resets are no part of what goes on
-            for env, states in zip(self._envs, state["envs"], strict=True):
-                set_random_states(env, states)
+            env, eval_env = self._envs
+            acting, evaluating = state["envs"]
+            set_random_states(env, acting)
+            try:
+                set_random_states(eval_env, evaluating)
+            except ValueError:
+                rank_zero_warn("there are other evaluation environments than before: seeded anew")
+                set_random_states(eval_env, [])
             pl_module.experience.restart()
 
     def on_train_batch_end(

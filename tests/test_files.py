@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from alm_torchrl import files
 from alm_torchrl.files import load_tensors, replacing, save_tensors, set_aside
 
 
@@ -101,3 +104,20 @@ def test_values_that_hold_themselves_are_walked_through_once(tmp_path: Path) -> 
         laughs = [laughs, laughs]
     torch.save(laughs, tmp_path / "x.pt")
     assert load_tensors(tmp_path / "x.pt")
+
+
+def test_files_are_written_where_folders_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where ``os.open`` of a folder fails, and ``os.fsync`` of a read-only file."""
+
+    def refuse(path: object, *_: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | {"name": "nt", "open": refuse}))
+    with replacing(tmp_path / "note.txt") as file:
+        file.write(b"whole")
+    assert (tmp_path / "note.txt").read_text() == "whole"
+    save_tensors({"weight": torch.zeros(3)}, tmp_path / "agent.pt")
+    assert torch.equal(load_tensors(tmp_path / "agent.pt")["weight"], torch.zeros(3))
+    files.sync(tmp_path / "agent.pt")

@@ -10,7 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
-from alm_torchrl.training import Checkpoint, LearningCurve, find_checkpoint, make_trainer
+from alm_torchrl.training import (
+    Checkpoint,
+    EnvironmentFailedError,
+    LearningCurve,
+    ValueBias,
+    find_checkpoint,
+    make_trainer,
+)
 from alm_torchrl.training.tables import check_table, significant, write_table
 from tests.training.tiny import make_module
 
@@ -121,3 +128,40 @@ def test_small_returns_are_written_as_they_are(tmp_path: Path, value, written) -
     curve.on_validation_batch_end(L.Trainer(logger=False, accelerator="cpu"), module, returns)
     (row,) = csv.DictReader((tmp_path / "curve.csv").open())
     assert float(row["return"]) == pytest.approx(value, rel=1e-6)
+
+
+def test_a_measurement_that_fails_leaves_the_other_tables_whole(tmp_path: Path) -> None:
+    class Brief(ValueBias):
+        def __init__(self, folder: Path, *, seed: int, row: int = 0) -> None:
+            super().__init__(folder, seed=seed, steps=20, row=row, tail=1.0)
+
+    class Failing(Brief):
+        name = "second"
+        broken = True
+
+        def measure(self, loss, rollout):
+            if self.broken:
+                raise EnvironmentFailedError("as if it were the environment's")
+            return super().measure(loss, rollout)
+
+    def fit(start: Checkpoint | None) -> None:
+        trainer = make_trainer(
+            tmp_path,
+            seed=3,
+            title="tiny",
+            eval_every=6,
+            checkpoint_every=6,
+            accelerator="cpu",
+            tensorboard=False,
+            start=start,
+            measurements=[Brief, Failing],
+        )
+        trainer.fit(make_module(12), ckpt_path=start and start.state, weights_only=True)
+
+    with pytest.raises(EnvironmentFailedError):
+        fit(None)
+    assert steps(tmp_path / "curve.csv") == ["6"]
+    Failing.broken = False
+    fit(find_checkpoint(tmp_path / "checkpoints"))
+    for name, expected in (("curve", ["6", "12"]), ("bias", ["6", "12"]), ("second", ["12"])):
+        assert steps(tmp_path / f"{name}.csv") == expected, name

@@ -215,6 +215,7 @@ class StopOnSignal(L.Callback):
     def __init__(self, checkpoints: Checkpoints | None = None) -> None:
         self.signal: signal.Signals | None = None
         self._checkpoints = checkpoints
+        self._module: ALMModule | None = None
         self._stopping = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -224,7 +225,7 @@ class StopOnSignal(L.Callback):
         Also from Lightning, which has registered by now: its handler has the processes of a run
         wait for each other in the midst of an update.
         """
-        self._experience = pl_module.experience
+        self._module = pl_module
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request)
@@ -259,7 +260,9 @@ class StopOnSignal(L.Callback):
         self._restore()
 
     def _stop_next(self) -> None:
-        self._stopping = self._experience.stopping = True
+        self._stopping = True
+        if self._module is not None:
+            self._module.experience.stopping = True
         if self._checkpoints is not None:
             self._checkpoints.requested = True
 

@@ -91,8 +91,9 @@ class ALMModule(L.LightningModule):
         self.loss = loss
         self.experience = experience
         self.__dict__["eval_env"] = eval_env  # a module for TorchRL, but no part of what is learnt
-        many = isinstance(learning_rates, Mapping)
-        self.learning_rates = plain_numbers(dict(learning_rates) if many else learning_rates)
+        if isinstance(learning_rates, Mapping):
+            learning_rates = dict(learning_rates)
+        self.learning_rates: float | Mapping[str, float] = plain_numbers(learning_rates)
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes
         self.ema_decay = ema_decay

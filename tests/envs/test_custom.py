@@ -13,6 +13,7 @@ from torchrl.envs import GymWrapper, SerialEnv
 from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.agent import ALMAgent
+from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env, random_states, set_random_states
 from tests.data.counting import CountingEnv
 
@@ -140,6 +141,69 @@ def test_the_options_work_on_ones_own_environment():
     assert torch.allclose(data["pixels"][:, -1, 0, 0].float(), shade, atol=1.01)
     moved = data["next", "observation"] - data["observation"]
     assert torch.allclose(moved[:, :3], 0.2 * data["action"], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- shared memory
+
+
+class Reused(gymnasium.Env):
+    """Writes every observation into one array (and one dict), and changes its action in place."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, nested: bool = False) -> None:
+        self.point = np.zeros(2, np.float32)
+        self.seen = {"observation": self.point, "goal": self.point} if nested else self.point
+        space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+        both = gymnasium.spaces.Dict(observation=space, goal=space)
+        self.observation_space = both if nested else space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.point[:] = 0
+        return self.seen, {}
+
+    def step(self, action):
+        self.point += 1
+        action[:] = 0
+        return self.seen, 1.0, False, False, {}
+
+
+class SameTensors(CountingEnv):
+    """Returns one tensor each for observation, reward and flags."""
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.returned = super()._reset(tensordict, **kwargs).set("reward", torch.zeros(1))
+        return self.returned.exclude("reward")
+
+    def _step(self, tensordict):
+        new = super()._step(tensordict)
+        tensordict["action"].zero_()
+        self.returned.apply_(lambda old, value: old.copy_(value), new)
+        return self.returned.copy()
+
+
+@pytest.mark.parametrize("task", [Reused, partial(Reused, nested=True), SameTensors])
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("history", [0, 3])
+def test_what_an_environment_reuses_is_stored_as_it_was(task, num_envs, frames, history):
+    env = make_env(task, num_envs=num_envs, history=history, history_actions=history > 0)
+    collector = make_collector(
+        env, None, frames_per_batch=frames * num_envs, total_frames=5 * num_envs
+    )
+    data = torch.cat([batch.reshape(num_envs, -1) for batch in collector], 1)
+    counted = data["observation"][..., -1:]
+    assert counted[0].flatten().tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(data["next", "observation"][..., -1:], counted + 1)
+    assert (data["action"] != 0).all()
+    if task is SameTensors:
+        assert torch.equal(data["next", "reward"], data["action"].sum(-1, keepdim=True))
+    if history:
+        newest = data["next", "history"][:, :, -1]
+        size = data["observation"].shape[-1]
+        assert torch.equal(newest[..., :size], data["next", "observation"])
+        assert torch.equal(newest[..., size:], data["action"])
 
 
 # ------------------------------------------------------------------------------------- errors

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torchrl.envs import EnvBase, GymWrapper
+from torchrl.envs import EnvBase
 
-from alm_torchrl.envs.gymnasium import with_own_context
+from alm_torchrl.envs.gymnasium import GymnasiumEnv, with_own_context
 
 __all__: list[str] = []
 
@@ -99,7 +99,7 @@ def make_custom(
         import gymnasium
 
         if isinstance(env, gymnasium.Env):
-            return GymWrapper(with_own_context(env), frame_skip=action_repeat, device=device)
+            return GymnasiumEnv(with_own_context(env), frame_skip=action_repeat, device=device)
     raise ValueError(
         f"{name} makes a {type(env).__name__}, which is neither a torchrl.envs.EnvBase nor a "
         "gymnasium.Env"

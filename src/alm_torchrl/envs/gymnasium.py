@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import warnings
@@ -18,6 +19,22 @@ __all__: list[str] = []
 INSTALL = "pip install 'alm-torchrl[recipes]'"
 
 
+class GymnasiumEnv(GymWrapper):
+    """TorchRL's wrapper, which shares no memory with the environment.
+
+    An environment may write its next observation into the array, or the dict, that it returned, and
+    may change the action that it is given.
+    """
+
+    def read_obs(self, observations: Any) -> dict[str, Any]:
+        """Reads a copy of the observation."""
+        return super().read_obs(copy.deepcopy(observations))
+
+    def read_action(self, action: Any) -> Any:
+        """Gives the environment an action of its own."""
+        return copy.deepcopy(super().read_action(action))
+
+
 def make_gymnasium(
     task: str,
     gym_kwargs: dict[str, Any],
@@ -26,7 +43,7 @@ def make_gymnasium(
     render: bool,
     size: tuple[int, int] | None,
     device: torch.device | str,
-) -> GymWrapper:
+) -> GymnasiumEnv:
     """One environment, without transforms, that renders frames if asked to.
 
     Only MuJoCo tasks can choose their height and width; others render as they do.
@@ -43,8 +60,8 @@ def make_gymnasium(
             env = _gym_make(task, options)
     if render:
         env = with_own_context(env)
-    # GymWrapper and not GymEnv, which keeps arguments such as frame_skip from gymnasium.make
-    return GymWrapper(env, frame_skip=action_repeat, device=device)
+    # No GymEnv, which keeps arguments such as frame_skip from gymnasium.make
+    return GymnasiumEnv(env, frame_skip=action_repeat, device=device)
 
 
 def _gym_make(task: str, gym_kwargs: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from alm_torchrl.envs.transforms import (
     Distractors,
     History,
     KeepDimensions,
+    OwnMemory,
     Render,
     RenderFrames,
     SeededEnv,
@@ -288,8 +289,10 @@ def _make_one(
     chain = observed.transforms(env, name)
     if video:
         chain.append(_render_frames(env, name, None))
+    if not isinstance(env, (gymnasium.GymnasiumEnv, DMControlWrapper)):
+        env = TransformedEnv(env, OwnMemory(), auto_unwrap=False)
     if chain:
-        env = SeededEnv(env, Compose(DoubleToFloat(), *chain))
+        env = SeededEnv(env, Compose(DoubleToFloat(), *chain), auto_unwrap=False)
     if seed is not None:
         env.set_seed(seed)
     return env

@@ -13,7 +13,7 @@ from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Compose, ObservationTransform, Transform
 
-__all__ = ["Distractors", "History", "KeepDimensions", "RenderFrames"]
+__all__ = ["Distractors", "History", "KeepDimensions", "OwnMemory", "RenderFrames"]
 
 Render = Callable[[], Any]
 
@@ -32,6 +32,30 @@ class SeededEnv(TransformedEnv):
             if isinstance(transform, Distractors):
                 transform.set_seed(seed)
         return super().set_seed(seed, static_seed=static_seed)
+
+
+class OwnMemory(Transform):
+    """Copies what an environment is given and what it returns.
+
+    An environment may write its next observation, reward or flag into the tensor that it returned,
+    and may change what it is given. The transforms on top of it see neither.
+
+    Examples:
+        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
+        >>> TransformedEnv(ContinuousActionVecMockEnv(), OwnMemory()).rollout(2).batch_size
+        torch.Size([2])
+    """
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return next_tensordict.clone()
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return tensordict_reset.clone()
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.clone()
 
 
 class RenderFrames(Transform):

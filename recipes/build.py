@@ -122,6 +122,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
         eval_episodes=config.evaluation.episodes,
+        eval_max_steps=config.evaluation.max_steps,
         ema_decay=config.evaluation.ema_decay,
         log_every=config.run.log_every,
         compile=config.run.compile,

@@ -7,9 +7,11 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs import EnvBase, GymWrapper, SerialEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from alm_torchrl.data import make_collector
+from alm_torchrl.envs import random_states, set_random_states
 from alm_torchrl.evaluation import evaluate_policy
 
 
@@ -63,10 +65,23 @@ def test_more_episodes_than_environments_and_fewer() -> None:
     assert evaluate_policy(env, POLICY, episodes=1).tolist() == [3]
 
 
-def test_an_episode_is_cut_at_max_steps() -> None:
-    assert evaluate_policy(Countdown(10), POLICY, episodes=1, max_steps=4).tolist() == [10]
+def test_an_episode_is_cut_at_max_steps_and_that_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"cut after 4 steps.*time limit.*evaluation.max_steps"):
+        assert evaluate_policy(Countdown(10), POLICY, episodes=1, max_steps=4).tolist() == [10]
 
 
+def test_a_long_episode_is_played_to_its_end() -> None:
+    assert evaluate_policy(Countdown(2_500), POLICY, episodes=1).tolist() == [2_500 * 2_501 / 2]
+
+
+def test_an_episode_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alm_torchrl.evaluation.returns._LONGEST", 250)
+    env = SerialEnv(2, [lambda: Countdown(10**9), lambda: Countdown(3)])
+    with pytest.warns(UserWarning, match="cut after 250 steps"):
+        assert evaluate_policy(env, POLICY, episodes=2).tolist() == [250 * 251 / 2, 6]
+
+
+@pytest.mark.filterwarnings("ignore:episodes were cut after 12 steps")
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("piece", [1, 4, 7])
 def test_pieces_are_one_rollout(monkeypatch, num_envs: int, piece: int) -> None:
@@ -134,3 +149,26 @@ def test_the_policy_sees_the_exploration_type(mode: ExplorationType) -> None:
 def test_no_episodes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         evaluate_policy(Countdown(), POLICY, episodes=0)
+    with pytest.raises(ValueError, match="max_steps must be at least 1, or None, got 0"):
+        evaluate_policy(Countdown(), POLICY, max_steps=0)
+
+
+@pytest.mark.parametrize("vectorized", ["sync", "async"])
+def test_gymnasiums_vector_environments(vectorized: str) -> None:
+    gymnasium = pytest.importorskip("gymnasium")
+    mode = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+    vector = gymnasium.make_vec(
+        "Pendulum-v1", num_envs=2, vectorization_mode=vectorized, vector_kwargs=mode
+    )
+    env = GymWrapper(vector)
+    policy = TensorDictModule(lambda o: 0 * o[..., :1], ["observation"], ["action"])
+    assert random_states(env) == []  # so that a checkpoint can be made
+    set_random_states(env, [])
+    for _ in range(2):
+        assert evaluate_policy(env, policy, episodes=3).shape == (3,)
+    for _ in make_collector(env, policy, frames_per_batch=2, total_frames=2):
+        pass
+    assert random_states(env) == []
+    if vectorized == "async":
+        with pytest.raises(ValueError, match=r"was closed.*a collector.*evaluate in another"):
+            evaluate_policy(env, policy, episodes=1)

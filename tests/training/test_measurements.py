@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from alm_torchrl.envs import make_env
-from alm_torchrl.evaluation import effective_rank, evaluate_policy, value_bias, visit
+from alm_torchrl.evaluation import effective_rank, value_bias, visit
 from alm_torchrl.training import (
     ALMModule,
     Diagnostics,
@@ -97,15 +96,14 @@ def test_the_numbers_are_those_of_the_functions(tmp_path: Path) -> None:
     assert "model_error_20" in found
 
 
-def test_a_run_is_the_same_with_and_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     """What is learnt, and the episodes that evaluations play."""
-    brief = partial(evaluate_policy, max_steps=20)
-    monkeypatch.setattr("alm_torchrl.training.module.evaluate_policy", brief)
     weights, curves = [], []
     for name in ("with", "without"):
-        envs = {key: make_env("Pendulum-v1", seed=3) for key in ("env", "eval_env")}
+        envs = {
+            key: make_env("Pendulum-v1", seed=3, max_episode_steps=20)
+            for key in ("env", "eval_env")
+        }
         module, folder = make_module(**envs), tmp_path / name
         fit(folder, module, *([Diagnostics(folder, seed=0, steps=10)] if name == "with" else []))
         weights.append(nn.utils.parameters_to_vector(module.loss.parameters()))
@@ -115,9 +113,7 @@ def test_a_run_is_the_same_with_and_without(
     assert len(curves[0]) == 2
 
 
-def test_every_seed_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    brief = partial(evaluate_policy, max_steps=10)
-    monkeypatch.setattr("alm_torchrl.training.module.evaluate_policy", brief)
+def test_every_seed_has_its_own(tmp_path: Path) -> None:
     module = make_stacked()
     options = {"measurements": [Brief], "num_seeds": 2}
     fit(tmp_path, module, **options)

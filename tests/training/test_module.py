@@ -105,7 +105,7 @@ def test_an_average_of_the_weights_is_evaluated_and_saved(
     played = []
     monkeypatch.setattr(
         "alm_torchrl.training.module.evaluate_policy",
-        lambda env, policy, episodes: played.append(policy) or torch.zeros(episodes),
+        lambda env, policy, episodes, **_: played.append(policy) or torch.zeros(episodes),
     )
     expected = {name: p.clone() for name, p in module.agent.named_parameters()}
 

@@ -26,7 +26,7 @@ def random_states(env: EnvBase) -> list[str]:
     Returns:
         For each Gymnasium or DeepMind Control environment in it that lives in this process, its
         generator's state as JSON, followed by that of its :class:`Distractors`; nothing for others,
-        or if the environment is closed.
+        such as Gymnasium's vector environments, or if the environment is closed.
     """
     return [json.dumps(_state(g), default=np.ndarray.tolist) for g in _generators(env)]
 
@@ -34,8 +34,8 @@ def random_states(env: EnvBase) -> list[str]:
 def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
     """Gives the random generators of an environment back the states that they had.
 
-    Without states, the environment is seeded from torch's generator; so is first an
-    :class:`~torchrl.envs.EnvBase` of the user's, whose own generators are not known.
+    Without states, the environment is seeded from torch's generator; so is first an environment
+    whose own generators are not known, such as an :class:`~torchrl.envs.EnvBase` of the user's.
 
     Args:
         env: an environment like that of :func:`random_states`.
@@ -66,7 +66,7 @@ def _generators(env: EnvBase) -> list[Any]:
     if not isinstance(env, EnvBase) or env.is_closed:
         return []
     if isinstance(env, GymWrapper):
-        return [env._env.unwrapped.np_random]
+        return [] if env.batch_size else [env._env.unwrapped.np_random]
     return [env._env.task.random] if isinstance(env, DMControlWrapper) else []
 
 
@@ -81,7 +81,8 @@ def _any_unknown(env: EnvBase) -> bool:
         return _any_unknown(env.base_env)
     if isinstance(env, SerialEnv):
         return any(_any_unknown(part) for part in _parts(env))
-    return not isinstance(env, (GymWrapper, DMControlWrapper))
+    # Gymnasium's vector environments keep their generators in processes of their own
+    return not isinstance(env, (GymWrapper, DMControlWrapper)) or bool(env.batch_size)
 
 
 def _state(generator: np.random.Generator | np.random.RandomState) -> dict[str, Any]:

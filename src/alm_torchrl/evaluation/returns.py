@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
@@ -12,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 __all__ = ["evaluate_policy"]
 
 _PIECE = 100  # steps rolled out at a time
+_LONGEST = 100_000  # steps of an episode, where no other number is asked for
 
 
 @torch.no_grad()
@@ -20,7 +24,7 @@ def evaluate_policy(
     policy: TensorDictModuleBase,
     episodes: int = 5,
     *,
-    max_steps: int = 1000,
+    max_steps: int | None = None,
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
     reward_key: NestedKey = "reward",
     done_key: NestedKey = "done",
@@ -32,7 +36,8 @@ def evaluate_policy(
             plays one episode at a time. Use environments apart from those that are learnt from.
         policy: the policy, such as :meth:`alm_torchrl.agent.ALMAgent.policy`.
         episodes: how many episodes.
-        max_steps: steps after which an episode is cut off.
+        max_steps: steps after which an episode that has not ended is cut off, with a warning; by
+            default, so that no evaluation goes on forever, 100,000.
         exploration_type: how the policy draws its action.
         reward_key: the reward, read under ``"next"``.
         done_key: the end of an episode, read under ``"next"``.
@@ -41,7 +46,8 @@ def evaluate_policy(
         One return per episode, ``[episodes]``, in the environment's units.
 
     Raises:
-        ValueError: if ``episodes`` is less than 1.
+        ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment was closed
+            and cannot go on.
 
     Examples:
         >>> from torchrl.testing.mocking_classes import CountingEnv
@@ -52,10 +58,13 @@ def evaluate_policy(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    longest = _LONGEST if max_steps is None else max_steps
+    if longest < 1:
+        raise ValueError(f"max_steps must be at least 1, or None, got {max_steps}")
     returns: list[Tensor] = []
     with set_exploration_type(exploration_type):
         while sum(r.numel() for r in returns) < episodes:
-            played = _play(env, policy, max_steps, reward_key, done_key)
+            played = _play(env, policy, longest, reward_key, done_key)
             returns.append(played.reshape(-1).cpu())
     return torch.cat(returns)[:episodes]
 
@@ -72,7 +81,7 @@ def _play(
     Whole rollouts of pixels are large, and an episode may end long before ``max_steps``.
     """
     batched = bool(env.batch_size)
-    start = env.reset()
+    start = _reset(env)
     rewards: list[Tensor] = []
     dones: list[Tensor] = []
     for first in range(0, max_steps, _PIECE):
@@ -91,6 +100,26 @@ def _play(
         if torch.cat(dones, -1).any(-1).all():
             break
         start = step_mdp(rollout[..., -1])
+    else:
+        warnings.warn(
+            f"episodes were cut after {max_steps} steps, and their returns are of these alone: "
+            "give the environment a time limit, or choose another number (max_steps of "
+            "evaluate_policy, evaluation.max_steps of the recipe)",
+            stacklevel=4,  # past this function, evaluate_policy, and torch.no_grad
+        )
     done = torch.cat(dones, -1)
     first_episode = (done.cumsum(-1) - done.int()) == 0
     return (torch.cat(rewards, -1) * first_episode).sum(-1)
+
+
+def _reset(env: EnvBase) -> TensorDictBase:
+    """Begins the episodes."""
+    try:
+        return env.reset()
+    except Exception as error:
+        if not env.is_closed:
+            raise
+        raise ValueError(
+            f"the environment was closed ({type(error).__name__}), as a collector does with its "
+            "own when it ends: evaluate in another one"
+        ) from error

@@ -53,6 +53,8 @@ class ALMModule(L.LightningModule):
         max_grad_norm: largest gradient norm of a group.
         target_tau: weight of the new value in the targets' moving average.
         eval_episodes: episodes of an evaluation, for each seed.
+        eval_max_steps: steps after which such an episode is cut off; see
+            :func:`~alm_torchrl.evaluation.evaluate_policy`.
         ema_decay: decay of a moving average over the updates of all weights of the agent, which is
             evaluated and saved in place of the newest weights; 0 for these, as the authors do.
             What is learnt, and what acts to learn from, is the same with and without it.
@@ -63,7 +65,8 @@ class ALMModule(L.LightningModule):
 
     Raises:
         ValueError: if the loss was not built on the agent, a learning rate names no group, the
-            mode of compilation is another, or the decay is not at least 0 and below 1.
+            mode of compilation is another, the decay is not at least 0 and below 1, or nothing is
+            evaluated.
 
     In a trainer of several processes (Lightning's ``ddp``), each has an agent, a loss, experience
     and random numbers of its own, and the gradients are averaged over them. The first evaluates.
@@ -80,6 +83,7 @@ class ALMModule(L.LightningModule):
         max_grad_norm: float = 100.0,
         target_tau: float = 0.005,
         eval_episodes: int = 5,
+        eval_max_steps: int | None = None,
         ema_decay: float = 0.0,
         log_every: int = 100,
         compile: str = "never",  # noqa: A002 - the name of the recipe's option
@@ -87,6 +91,11 @@ class ALMModule(L.LightningModule):
         super().__init__()
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
+        if eval_episodes < 1 or (eval_max_steps is not None and eval_max_steps < 1):
+            raise ValueError(
+                f"eval_episodes={eval_episodes} and eval_max_steps={eval_max_steps} must be at "
+                "least 1"
+            )
         self.agent = agent
         self.loss = loss
         self.experience = experience
@@ -96,6 +105,7 @@ class ALMModule(L.LightningModule):
         self.learning_rates: float | Mapping[str, float] = plain_numbers(learning_rates)
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes
+        self.eval_max_steps = eval_max_steps
         self.ema_decay = ema_decay
         self.average = copy.deepcopy(agent).requires_grad_(False) if ema_decay else None
         self.compile_mode = compile
@@ -233,7 +243,12 @@ class ALMModule(L.LightningModule):
         policy = self.evaluated.policy()
         failed = f"the evaluation environment failed at step {self.experience.steps}"
         with torch.autocast(self.device.type, enabled=False), naming_environment(failed):
-            returns = evaluate_policy(self.eval_env, policy, seeds * self.eval_episodes)
+            returns = evaluate_policy(
+                self.eval_env,
+                policy,
+                seeds * self.eval_episodes,
+                max_steps=self.eval_max_steps,
+            )
         return returns.reshape(seeds, -1).cpu()
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:

@@ -137,7 +137,8 @@ class ClampedNormal(D.Independent):
         high: upper end of the action range, like ``low``.
         noise_clip: largest absolute noise (a float or a tensor like ``low``), or ``None`` for no
             clipping. ALM clips at 0.3 inside its losses and does not clip when acting.
-        margin: :math:`\delta`, the distance kept from the ends of the range.
+        margin: :math:`\delta`, the distance kept from the ends of the range; at most a quarter of
+            the range.
 
     Examples:
         >>> import torch
@@ -164,8 +165,10 @@ class ClampedNormal(D.Independent):
     ) -> None:
         if not isinstance(scale, Tensor):
             scale = torch.full_like(loc, scale)
-        self._low = _match(low, loc) + margin
-        self._high = _match(high, loc) - margin
+        low, high = _match(low, loc), _match(high, loc)
+        kept = (high - low) / 4  # of a range so narrow that the ends would cross
+        kept = kept.clamp(max=margin) if isinstance(kept, Tensor) else min(kept, margin)
+        self._low, self._high = low + kept, high - kept
         self.noise_clip = None if noise_clip is None else _match(noise_clip, loc)
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 

@@ -7,11 +7,11 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, GymWrapper, SerialEnv
+from torchrl.envs import EnvBase, GymWrapper, RewardScaling, SerialEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from alm_torchrl.data import make_collector
-from alm_torchrl.envs import random_states, set_random_states
+from alm_torchrl.envs import make_env, random_states, set_random_states
 from alm_torchrl.evaluation import evaluate_policy
 
 
@@ -172,3 +172,25 @@ def test_gymnasiums_vector_environments(vectorized: str) -> None:
     if vectorized == "async":
         with pytest.raises(ValueError, match=r"was closed.*a collector.*evaluate in another"):
             evaluate_policy(env, policy, episodes=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["reward", "observation"])
+def test_what_is_not_finite_stops_with_the_environments_name(value: float, key: str) -> None:
+    class Diverging(Countdown):
+        def _step(self, tensordict):
+            return super()._step(tensordict).set(key, torch.tensor([value]))
+
+    for env in (Diverging(), make_env(Diverging), make_env(Diverging, num_envs=2)):
+        with pytest.raises(FloatingPointError, match=f"not finite .*{key}.* of .*Diverging: a sim"):
+            evaluate_policy(env, POLICY, episodes=1)
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_scaled_reward_is_evaluated_in_the_environments_units(num_envs: int) -> None:
+    """As training notes the returns of its episodes."""
+    scaling = [RewardScaling(loc=0.0, scale=0.1)]
+    env = make_env(Countdown, num_envs=num_envs, transforms=scaling, length=150)
+    assert evaluate_policy(env, POLICY, episodes=3).tolist() == [150 * 151 / 2] * 3
+    scaled = evaluate_policy(env, POLICY, episodes=1, reward_key="reward")
+    assert scaled.item() == pytest.approx(15 * 151 / 2)

@@ -217,3 +217,34 @@ def test_a_range_per_dimension_moves_with_the_module() -> None:
         tensors = [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
         assert len(tensors) >= 2
         assert all(value.is_meta for value in tensors)
+
+
+# ------------------------------------------------------------------------------- unusual ranges
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [([0.0], [1e-6]), ([0.0], [1e-9]), ([0.0, -1.0], [1e-6, 1.0])]
+)
+def test_actions_stay_inside_a_narrow_range(low: list[float], high: list[float]) -> None:
+    actor = Actor(4, low, high, 8)
+    acting = actor.acting()
+    for value in (-100.0, 0.0, 100.0):
+        saturate(actor, value)
+        for mode in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+            with torch.no_grad(), set_exploration_type(mode):
+                action = acting(latents())["action"]
+            assert (action > torch.tensor(low)).all()
+            assert (action < torch.tensor(high)).all()
+
+
+@pytest.mark.parametrize(("low", "high"), [([5.0], [35.0]), ([-1.0, -9.0], [1.0, -1.0])])
+def test_a_range_that_an_unscaled_mean_does_not_reach_is_refused(low, high) -> None:
+    with pytest.raises(ValueError, match=r"does not reach, so that every.*scale_to_range=True"):
+        Actor(4, low, high, 8, scale_to_range=False)
+    Actor(4, low, high, 8)
+
+
+def test_ends_that_an_unscaled_mean_does_not_reach_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"never reaches the ends.*agent.scale_to_range=true"):
+        Actor(4, [0.0], [35.0], 8, scale_to_range=False)
+    Actor(4, [-0.4], [1.0], 8, scale_to_range=False)

@@ -11,17 +11,20 @@ import lightning as L  # noqa: N812
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchrl.envs import Transform, TransformedEnv
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
     Checkpoints,
+    EnvironmentFailedError,
     StopOnSignal,
     Video,
     find_checkpoint,
     make_trainer,
 )
+from tests.training.tiny import make_env
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -134,6 +137,31 @@ def test_an_average_of_the_weights_is_evaluated_and_saved(
     fresh.load_state_dict(newest_state(tmp_path / "average")["state_dict"])
     for kept, value in zip(fresh.average.parameters(), average.parameters(), strict=True):
         assert torch.equal(kept, value)
+
+
+class Broken(Transform):
+    """Fails at a step of an evaluation, or returns what is not finite."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def _step(self, tensordict, next_tensordict):
+        if self.how == "raises":
+            raise AttributeError("the joint came off")
+        next_tensordict["reward"].fill_(float(self.how))
+        return next_tensordict
+
+
+@pytest.mark.parametrize("how", ["raises", "nan", "inf"])
+def test_an_evaluation_that_fails_stops_the_run(make_module, tmp_path: Path, how: str) -> None:
+    module = make_module(eval_env=TransformedEnv(make_env(), Broken(how)))
+    says = r"the evaluation in ContinuousActionVecMockEnv failed after frame 14: .*" + (
+        "AttributeError: the joint came off" if how == "raises" else "not finite.*reward"
+    )
+    with pytest.raises(EnvironmentFailedError, match=says):
+        trainer(tmp_path).fit(module)
+    assert not (tmp_path / "agent_best.pt").exists()
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

@@ -154,6 +154,7 @@ def make_env(
             _start(env)
     chain = Compose(DoubleToFloat(), RewardSum(), *(transform.clone() for transform in transforms))
     env = TransformedEnv(env, chain, auto_unwrap=False)
+    env.__dict__["task_name"] = _name(task)  # what messages call it
     if isinstance(seed, int):
         env.set_seed(seed)
     return env

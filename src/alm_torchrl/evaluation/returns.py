@@ -12,6 +12,8 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
+from alm_torchrl.envs.failures import env_name
+
 __all__ = ["evaluate_policy"]
 
 _PIECE = 100  # steps rolled out at a time
@@ -26,7 +28,7 @@ def evaluate_policy(
     *,
     max_steps: int | None = None,
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
-    reward_key: NestedKey = "reward",
+    reward_key: NestedKey | None = None,
     done_key: NestedKey = "done",
 ) -> Tensor:
     """Undiscounted returns of a policy, by default with its mean action.
@@ -39,15 +41,19 @@ def evaluate_policy(
         max_steps: steps after which an episode that has not ended is cut off, with a warning; by
             default, so that no evaluation goes on forever, 100,000.
         exploration_type: how the policy draws its action.
-        reward_key: the reward, read under ``"next"``.
+        reward_key: the reward, read under ``"next"``, whose sum is the return. By default it is
+            ``"reward"``, unless the environment keeps its return in ``"episode_reward"``, as those
+            of :func:`~alm_torchrl.envs.make_env` do: that is in the task's own units, whatever the
+            environment's ``transforms`` make of the reward.
         done_key: the end of an episode, read under ``"next"``.
 
     Returns:
-        One return per episode, ``[episodes]``, in the environment's units.
+        One return per episode, ``[episodes]``, in the environment's own units.
 
     Raises:
         ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment was closed
             and cannot go on.
+        FloatingPointError: if something in an episode is not finite.
 
     Examples:
         >>> from torchrl.testing.mocking_classes import CountingEnv
@@ -73,7 +79,7 @@ def _play(
     env: EnvBase,
     policy: TensorDictModuleBase,
     max_steps: int,
-    reward_key: NestedKey,
+    reward_key: NestedKey | None,
     done_key: NestedKey,
 ) -> Tensor:
     """Returns of the first episodes, rolled out piece by piece until all of them have ended.
@@ -82,7 +88,9 @@ def _play(
     """
     batched = bool(env.batch_size)
     start = _reset(env)
-    rewards: list[Tensor] = []
+    keeps_return = reward_key is None and "episode_reward" in start.keys()  # noqa: SIM118
+    key = "episode_reward" if keeps_return else reward_key or "reward"
+    values: list[Tensor] = []
     dones: list[Tensor] = []
     for first in range(0, max_steps, _PIECE):
         if first and batched:
@@ -95,7 +103,8 @@ def _play(
             break_when_any_done=not batched,
             auto_cast_to_device=True,
         )
-        rewards.append(rollout[unravel_key(("next", reward_key))].squeeze(-1))
+        _check_finite(rollout, env)
+        values.append(rollout[unravel_key(("next", key))].squeeze(-1))
         dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1))
         if torch.cat(dones, -1).any(-1).all():
             break
@@ -107,9 +116,21 @@ def _play(
             "evaluate_policy, evaluation.max_steps of the recipe)",
             stacklevel=4,  # past this function, evaluate_policy, and torch.no_grad
         )
-    done = torch.cat(dones, -1)
+    done, value = torch.cat(dones, -1), torch.cat(values, -1)
     first_episode = (done.cumsum(-1) - done.int()) == 0
-    return (torch.cat(rewards, -1) * first_episode).sum(-1)
+    if keeps_return:
+        return value.gather(-1, first_episode.sum(-1, keepdim=True) - 1).squeeze(-1)
+    return (value * first_episode).sum(-1)
+
+
+def _check_finite(rollout: TensorDictBase, env: EnvBase) -> None:
+    """Raises if there is a number in a rollout that is not finite."""
+    for key, leaf in rollout.items(include_nested=True, leaves_only=True):
+        if leaf.is_floating_point() and not leaf.isfinite().all():
+            raise FloatingPointError(
+                f"a value that is not finite was found in {key!r} of {env_name(env)}: a simulation "
+                "may have diverged, or the action range is too large"
+            )
 
 
 def _reset(env: EnvBase) -> TensorDictBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,8 @@ class Actor(ProbabilisticTensorDictSequential):
     It writes ``<action>_loc``, ``<action>_scale`` and an action. The mean is
     ``tanh`` of the network: mapped onto the action range with ``scale_to_range=True``, where the
     noise and its clip scale along (a :math:`\pm 0.4` task sees the same policy as a :math:`\pm 1`
-    one), or left in :math:`\pm 1` and clamped, as the authors do, with ``False``.
+    one), or left in :math:`\pm 1` and clamped, as the authors do, with ``False``. An end of the
+    range beyond :math:`\pm 1` is then out of the mean's reach, which a warning says.
 
     Inside losses the noise is clipped; :meth:`acting` gives the same policy without the clip, for
     a collector.
@@ -99,7 +101,8 @@ class Actor(ProbabilisticTensorDictSequential):
         action_key: where the action ``[..., A]`` is written.
 
     Raises:
-        ValueError: if the range is empty, unbounded or of unequal lengths.
+        ValueError: if the range is empty, unbounded or of unequal lengths, or if it lies beyond
+            :math:`\pm 1` where it is not scaled to.
 
     Examples:
         >>> import torch
@@ -124,6 +127,8 @@ class Actor(ProbabilisticTensorDictSequential):
         action_key: NestedKey = "action",
     ) -> None:
         lower, upper = _check_range(low, high)
+        if not scale_to_range:
+            _check_reach(lower, upper)
         half = (upper - lower) / 2 if scale_to_range else torch.ones_like(upper)
         middle = (upper + lower) / 2 if scale_to_range else torch.zeros_like(upper)
         network = _ActorNetwork(
@@ -220,6 +225,23 @@ def _check_range(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, T
     if not bool((lower < upper).all() and lower.isfinite().all() and upper.isfinite().all()):
         raise ValueError(f"the action range must be finite with low < high, got {low} to {high}")
     return lower, upper
+
+
+def _check_reach(low: Tensor, high: Tensor) -> None:
+    """Raises if a mean in +-1 reaches nothing of the range; warns if it does not reach an end."""
+    remedy = "choose scale_to_range=True (agent.scale_to_range=true in the recipe)"
+    if bool(((low >= 1) | (high <= -1)).any()):
+        raise ValueError(
+            f"with scale_to_range=False the action's mean is in +-1, which the range "
+            f"{low.tolist()} to {high.tolist()} does not reach, so that every action is the same: "
+            f"{remedy}"
+        )
+    if bool(((low < -1) | (high > 1)).any()):
+        warnings.warn(
+            f"with scale_to_range=False the action's mean is in +-1, and never reaches the ends of "
+            f"the range {low.tolist()} to {high.tolist()}: {remedy}",
+            stacklevel=3,
+        )
 
 
 def _uniform_or_tensor(values: Tensor) -> Tensor | float:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from alm_torchrl.envs.failures import failing_as
 from alm_torchrl.files import replacing
 from alm_torchrl.training.checkpoints import Checkpoints, validates_next
-from alm_torchrl.training.experience import naming_environment
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import agree
 from alm_torchrl.training.tables import check_table, significant, write_table
@@ -318,7 +318,7 @@ class Video(L.Callback):
 
         if "pixels" not in self.env.observation_spec:
             return
-        failed = naming_environment("the environment of the video failed")
+        failed = failing_as("the environment of the video failed")
         with failed, torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             rollout = self.env.rollout(
                 self.steps, pl_module.evaluated_agents[0].policy(), auto_cast_to_device=True

@@ -12,34 +12,12 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
-from alm_torchrl.files import one_line
+from alm_torchrl.envs.failures import EnvironmentFailedError, failing_as
 from alm_torchrl.modules import NoiseSchedule, plain_numbers
 from alm_torchrl.training.acting import PolicyCopy, SentPolicy
 from alm_torchrl.training.seeds import StackedNoise
 
-__all__ = ["EnvironmentFailedError", "Experience", "naming_environment"]
-
-
-class EnvironmentFailedError(RuntimeError):
-    """An environment raised, or returned what is not finite; nothing of it was stored."""
-
-
-@contextmanager
-def naming_environment(what: str) -> Iterator[None]:
-    """Has what an environment raises say on one line which it was.
-
-    Args:
-        what: the environment, and when it failed.
-
-    Raises:
-        EnvironmentFailedError: in place of any other error.
-    """
-    try:
-        yield
-    except EnvironmentFailedError:
-        raise
-    except Exception as error:
-        raise EnvironmentFailedError(f"{what}: {one_line(error)}") from error
+__all__ = ["EnvironmentFailedError", "Experience"]
 
 
 class Experience:
@@ -201,7 +179,7 @@ class Experience:
         Raises:
             EnvironmentFailedError: if an environment raises.
         """
-        with naming_environment("the environment failed when it was reset"):
+        with failing_as("the environment failed when it was reset"):
             self.collector.reset()
         if self.policy is not None:
             self.policy.restart(self.updates)
@@ -221,7 +199,7 @@ class Experience:
 
     def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
         """The collector's next batch, if there is one and nothing is wrong with it."""
-        with naming_environment(f"the environment failed after frame {self.frames}"):
+        with failing_as(f"the environment failed after frame {self.frames}"):
             if (self.steps or self.updates) and self.policy is not None:
                 self.policy.publish(self.updates)
             data = next(batches, None)

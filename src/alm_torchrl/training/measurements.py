@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from alm_torchrl.envs import random_states, set_random_states
+from alm_torchrl.envs.failures import env_name, failing_as
 from alm_torchrl.evaluation import (
     Bias,
     UnknownReturnsError,
@@ -25,7 +26,6 @@ from alm_torchrl.evaluation import (
 )
 from alm_torchrl.files import replacing
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training.experience import naming_environment
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.seeds import StackedLoss
 from alm_torchrl.training.tables import check_table, significant, write_table
@@ -88,8 +88,9 @@ class Measurement(L.Callback):
         one = loss.losses[self.row] if isinstance(loss, StackedLoss) else loss
         devices = [device] if device.type == "cuda" else []
         states = random_states(env)
+        failing = failing_as(f"playing in {env_name(env)} for the {self.name} failed")
         with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
-            with naming_environment("the evaluation environment failed while it was measured"):
+            with failing:
                 rollout = visit(cast("ALMLoss", one), env, self.steps).to(device)
             found = self.measure(cast("ALMLoss", one), rollout)
         if states:

@@ -17,12 +17,13 @@ from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
+from alm_torchrl.envs.failures import env_name, failing_as
 from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.modules import plain_numbers
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
-from alm_torchrl.training.experience import Experience, naming_environment
+from alm_torchrl.training.experience import Experience
 from alm_torchrl.training.processes import rank_seed
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
@@ -225,7 +226,7 @@ class ALMModule(L.LightningModule):
         processes the first plays, and tells the others.
 
         Raises:
-            EnvironmentFailedError: if an environment raises.
+            EnvironmentFailedError: if the environment raises, or returns what is not finite.
         """
         returns = self._evaluate() if self.trainer.is_global_zero else None
         returns = self.trainer.strategy.broadcast(returns)
@@ -241,8 +242,11 @@ class ALMModule(L.LightningModule):
     def _evaluate(self) -> Tensor:
         seeds = len(self.agents)
         policy = self.evaluated.policy()
-        failed = f"the evaluation environment failed at step {self.experience.steps}"
-        with torch.autocast(self.device.type, enabled=False), naming_environment(failed):
+        failing = failing_as(
+            f"the evaluation in {env_name(self.eval_env)} failed after frame "
+            f"{self.experience.frames}"
+        )
+        with failing, torch.autocast(self.device.type, enabled=False):
             returns = evaluate_policy(
                 self.eval_env,
                 policy,

@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
+from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env
 from alm_torchrl.modules import (
     CategoricalHead,
@@ -24,6 +25,7 @@ from alm_torchrl.modules import (
 from alm_torchrl.objectives import ALMLoss
 
 SIZES = {"latent_dim": 4, "hidden_dim": 8, "dynamics_hidden_dim": 12}
+pytestmark = pytest.mark.filterwarnings("ignore:of the observations, ")
 
 
 class Body(EnvBase):
@@ -101,6 +103,22 @@ def test_without_exploration_the_latent_is_still_drawn_and_the_action_is_the_mea
             params = agent.actor.get_dist_params(TensorDict(latent=drawn, batch_size=[6]))
             torch.testing.assert_close(action, params["action_loc"])
             assert not torch.equal(action, policy(state.clone())["action"])
+
+
+def test_the_noise_is_for_collectors_alone(agent: ALMAgent, tmp_path: Path) -> None:
+    """A rollout acts as an evaluation does; a collector explores with the noise of the file."""
+    agent.noise.scale.fill_(100.0)  # so that an action with noise is at an end of the range
+    agent.save(tmp_path / "agent.pt")
+    env, policy = Body(), ALMAgent.load(tmp_path / "agent.pt").policy()
+
+    def at_an_end(data: TensorDict) -> float:
+        low, high = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0])
+        inside = (data["action"] > low + 1e-3) & (data["action"] < high - 1e-3)
+        return 1 - inside.float().mean().item()
+
+    assert at_an_end(env.rollout(50, policy)) < 0.2
+    (collected,) = make_collector(env, policy, frames_per_batch=50, total_frames=50)
+    assert at_an_end(collected) > 0.9
 
 
 def test_acting_noise_is_scheduled_and_not_clipped(agent: ALMAgent) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tensordict.nn import (
+    InteractionType,
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
@@ -157,13 +158,17 @@ class Actor(ProbabilisticTensorDictSequential):
         return self[0].module.noise
 
     def acting(self) -> ProbabilisticTensorDictSequential:
-        """The same networks and schedule with unclipped noise, for collecting experience."""
+        """The same networks and schedule with unclipped noise, for collecting experience.
+
+        The noise is drawn where ``ExplorationType.RANDOM`` is set, as collectors do; anywhere else
+        the action is the mean.
+        """
         head = self[-1]
         loc, scale = head.in_keys
         kwargs = {**head.distribution_kwargs, "noise_clip": None}
-        return ProbabilisticTensorDictSequential(
-            self[0], _action_distribution(loc, scale, self.action_key, **kwargs)
-        )
+        acting = _action_distribution(loc, scale, self.action_key, **kwargs)
+        acting.default_interaction_type = InteractionType.DETERMINISTIC
+        return ProbabilisticTensorDictSequential(self[0], acting)
 
 
 class _ActorNetwork(nn.Module):

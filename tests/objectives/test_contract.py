@@ -13,7 +13,7 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 from torch import distributions as D
-from torchrl.data import Composite, Unbounded
+from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.modules import GRUModule
 
 from alm_torchrl.distributions import DiagonalNormal
@@ -263,3 +263,13 @@ def test_augmentation_and_torchrls_recurrent_module_will_do() -> None:
     spec = SPEC.clone()
     spec["state"], spec["is_init"] = Unbounded((1, 5)), Unbounded(1, dtype=torch.bool)
     assert check_encoder(ProbabilisticTensorDictSequential(memory, *head), spec) == 4
+
+
+@pytest.mark.parametrize("bound", [float("inf"), 1e300, 3e38])
+def test_bounds_that_are_out_of_reach_are_not_drawn_from(bound: float) -> None:
+    low, high = torch.tensor([-1.0, -bound, 0.0]), torch.tensor([1.0, bound, bound])
+    for dtype in (torch.float32, torch.float64):
+        bounds = {"low": low.to(dtype), "high": high.to(dtype), "shape": (3,), "dtype": dtype}
+        spec = Composite(observation=Bounded(**bounds))
+        encoder = MLPEncoder(3, 4, 8).to(dtype)
+        assert check_encoder(encoder, spec) == 4

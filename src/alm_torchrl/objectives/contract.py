@@ -13,7 +13,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch import distributions as D
-from torchrl.data import Composite, TensorSpec
+from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.objectives.functional import kl_divergence
@@ -22,6 +22,8 @@ __all__ = ["Encoder", "check_encoder"]
 
 #: Batch dimensions that an encoder is tried on: one environment, transitions, windows.
 _BATCHES = ((), (4,), (4, 3))
+#: A bound of an observation that is not meant as a value.
+_FAR = 1e6
 #: What a network of a user's own raises when it does not fit.
 _FAILURES = (
     RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError,
@@ -216,7 +218,11 @@ class _Check:
         first = next(iter([*self.encoder.parameters(), *self.encoder.buffers()]), None)
         spec = Composite({key: self.spec[key] for key in self.encoder.in_keys})
         device = self.spec.device if first is None else first.device
-        return spec.rand(batch).to(device)
+        drawn = spec.rand(batch)
+        for key, leaf in spec.items(True, True):
+            if leaf.dtype.is_floating_point:
+                drawn[key] = _moderate(drawn[key], leaf)
+        return drawn.to(device)
 
     def _shapes(self) -> int | None:
         """The latent's size, if the distribution has the right shapes."""
@@ -437,6 +443,19 @@ def _action_size(size: int, dynamics: Any, action_spec: TensorSpec | None) -> in
         return dynamics.action_dim
     linear = next((m for m in dynamics.modules() if isinstance(m, nn.Linear)), None)
     return None if linear is None or linear.in_features <= size else linear.in_features - size
+
+
+def _moderate(drawn: Tensor, spec: TensorSpec) -> Tensor:
+    """Standard normal numbers in place of what was drawn between bounds that are out of reach.
+
+    Infinity and 1e300 are no values that a task observes, and no sound network has finite gradients
+    there.
+    """
+    if not isinstance(spec, Bounded):
+        return drawn
+    low, high = (bound.to(drawn) for bound in (spec.space.low, spec.space.high))
+    near = (low.abs() < _FAR) & (high.abs() < _FAR)
+    return torch.where(near, drawn, torch.randn_like(drawn).clamp(low, high))
 
 
 @contextmanager

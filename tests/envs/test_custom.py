@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchrl.envs import GymWrapper, SerialEnv
+from torchrl.envs import Compose, GymWrapper, ObservationNorm, SerialEnv, VecNormV2
 from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.agent import ALMAgent
@@ -265,3 +265,15 @@ def test_arguments_that_it_does_not_take_are_named():
 
 def test_gymnasium_environments_are_wrapped_by_torchrl():
     assert isinstance(make_env(Drift).base_env, GymWrapper)
+
+
+def test_running_statistics_of_an_environment_are_refused():
+    """Training and evaluation would each have their own."""
+    for transform in (VecNormV2(["observation"]), Compose(VecNormV2(["observation"]))):
+        with pytest.raises(
+            ValueError, match="VecNormV2 keeps running.*normalise=True.*Observation"
+        ):
+            make_env(Drift, transforms=[transform])
+    fixed = ObservationNorm(loc=1.0, scale=0.5, in_keys=["observation"], standard_normal=True)
+    both = [make_env(Drift, seed=0, transforms=[fixed]).reset()["observation"] for _ in range(2)]
+    assert torch.equal(*both)

@@ -22,6 +22,8 @@ from torchrl.envs import (
     RewardSum,
     SerialEnv,
     TransformedEnv,
+    VecNorm,
+    VecNormV2,
 )
 from torchrl.envs.libs.dm_control import DMControlWrapper
 from torchrl.envs.transforms import Transform
@@ -97,7 +99,7 @@ def make_env(
             ``"pixels"`` beside the observation, unless ``pixels`` are observed. Where rendering is
             impossible, a warning and no frames.
         transforms: further ones of TorchRL's, copies of which come last, such as what primes an
-            encoder's memory.
+            encoder's memory. Running statistics (``VecNormV2``) are kept by an encoder instead.
         device: where the tensors live.
         **task_kwargs: passed to ``gymnasium.make``, ``dm_control.suite.load``, or your class or
             function. Ant-v5 with ``include_cfrc_ext_in_observation=False`` is the 27-d truncated
@@ -115,8 +117,8 @@ def make_env(
         ImportError: if Gymnasium or dm_control, or the simulator that the task needs, is not
             installed.
         ValueError: if the task is unknown, is no environment, has an unbounded action, or does not
-            take one of ``task_kwargs``; if an option is out of range or does not fit the task; or
-            if there are not as many seeds as environments.
+            take one of ``task_kwargs``; if an option is out of range or does not fit the task; if
+            there are not as many seeds as environments; or if a transform keeps running statistics.
         OSError: if ``pixels`` are asked for and cannot be rendered here, or a process of
             ``parallel`` does not start.
 
@@ -133,6 +135,7 @@ def make_env(
     if parallel:
         leave_unguarded_script()
     seeds = _seeds(seed, num_envs)
+    _check_transforms(transforms)
     kind = _kind(task)
     observed = _Observed(
         _size(pixels), frame_stack, proprioception, mask_velocities, distractors, history,
@@ -324,6 +327,19 @@ def _seeds(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
     if len(seeds) != num_envs:
         raise ValueError(f"{len(seeds)} seeds were given for num_envs={num_envs}: {seeds}")
     return seeds
+
+
+def _check_transforms(transforms: Sequence[Transform]) -> None:
+    """Raises for running statistics, of which every environment would have its own."""
+    for transform in transforms:
+        for part in transform.modules():
+            if isinstance(part, (VecNorm, VecNormV2)):
+                raise ValueError(
+                    f"{type(part).__name__} keeps running statistics, which an evaluation would not "
+                    "share, the replay buffer would mix and no agent's file would hold: normalize "
+                    "in the encoder (MLPEncoder(normalise=True), encoder=mlp_normalised), or by "
+                    "fixed numbers (ObservationNorm(loc, scale))"
+                )
 
 
 def _size(pixels: bool | int | Sequence[int] | None) -> tuple[int, int] | None:

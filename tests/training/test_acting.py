@@ -74,6 +74,20 @@ def test_publishing_asks_the_device_nothing() -> None:
     assert reads.operators > 0
 
 
+def test_a_copy_is_waited_for_where_there_is_no_event(monkeypatch) -> None:
+    """As on an Apple GPU: only CUDA's copies go on behind the host's back."""
+    copy, waits = torch._foreach_copy_, []
+
+    def note(to, source, non_blocking=False):
+        waits.append(not non_blocking)
+        copy(to, source)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", note)
+    PolicyCopy(make_policy()[1], lag=1).publish(1)
+    assert waits
+    assert all(waits)
+
+
 def test_another_lag_is_refused() -> None:
     with pytest.raises(ValueError, match="0 or 1 updates behind, not 2"):
         PolicyCopy(make_policy()[1], lag=2)

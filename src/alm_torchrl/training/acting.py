@@ -86,7 +86,7 @@ class PolicyCopy(TensorDictModuleBase):
     """A policy that acts on the CPU with weights published after an update.
 
     On a single observation, small networks are faster on the CPU than the launches of a GPU. The
-    weights are copied behind the update that is running, without waiting for it.
+    weights are copied behind the update that is running, without waiting for it (on CUDA).
 
     With ``lag=0``, acting waits for the update before it, as the algorithm has it. With ``lag=1``
     it takes the weights that the update before started from, and so happens while a GPU computes
@@ -128,9 +128,11 @@ class PolicyCopy(TensorDictModuleBase):
             return
         full = len(self._slots) > self._lag
         slot = self._slots.popleft()[0] if full else [_host_copy(value) for value in self._source]
-        torch._foreach_copy_(slot, self._source, non_blocking=True)
+        # Only CUDA has an event to wait for; from any other device the copy itself waits
+        on_cuda = self._source[0].is_cuda
+        torch._foreach_copy_(slot, self._source, non_blocking=on_cuda)
         event = None
-        if self._source[0].is_cuda:
+        if on_cuda:
             event = torch.cuda.Event()
             event.record()
         self._slots.append((slot, event))

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 
 from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.augmentation import without_augmentation
+from alm_torchrl.modules.encoders.specs import joined
 
 __all__ = ["NormalisedInputs", "RunningNorm", "centred_bytes"]
 
@@ -65,7 +66,8 @@ class RunningNorm(nn.Module):
         self.epsilon = epsilon
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape if len(shape) == 1 else ()))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        # Whole numbers, since an Apple GPU has no float64, and float32 stops at 16,777,216
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``[..., *shape]``."""
@@ -92,7 +94,7 @@ class RunningNorm(nn.Module):
         self.count.copy_(total)
 
     def _values(self, x: Tensor) -> Tensor:
-        return centred_bytes(x) if self.mean.ndim > 1 else x
+        return centred_bytes(x) if self.mean.ndim > 1 else joined(x)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -138,5 +140,5 @@ class NormalisedInputs(nn.Module):
 
     def _pairs(self, inputs: tuple[Tensor, ...]) -> Iterator[tuple[RunningNorm, Tensor]]:
         if len(self.norms) == 1 < len(inputs):
-            inputs = (cat(inputs, dim=-1),)
+            inputs = (joined(*inputs),)
         return zip(cast("Sequence[RunningNorm]", self.norms), inputs, strict=True)

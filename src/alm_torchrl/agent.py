@@ -33,6 +33,7 @@ from alm_torchrl.modules import (
     plain_numbers,
     rebuild,
 )
+from alm_torchrl.modules.encoders.specs import observation_shapes
 from alm_torchrl.objectives import check_encoder
 
 __all__ = ["ALMAgent", "AgentConfig"]
@@ -133,7 +134,8 @@ class ALMAgent(nn.Module):
 
         Args:
             env: any TorchRL environment with a bounded continuous action. Its vector observations
-                are concatenated; with another ``encoder`` they can be anything.
+                (of any numbers, also one-hot) are concatenated, and a warning names what is not
+                read; with another ``encoder`` they can be anything.
             **options: fields of :class:`AgentConfig`, and components by name. The size of the
                 latent is that of the encoder, if one is given, and the dynamics has its head.
 
@@ -188,10 +190,10 @@ class ALMAgent(nn.Module):
     def policy(self) -> TensorDictModuleBase:
         """The policy from observation to action, for collectors, rollouts and evaluation.
 
-        It encodes with a sample of the latent whatever the exploration type, as the authors do.
-        Under ``ExplorationType.RANDOM`` the action carries the scheduled noise, unclipped; under
-        ``DETERMINISTIC`` it is the actor's mean. What an encoder augments in training is seen as it
-        is.
+        The action is the actor's mean, as in an evaluation. Under ``ExplorationType.RANDOM``, which
+        collectors set, it carries the scheduled noise, unclipped. The policy encodes with a sample
+        of the latent whatever the exploration type, as the authors do. What an encoder augments in
+        training is seen as it is.
 
         Returns:
             A module that shares the agent's parameters and writes the action, and beside it what
@@ -329,18 +331,15 @@ def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _vector_keys(env: EnvBase) -> dict[NestedKey, int]:
     spec = env.observation_spec_unbatched
-    reserved = {unravel_key(key) for key in (*env.reward_keys, *env.state_spec.keys(True, True))}
-    dims = {
-        unravel_key(key): leaf.shape[-1]
-        for key, leaf in spec.items(True, True)
-        if leaf.ndim == 1 and leaf.dtype.is_floating_point and unravel_key(key) not in reserved
-    }
-    if not dims:
+    primed = (*env.reward_keys, *env.state_spec.keys(True, True))
+    try:
+        shapes = observation_shapes(spec, None, 1, ignore=primed, stacklevel=4)
+    except ValueError:
         found = {str(key): tuple(leaf.shape) for key, leaf in spec.items(True, True)}
         raise ValueError(
             f"no vector observation among {found}; pass an `encoder` that reads what there is"
-        )
-    return dims
+        ) from None
+    return {key: shape[0] for key, shape in shapes.items()}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import Composite, Unbounded
-from torchrl.envs import CatFrames, Compose, SerialEnv, StepCounter, TransformedEnv
+from torchrl.data import Binary, Bounded, Composite, OneHot, TensorSpec, Unbounded
+from torchrl.envs import CatFrames, Compose, EnvBase, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.utils import get_primers_from_module
 from torchrl.objectives import SoftUpdate
@@ -15,7 +16,7 @@ from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import History
+from alm_torchrl.envs import History, make_env
 from alm_torchrl.modules import (
     Augmented,
     CategoricalHead,
@@ -27,6 +28,7 @@ from alm_torchrl.modules import (
     LatentDynamics,
     LatentHead,
     LayerNormHead,
+    LinearEncoder,
     MLPEncoder,
     MultiInputEncoder,
     PixelEncoder,
@@ -39,7 +41,7 @@ from alm_torchrl.modules import (
     rebuild,
     state_primer,
 )
-from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives import ALMLoss, check_encoder
 
 HEADS = [
     GaussianHead(5.0, 0.2, 2.0),
@@ -378,10 +380,11 @@ SPEC = Composite(
     velocity=Unbounded(2),
     pixels=Unbounded((3, 20, 20), dtype=torch.uint8),
     depth=Unbounded((1, 20, 20)),
-    steps=Unbounded(1, dtype=torch.int64),
+    step_count=Unbounded(1, dtype=torch.int64),
 )
 
 
+@pytest.mark.filterwarnings("ignore:of the observations, ")
 def test_sizes_come_from_the_spec() -> None:
     assert MLPEncoder.from_spec(SPEC, latent_dim=4).in_keys == ["position", "velocity"]
     assert IdentityEncoder.from_spec(SPEC).latent_dim == 5
@@ -404,3 +407,130 @@ def test_sizes_come_from_the_spec() -> None:
 def test_a_spec_that_does_not_fit_is_named(make, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+# ------------------------------------------------------------------ observations of other numbers
+
+
+def mixed_spec() -> Composite:
+    return Composite(
+        vector=Unbounded((2,)),
+        goal=OneHot(4),
+        bits=Binary(3, dtype=torch.int8),
+        counts=Bounded(0, 9, (2,), dtype=torch.int32),
+        flags=Unbounded((2,), dtype=torch.bool),
+        bytes=Unbounded((5,), dtype=torch.uint8),
+        step_count=Unbounded((1,), dtype=torch.int64),
+    )
+
+
+READ = {"vector": 2, "goal": 4, "bits": 3, "counts": 2, "flags": 2, "bytes": 5}
+
+
+class Mixed(EnvBase):
+    """Observes numbers of every kind."""
+
+    def __init__(self, **more: TensorSpec) -> None:
+        super().__init__()
+        self.observation_spec = mixed_spec().update(more)
+        self.action_spec = Bounded(-1, 1, (1,))
+        self.reward_spec = Unbounded((1,))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self.observation_spec.rand()
+
+    def _step(self, tensordict):
+        ends = {"reward": torch.zeros(1), "done": torch.zeros(1, dtype=torch.bool)}
+        return self.observation_spec.rand().update(ends)
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+def test_vectors_of_every_kind_are_read_in_both_paths() -> None:
+    agent = ALMAgent.from_env(Mixed(), latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
+    assert agent.config.observation_dims == READ
+    data = Mixed().rollout(4)
+    for encoder in (
+        agent.encoder,
+        *(
+            kind.from_spec(mixed_spec(), latent_dim=18, hidden_dim=8, normalise=normalise)
+            for kind in (MLPEncoder, LinearEncoder, IdentityEncoder, MultiInputEncoder)
+            for normalise in (False, True)
+        ),
+    ):
+        assert list(encoder.in_keys) == list(READ)
+        encoder.update_statistics(data)
+        check_encoder(encoder, mixed_spec())
+        goal = encoder.get_dist(data).mean
+        data["goal"] = data["goal"].roll(1, -1)
+        assert not torch.equal(encoder.get_dist(data).mean, goal)
+
+
+def test_one_hot_alone_is_read() -> None:
+    encoder = MLPEncoder.from_spec(Composite(goal=OneHot(4)), latent_dim=4, hidden_dim=8)
+    assert encoder(goal=torch.eye(4, dtype=torch.int64))[-1].shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "path", [ALMAgent.from_env, lambda env: MLPEncoder.from_spec(env.observation_spec)]
+)
+def test_what_is_not_read_is_said(path) -> None:
+    env = Mixed(board=Unbounded((3, 3)), image=Unbounded((3, 20, 20), dtype=torch.uint8))
+    with pytest.warns(UserWarning, match=r"'board': \(3, 3\), 'image'.*are not: take an encoder"):
+        path(env)
+
+
+def test_a_discrete_goal_of_a_gymnasium_environment_is_read() -> None:
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Reach(gymnasium.Env):
+        observation_space = gymnasium.spaces.Dict(
+            place=gymnasium.spaces.Box(-1, 1, (2,)), goal=gymnasium.spaces.Discrete(3)
+        )
+        action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            return {"place": np.zeros(2, np.float32), "goal": 2}, {}
+
+    env = make_env(Reach)
+    agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
+    assert agent.config.observation_dims == {"goal": 3, "place": 2}
+    assert env.reset()["goal"].tolist() == [0, 0, 1]
+
+
+def test_integers_are_joined_with_actions_and_noise_as_they_are() -> None:
+    """Neither is rounded to an integer."""
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Cell(gymnasium.Env):
+        observation_space = gymnasium.spaces.Discrete(3)
+        action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            return 1, {}
+
+        def step(self, action):
+            return 2, 0.0, False, False, {}
+
+    data = make_env(Cell, distractors=2, history=2, history_actions=True, seed=0).rollout(3)
+    assert torch.equal(data["next", "history"][:, -1, 5:], data["action"])
+    noise = data["observation"][:, 3:]
+    assert not torch.equal(noise, noise.round())
+
+
+@pytest.mark.filterwarnings("ignore:of the observations, ")
+def test_nothing_of_an_agent_is_of_a_type_that_an_apple_gpu_lacks() -> None:
+    encoder = MultiInputEncoder.from_spec(mixed_spec(), latent_dim=4, hidden_dim=8)
+    agent = ALMAgent.from_env(Mixed(), encoder=encoder, hidden_dim=8, dynamics_hidden_dim=8)
+    assert {t.dtype for t in agent.state_dict().values()} <= {torch.float32, torch.int64}
+
+
+def test_running_statistics_count_exactly_over_a_long_training() -> None:
+    norm = RunningNorm(1)
+    norm.count.fill_(2**24)
+    norm.update(torch.zeros(1, 1))
+    assert norm.count.item() == 2**24 + 1
+    old = {**norm.state_dict(), "count": torch.tensor(7.0, dtype=torch.float64)}
+    norm.load_state_dict(old)  # as files before had it
+    assert norm.count.item() == 7

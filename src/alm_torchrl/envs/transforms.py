@@ -168,7 +168,7 @@ class KeepDimensions(_ObservationChange):
         self.register_buffer("indices", torch.tensor(list(indices)))
 
     def _apply_transform(self, obs: Tensor) -> Tensor:
-        return obs[..., self.indices]
+        return _floating(obs)[..., self.indices]
 
     def _size(self, size: int) -> int:
         return len(self.indices)
@@ -205,6 +205,7 @@ class Distractors(_ObservationChange):
         self.np_random = np.random.default_rng(None if seed is None else [seed, self.size])
 
     def _apply_transform(self, obs: Tensor) -> Tensor:
+        obs = _floating(obs)
         noise = torch.from_numpy(self.np_random.standard_normal((*obs.shape[:-1], self.size)))
         return torch.cat([obs, noise.to(obs)], -1)
 
@@ -244,7 +245,7 @@ class History(Transform):
         self.action_key = action_key
 
     def _write(self, tensordict: TensorDictBase, action: Tensor | None) -> TensorDictBase:
-        observation = tensordict[self.in_keys[0]]
+        observation = _floating(tensordict[self.in_keys[0]])
         if self.actions:
             if action is None:
                 action = observation.new_zeros(self.parent.full_action_spec[self.action_key].shape)
@@ -271,4 +272,9 @@ class History(Transform):
 
 def _unbounded(spec: TensorSpec, size: Callable[[int], int]) -> Unbounded:
     shape = (*spec.shape[:-1], size(spec.shape[-1]))
-    return Unbounded(shape, dtype=spec.dtype, device=spec.device)
+    return Unbounded(shape, dtype=_floating(spec.zero()).dtype, device=spec.device)
+
+
+def _floating(observation: Tensor) -> Tensor:
+    """Integers and flags, such as a one-hot vector, as the numbers that they are joined with."""
+    return observation if observation.is_floating_point() else observation.float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.data import Composite, Unbounded
@@ -14,7 +13,7 @@ from torchrl.modules import GRU, GRUCell
 
 from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.described import described
-from alm_torchrl.modules.encoders.specs import observation_shapes
+from alm_torchrl.modules.encoders.specs import joined, observation_shapes
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule, next_key
 from alm_torchrl.modules.networks import orthogonal_init
@@ -40,6 +39,7 @@ class WindowEncoder(LatentModule):
         latent_key: where the latent is written, with the distribution's parameters beside it.
 
     Examples:
+        >>> import torch
         >>> encoder = WindowEncoder(3, latent_dim=8, hidden_dim=16)
         >>> encoder(history=torch.randn(2, 10, 3))[-1].shape
         torch.Size([2, 8])
@@ -85,7 +85,8 @@ class WindowEncoder(LatentModule):
         Raises:
             ValueError: if there is no such observation.
         """
-        shapes = observation_shapes(spec, in_keys, 2)
+        # The newest entry of make_env's windows is the observation
+        shapes = observation_shapes(spec, in_keys, 2, ignore=["observation"])
         size = sum(shape[1] for shape in shapes.values())
         return cls(size, latent_dim, hidden_dim, in_keys=list(shapes), **options)
 
@@ -120,6 +121,7 @@ class RecurrentEncoder(LatentModule):
         latent_key: where the latent is written, with the distribution's parameters beside it.
 
     Examples:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> encoder = RecurrentEncoder(3, latent_dim=8, hidden_dim=16)
         >>> state = {"observation": torch.randn(2, 3), "recurrent_state": torch.zeros(2, 1, 16)}
@@ -187,7 +189,7 @@ class RecurrentEncoder(LatentModule):
         Raises:
             ValueError: if there is no such observation, or no state.
         """
-        shapes = observation_shapes(spec, in_keys, 1)
+        shapes = observation_shapes(spec, in_keys, 1, ignore=[state_key])
         if unravel_key(state_key) not in spec.keys(True, True):
             raise ValueError(
                 f"the environment hands no {state_key!r} on: append "
@@ -209,6 +211,7 @@ def state_primer(hidden_dim: int, state_key: NestedKey = "recurrent_state") -> T
         The transform; it starts every episode with zeros.
 
     Examples:
+        >>> import torch
         >>> from torchrl.envs import TransformedEnv
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
         >>> env = TransformedEnv(ContinuousActionVecMockEnv(), state_primer(16))
@@ -241,7 +244,7 @@ class _WindowGRU(nn.Module):
         self.readout = _Readout(hidden_dim, out_features)
 
     def forward(self, *windows: Tensor) -> Tensor:
-        window = torch.cat(windows, dim=-1)
+        window = joined(*windows)
         batch = window.shape[:-2]
         outputs, _ = self.gru(window.reshape(-1, *window.shape[-2:]))
         return self.readout(outputs[:, -1]).reshape(*batch, -1)
@@ -257,7 +260,7 @@ class _StatefulGRU(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *observations, state = inputs
-        observation = torch.cat(observations, dim=-1)
+        observation = joined(*observations)
         batch = observation.shape[:-1]
         state = self.cell(
             observation.reshape(-1, observation.shape[-1]), state.reshape(-1, state.shape[-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Composite
@@ -17,7 +16,7 @@ from alm_torchrl.modules.encoders.normalisation import (
     RunningNorm,
     centred_bytes,
 )
-from alm_torchrl.modules.encoders.specs import observation_shapes
+from alm_torchrl.modules.encoders.specs import joined, observation_shapes
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import orthogonal_init, plain_mlp
@@ -41,6 +40,7 @@ class ConvNet(nn.Module):
         ValueError: if the image is not three-dimensional, or too small for four convolutions.
 
     Examples:
+        >>> import torch
         >>> network = ConvNet((9, 32, 32))
         >>> network(torch.randint(256, (2, 5, 9, 32, 32), dtype=torch.uint8)).shape
         torch.Size([2, 5, 50])
@@ -99,6 +99,7 @@ class MultiInputEncoder(LatentModule):
         ValueError: for a shape that is neither an image nor a vector.
 
     Examples:
+        >>> import torch
         >>> shapes = {"pixels": (3, 32, 32), "joints": (5,)}
         >>> encoder = MultiInputEncoder(shapes, latent_dim=8, hidden_dim=16)
         >>> pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -188,6 +189,7 @@ class PixelEncoder(MultiInputEncoder):
         **options: further arguments of :class:`MultiInputEncoder`.
 
     Examples:
+        >>> import torch
         >>> encoder = PixelEncoder((9, 84, 84), latent_dim=8, hidden_dim=16)
         >>> encoder(pixels=torch.randint(256, (2, 9, 84, 84), dtype=torch.uint8))[-1].shape
         torch.Size([2, 8])
@@ -246,4 +248,4 @@ class _SideBySideInputs(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         parts = [branch(x) for branch, x in zip(self.branches, inputs, strict=True)]
-        return self.joint(torch.cat(parts, dim=-1))
+        return self.joint(joined(*parts))

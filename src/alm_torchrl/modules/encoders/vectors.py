@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensordict.utils import NestedKey
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 from torchrl.data import Composite
+from torchrl.modules import MLP
 
 from alm_torchrl.modules.described import described
 from alm_torchrl.modules.encoders.normalisation import NormalisedInputs, RunningNorm
-from alm_torchrl.modules.encoders.specs import observation_shapes
+from alm_torchrl.modules.encoders.specs import joined, observation_shapes
 from alm_torchrl.modules.heads import FixedScaleHead, GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
-from alm_torchrl.modules.networks import orthogonal_init, plain_mlp
+from alm_torchrl.modules.networks import orthogonal_init
 
 __all__ = ["IdentityEncoder", "LinearEncoder", "MLPEncoder"]
 
@@ -72,7 +73,7 @@ class MLPEncoder(_VectorEncoder):
         latent_key: NestedKey = "latent",
     ) -> None:
         head = GaussianHead() if head is None else head
-        network = plain_mlp(observation_dim, head.network_size(latent_dim), hidden_dim)
+        network = _ObservationMLP(observation_dim, head.network_size(latent_dim), hidden_dim)
         super().__init__(network, observation_dim, latent_dim, in_keys, head, normalise, latent_key)
 
     @classmethod
@@ -236,6 +237,18 @@ class IdentityEncoder(_VectorEncoder):
         return cls(sum(shape[0] for shape in shapes.values()), in_keys=list(shapes), **options)
 
 
+class _ObservationMLP(MLP):
+    """The network of :func:`plain_mlp`, on vectors of any numbers."""
+
+    def __init__(self, in_features: int, out_features: int, hidden_dim: int) -> None:
+        cells = [hidden_dim, hidden_dim]
+        super().__init__(in_features, out_features, num_cells=cells, activation_class=nn.ELU)
+        orthogonal_init(self)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(joined(*inputs))
+
+
 class _Concatenated(nn.Module):
     """Runs a layer on its concatenated inputs."""
 
@@ -244,4 +257,4 @@ class _Concatenated(nn.Module):
         self.layer = orthogonal_init(layer)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.layer(cat(inputs, dim=-1))
+        return self.layer(joined(*inputs))

@@ -76,7 +76,10 @@ def fit(config: Config, run: Run) -> None:
         )
         trainer.callbacks += run.record(config)  # type: ignore[attr-defined]
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
-    except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
+    except (
+        *(ValueError, TypeError, OSError, ImportError),
+        *(EnvironmentFailedError, MisconfigurationException),
+    ) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     say = rank_zero_only(print)  # of several processes, the first
     begin = f"on from step {start.step}" if start else f"{training.warmup_steps} random steps"

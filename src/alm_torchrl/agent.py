@@ -323,8 +323,9 @@ def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
     spec = env.action_spec_unbatched
     if not isinstance(spec, Bounded) or spec.ndim != 1 or not spec.dtype.is_floating_point:
         raise TypeError(
-            "ALM needs one bounded continuous action vector; this environment's action is "
-            f"{type(spec).__name__} of shape {tuple(spec.shape)}"
+            "ALM needs one bounded continuous action vector; the action of this environment is "
+            f"{type(spec).__name__} of shape {tuple(spec.shape)}: make it "
+            "torchrl.data.Bounded(low, high, (size,)) of floating-point numbers"
         )
     return tuple(spec.space.low.tolist()), tuple(spec.space.high.tolist())
 

@@ -15,6 +15,7 @@ from torchrl.envs.utils import check_env_specs
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env, random_states, set_random_states
+from alm_torchrl.training import EnvironmentFailedError, Experience
 from tests.data.counting import CountingEnv
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -277,3 +278,86 @@ def test_running_statistics_of_an_environment_are_refused():
     fixed = ObservationNorm(loc=1.0, scale=0.5, in_keys=["observation"], standard_normal=True)
     both = [make_env(Drift, seed=0, transforms=[fixed]).reset()["observation"] for _ in range(2)]
     assert torch.equal(*both)
+
+
+# ------------------------------------------------------------------------- unusual but possible
+
+
+class Acts(gymnasium.Env):
+    """Observes the action that it got, flattened; returns flags as integers."""
+
+    def __init__(self, space) -> None:
+        self.action_space = space
+        size = gymnasium.spaces.flatdim(space)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        seen = gymnasium.spaces.flatten(self.action_space, action).astype(np.float32)
+        return seen, 1.0, 1, 0, {}
+
+
+BOX = gymnasium.spaces.Box
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        BOX(-1, 2, ()),
+        BOX(-1, 1, (2, 3)),
+        BOX(-0.1, 0.1, (3,), np.float16),
+        gymnasium.spaces.Dict(push=BOX(-1, 1, (2,))),
+        gymnasium.spaces.Dict(push=BOX(-1, 1, (2,)), turn=BOX(0, 5, (2, 2))),
+    ],
+)
+def test_any_continuous_action_is_one_vector(space):
+    env = make_env(Acts, space=space)
+    agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
+    for policy in (None, agent.policy()):
+        data = env.rollout(4, policy, break_when_any_done=False)
+        assert data["action"].shape == (4, gymnasium.spaces.flatdim(space))
+        torch.testing.assert_close(data["next", "observation"], data["action"], atol=1e-3, rtol=0)
+        assert data["next", "terminated"].all()
+
+
+def test_a_range_of_all_numbers_is_no_range():
+    with pytest.raises(ValueError, match="takes an unbounded 'action'"):
+        make_env(Drift, bound=float(np.finfo(np.float32).max))
+
+
+class Broken(Drift):
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        if where == "made":
+            raise KeyError("no such joint")
+
+    def close(self):
+        if self.where == "closed":
+            raise RuntimeError("the motor is stuck")
+
+
+def test_what_fails_as_it_is_made_or_closed_says_so_in_one_line():
+    with pytest.raises(EnvironmentFailedError, match="Broken cannot be made: KeyError: 'no such"):
+        make_env(Broken, where="made")
+    with pytest.raises(EnvironmentFailedError, match="RuntimeError: the motor is stuck"):
+        make_env(Broken, where="closed", num_envs=2)
+    env = make_env(Broken, where="closed")
+    experience = Experience(make_collector(env, None), None, total_steps=1)
+    with pytest.warns(UserWarning, match="failed as it was closed: RuntimeError: the motor is"):
+        experience.shutdown()
+
+
+@pytest.mark.parametrize("name", ["Registered-v0", "RegisteredWithoutVersion", "mine/Named-v1"])
+def test_a_module_that_registers_a_task(name, tmp_path):
+    text = f"import gymnasium\ngymnasium.register({name!r}, entry_point='{MODULE}:Drift')\n"
+    (tmp_path / "my_tasks/registers.py").write_text(text)
+    env = make_env(f"my_tasks.registers:{name}", seed=0, size=4, num_envs=2)
+    assert env.rollout(2)["observation"].shape == (2, 2, 4)
+    with pytest.raises(ValueError, match="Gymnasium knows no task 'my_tasks.registers:Absent-v0'"):
+        make_env("my_tasks.registers:Absent-v0")
+    with pytest.raises(ValueError, match="knows no task.*No module named"):
+        make_env("my_tasks.not_there:Absent-v0")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
-from alm_torchrl.envs.gymnasium import GymnasiumEnv, with_own_context
+from alm_torchrl.envs.gymnasium import GymnasiumEnv, with_own_context, with_vector_action
 
 __all__: list[str] = []
 
@@ -99,7 +99,8 @@ def make_custom(
         import gymnasium
 
         if isinstance(env, gymnasium.Env):
-            return GymnasiumEnv(with_own_context(env), frame_skip=action_repeat, device=device)
+            env = with_vector_action(with_own_context(env))
+            return GymnasiumEnv(env, frame_skip=action_repeat, device=device)
     raise ValueError(
         f"{name} makes a {type(env).__name__}, which is neither a torchrl.envs.EnvBase nor a "
         "gymnasium.Env"

@@ -8,9 +8,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torchrl.envs import GymWrapper
 
@@ -33,6 +35,44 @@ class GymnasiumEnv(GymWrapper):
     def read_action(self, action: Any) -> Any:
         """Gives the environment an action of its own."""
         return copy.deepcopy(super().read_action(action))
+
+    def _output_transform(self, step: tuple[Any, ...]) -> Any:
+        observation, reward, terminated, truncated, info = step  # flags may be 0 and 1
+        return super()._output_transform(
+            (observation, reward, bool(terminated), bool(truncated), info)
+        )
+
+
+def with_vector_action(env: Any) -> Any:
+    """Flattens the action, if it is made of boxes that are not one float32 or float64 vector.
+
+    Scalars, matrices, half precision, and a Dict or Tuple of boxes become one float32 vector.
+    """
+    import gymnasium
+    from gymnasium import spaces
+
+    space = env.action_space
+    if isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype != np.float16:
+        return env
+    if not _is_continuous(space):
+        return env
+    flat = spaces.flatten_space(space)
+    low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
+    vector = spaces.Box(low, high, dtype=np.float32)
+    return gymnasium.wrappers.TransformAction(
+        env, lambda action: spaces.unflatten(space, action), vector
+    )
+
+
+def _is_continuous(space: Any) -> bool:
+    """Whether a space is made of boxes of floating-point numbers alone."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict):
+        return all(map(_is_continuous, space.values()))
+    if isinstance(space, spaces.Tuple):
+        return all(map(_is_continuous, space))
+    return isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
 
 
 def make_gymnasium(
@@ -61,7 +101,7 @@ def make_gymnasium(
     if render:
         env = with_own_context(env)
     # No GymEnv, which keeps arguments such as frame_skip from gymnasium.make
-    return GymnasiumEnv(env, frame_skip=action_repeat, device=device)
+    return GymnasiumEnv(with_vector_action(env), frame_skip=action_repeat, device=device)
 
 
 def _gym_make(task: str, gym_kwargs: dict[str, Any]) -> Any:
@@ -89,12 +129,25 @@ def check_gymnasium(task: str) -> None:
         raise ImportError(f"make_env needs Gymnasium: {INSTALL}")
     import gymnasium
 
+    module, _, name = task.rpartition(":")
     try:
-        gymnasium.spec(task)
+        if module:  # "module:Task-v0" is registered by that module
+            import_module(module)
+        gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        close = difflib.get_close_matches(task, _newest_ids(gymnasium.registry), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else one_line(error)
+        close = difflib.get_close_matches(name, _newest_ids(gymnasium.registry), n=3)
+        guess = bool(close) and not isinstance(error, ImportError)
+        hint = f"did you mean {' or '.join(close)}?" if guess else one_line(error)
         raise ValueError(f"Gymnasium knows no task {task!r}: {hint}") from None
+
+
+def is_registered(task: str) -> bool:
+    """Whether ``module:Task``, whose module has been imported, is an id without a version."""
+    if find_spec("gymnasium") is None:
+        return False
+    import gymnasium
+
+    return task.rpartition(":")[2] in gymnasium.registry
 
 
 def _newest_ids(registry: dict[str, Any]) -> list[str]:

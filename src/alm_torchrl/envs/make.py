@@ -29,6 +29,7 @@ from torchrl.envs.libs.dm_control import DMControlWrapper
 from torchrl.envs.transforms import Transform
 
 from alm_torchrl.envs import control_suite, custom, gymnasium
+from alm_torchrl.envs.failures import EnvironmentFailedError
 from alm_torchrl.envs.generators import random_states, set_random_states
 from alm_torchrl.envs.transforms import (
     Distractors,
@@ -121,6 +122,7 @@ def make_env(
             there are not as many seeds as environments; or if a transform keeps running statistics.
         OSError: if ``pixels`` are asked for and cannot be rendered here, or a process of
             ``parallel`` does not start.
+        EnvironmentFailedError: if the environment raises anything else as it is made.
 
     Examples:
         >>> env = make_env("HalfCheetah-v5", seed=0)
@@ -147,10 +149,20 @@ def make_env(
     )
     if from_pixels and observed.size is None:
         make = partial(make, video=_can_render(partial(make, video=True)))
-    env = make(seed=seeds[0])
-    _check_action(env, task)
+    try:
+        env = make(seed=seeds[0])
+        _check_action(env, task)
+        if num_envs > 1:
+            env.close()
+    except (ImportError, OSError, TypeError, ValueError):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise EnvironmentFailedError(
+            f"{_name(task)} cannot be made: {type(error).__name__}: {message}"
+        ) from error
     if num_envs > 1:
-        env.close()  # made above so that an error is raised in this process, before any worker
+        # One was made above so that an error is raised in this process, before any worker
         makes = [partial(make, seed=own) for own in seeds]
         env = (ParallelEnv if parallel else SerialEnv)(num_envs, makes, device=device)
         if parallel:
@@ -304,8 +316,16 @@ def _make_one(
 
 def _kind(task: str | Callable[..., Any]) -> str:
     """What makes the task; raises unless that knows it."""
-    if not isinstance(task, str) or custom.is_import_path(task):
+    if not isinstance(task, str):
         return "custom"
+    if custom.is_import_path(task):
+        try:
+            custom.import_factory(task)
+        except ValueError:
+            if not gymnasium.is_registered(task):
+                raise
+        else:
+            return "custom"
     if task.startswith(control_suite.PREFIX):
         control_suite.check_control_suite(task)
         return "control suite"
@@ -335,10 +355,10 @@ def _check_transforms(transforms: Sequence[Transform]) -> None:
         for part in transform.modules():
             if isinstance(part, (VecNorm, VecNormV2)):
                 raise ValueError(
-                    f"{type(part).__name__} keeps running statistics, which an evaluation would not "
-                    "share, the replay buffer would mix and no agent's file would hold: normalize "
-                    "in the encoder (MLPEncoder(normalise=True), encoder=mlp_normalised), or by "
-                    "fixed numbers (ObservationNorm(loc, scale))"
+                    f"{type(part).__name__} keeps running statistics, which an evaluation does "
+                    "not share, the replay buffer would mix and no agent's file would hold: "
+                    "normalize in the encoder (MLPEncoder(normalise=True), encoder="
+                    "mlp_normalised), or by fixed numbers (ObservationNorm(loc, scale))"
                 )
 
 
@@ -358,8 +378,9 @@ def _check_action(env: EnvBase, task: str | Callable[..., Any]) -> None:
     for key, spec in env.full_action_spec.items(True, True):
         if not spec.dtype.is_floating_point:
             continue
-        ends = torch.stack([spec.space.low, spec.space.high]) if isinstance(spec, Bounded) else None
-        if ends is None or not ends.isfinite().all():
+        # A range of all float32 is none: no number is drawn from it
+        width = spec.space.high - spec.space.low if isinstance(spec, Bounded) else None
+        if width is None or not width.isfinite().all():
             raise ValueError(
                 f"{_name(task)} takes an unbounded {key!r}: give its space finite bounds, such as "
                 "gymnasium.spaces.Box(-1, 1, (2,)) or torchrl.data.Bounded(-1, 1, (2,))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -184,8 +185,18 @@ class Experience:
             self.policy.restart(self.updates)
 
     def shutdown(self) -> None:
-        """Closes the environments and ends the workers; there is no more to collect after it."""
-        self.collector.shutdown()
+        """Closes the environments and ends the workers; there is no more to collect after it.
+
+        What an environment raises as it is closed is a warning, since a run has ended by then.
+        """
+        try:
+            self.collector.shutdown()
+        except Exception as error:  # noqa: BLE001 - an environment may raise anything
+            message = " ".join(str(error).split())
+            warnings.warn(
+                f"the environment failed as it was closed: {type(error).__name__}: {message}",
+                stacklevel=2,
+            )
 
     def _due(self, steps: int) -> int:
         """Updates that there should have been after as many steps."""

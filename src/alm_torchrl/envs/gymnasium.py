@@ -56,7 +56,7 @@ def with_vector_action(env: Any) -> Any:
         return env
     if not _is_continuous(space):
         return env
-    flat = spaces.flatten_space(space)
+    flat: Any = spaces.flatten_space(space)
     low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
     vector = spaces.Box(low, high, dtype=np.float32)
     return gymnasium.wrappers.TransformAction(

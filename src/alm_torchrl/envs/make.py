@@ -294,6 +294,7 @@ def _make_one(
     """One environment, with what is observed of it."""
     options: dict[str, Any] = {"action_repeat": action_repeat, "device": device}
     name = _name(task)
+    env: EnvBase
     if kind == "gymnasium":
         options |= {"size": observed.size, "render": video or observed.size is not None}
         env = gymnasium.make_gymnasium(name, task_kwargs, **options)

@@ -10,8 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from torchrl.envs import SerialEnv
+from torchrl.trainers import ReplayBufferTrainer
 
-from alm_torchrl.data import WindowReplayBuffer, bytes_per_transition, make_replay_buffer
+from alm_torchrl.data import (
+    WindowReplayBuffer,
+    bytes_per_transition,
+    make_collector,
+    make_replay_buffer,
+)
+from tests.data.counting import CountingEnv
 from tests.synchronisation import HostReads
 
 STORAGES = ("memory", "memmap")
@@ -192,6 +200,123 @@ def test_any_history_of_writes_gives_the_windows_of_the_list(data):
             lane.extend(new)
         check_windows(draw(buffer, 20), lanes, set(ids[done].tolist()))
     assert len(buffer) == sum(map(len, lanes))
+
+
+# ------------------------------------------------------------------- what does not follow
+
+JOINED = "do not follow those stored before them"
+
+
+def windows_that_join(buffer: WindowReplayBuffer) -> int:
+    """Draws windows, and counts those with a transition that does not follow the one before."""
+    windows = draw(buffer, 20)
+    joined = windows["next", "observation"][:, :-1] != windows["observation"][:, 1:]
+    return int((joined.flatten(2).any(-1) & windows["validity_mask"][:, 1:]).any(1).sum())
+
+
+def test_rollouts_one_after_the_other_are_not_joined(recwarn):
+    buffer = make_replay_buffer(100, batch_size=100, seed=0)
+    env = CountingEnv()
+    rollouts = [env.rollout(5) for _ in range(12)]
+    buffer.extend(rollouts[0])
+    with pytest.warns(UserWarning, match=f"1 of 5 transitions of a batch {JOINED}"):
+        buffer.extend(rollouts[1])
+    for rollout in rollouts[2:]:
+        buffer.extend(rollout)
+    assert not [warning for warning in recwarn if JOINED in str(warning.message)]  # said once
+    assert windows_that_join(buffer) == 0
+    stored = buffer[:]["next"]
+    last = (torch.arange(60) % 5 == 4)[:-1]  # the newest goes on for all that is known
+    assert torch.equal(stored["done"].squeeze(-1)[:-1], last)
+    assert torch.equal(stored["truncated"].squeeze(-1)[:-1], last)
+    assert not stored["terminated"].any()
+
+
+def test_close_episodes_says_that_a_rollout_begins_anew(recwarn):
+    buffer = make_replay_buffer(100, batch_size=100, seed=0)
+    for first in (0, 100, 200):
+        buffer.close_episodes()
+        buffer.extend(steps(torch.arange(first, first + 5), torch.zeros(5, dtype=torch.bool)))
+    buffer.empty()
+    buffer.extend(steps(torch.arange(5), torch.zeros(5, dtype=torch.bool)))
+    assert not [warning for warning in recwarn if JOINED in str(warning.message)]
+
+
+@pytest.mark.parametrize("flag", ["truncated", "terminated"])
+def test_any_flag_ends_an_episode(flag):
+    """As TorchRL's trainer marks the seams of several environments that it flattens into one."""
+    buffer = make_replay_buffer(100, batch_size=100, seed=0)
+    ids = torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])
+    data = steps(ids, ids < 0, ids < 0)
+    data["next", flag][:, -1] = True
+    buffer.extend(data.reshape(-1))
+    assert windows_that_join(buffer) == 0
+    assert buffer[:]["next", "done"].squeeze(-1).tolist() == [False, False, False, True] * 2
+    assert not data["next", "done"].any()
+
+
+def test_the_trainer_of_torchrl_joins_no_environments():
+    env = SerialEnv(2, CountingEnv)
+    buffer = make_replay_buffer(100, batch_size=100, seed=0)
+    trainer_hook = ReplayBufferTrainer(buffer, batch_size=100, flatten_tensordicts=True)
+    collector = make_collector(env, None, frames_per_batch=10, total_frames=50)
+    for data in collector:
+        trainer_hook.extend(data)
+    collector.shutdown()
+    assert windows_that_join(buffer) == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_a_jump_without_a_flag_is_a_seam_in_its_lane_alone(chunk):
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [20, 21, 22, 30, 31, 40, 41, 42]])
+    done = ids == 31  # no seam but an end where the second jump is
+    buffer = make_replay_buffer(100, batch_size=100, num_envs=2, seed=0)
+    with pytest.warns(UserWarning, match=JOINED):
+        deque(map(buffer.extend, steps(ids, done).split(chunk, dim=1)))
+    check_windows(draw(buffer, 5), [deque(lane) for lane in ids.tolist()], {22, 31})
+    stored = buffer[:]["next"]
+    assert stored["truncated"].squeeze(-1).tolist() == [
+        [False] * 8,
+        [False] * 2 + [True] + [False] * 5,
+    ]
+    assert stored["terminated"].squeeze(-1).tolist() == done.tolist()
+
+
+def test_shuffled_transitions_are_windows_of_one_step():
+    buffer = make_replay_buffer(100, batch_size=100, seed=0)
+    order = torch.arange(49, -1, -1)
+    with pytest.warns(UserWarning, match=f"49 of 50 transitions of a batch {JOINED}"):
+        buffer.extend(steps(order, order < 0))
+    assert not draw(buffer, 2)["validity_mask"][:, 1:].any()
+
+
+def test_what_goes_on_is_no_seam_whatever_it_holds(recwarn):
+    """NaN goes on with NaN, and another dtype or device of a batch is no other number."""
+    buffer = make_replay_buffer(100, batch_size=100, seed=0)
+    data = steps(torch.arange(12), torch.arange(12) == 5)
+    for root in (data, data["next"]):
+        root["observation"] = torch.cat(
+            [root["observation"] / 3, torch.full((12, 1), torch.nan)], 1
+        )
+        root["pixels"] = root["observation"][:, :1].mul(30).byte().repeat(1, 16)
+        root["memory"] = torch.randn(12, 2)
+    data["memory"][1:] = data["next", "memory"][:-1]
+    data["observation"] = data["observation"].double()
+    for part in data.split(4):
+        buffer.extend(part)
+    assert not [warning for warning in recwarn if JOINED in str(warning.message)]
+    assert buffer[:]["next", "done"].sum() == 1
+
+
+def test_an_observation_of_another_shape_is_refused():
+    buffer = make_replay_buffer(100, batch_size=10)
+    data = steps(torch.arange(4), torch.zeros(4).bool())
+    buffer.extend(data)
+    data = data.clone()
+    for root in (data, data["next"]):
+        root["observation"] = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=r"\('observation',\) has shape \[3\]; wanted \[1\]"):
+        buffer.extend(data)
 
 
 # ----------------------------------------------------------------------------- batch shapes

@@ -218,7 +218,6 @@ def test_extra_entries_are_ignored(make_loss: Make, make_windows: Make) -> None:
     wanted = all_losses_and_gradients(loss, td)
     td["mask"] = torch.zeros(6, 3, dtype=torch.bool)
     td["latent"] = torch.full((6, 3, 4), torch.nan)
-    td["next", "truncated"] = torch.ones(6, 3, 1, dtype=torch.bool)
     td["collector", "mask"] = torch.zeros(6, 3, dtype=torch.bool)
     assert_same(all_losses_and_gradients(loss, td), wanted)
 
@@ -265,6 +264,8 @@ def test_every_key_can_be_nested(make_loss: Make, make_windows: Make) -> None:
     td = make_windows()
     td["next", "terminated"][0, 1] = td["next", "done"][0, 1] = True
     td["next", "terminated"][5, 0] = td["next", "done"][5, 0] = True
+    td["next", "truncated"] = torch.zeros(6, 3, 1, dtype=torch.bool)
+    td["next", "truncated"][2, 0] = True
     td["validity_mask"] = torch.ones(6, 3, dtype=torch.bool)
     td["validity_mask"][3, 2:] = False
     plain = make_loss()
@@ -279,6 +280,7 @@ def test_every_key_can_be_nested(make_loss: Make, make_windows: Make) -> None:
         reward=("agents", "r"),
         done=("flags", "d"),
         terminated=("flags", "t"),
+        truncated=("flags", "l"),
         validity_mask=("window", "valid"),
     )
     nested = TensorDict(
@@ -290,10 +292,12 @@ def test_every_key_can_be_nested(make_loss: Make, make_windows: Make) -> None:
             ("next", "agents", "r"): td["next", "reward"],
             ("next", "flags", "d"): td["next", "done"],
             ("next", "flags", "t"): td["next", "terminated"],
+            ("next", "flags", "l"): td["next", "truncated"],
         },
         batch_size=[6, 3],
     )
-    assert set(loss.in_keys) == set(nested.keys(True, True)) - {("window", "valid")}
+    optional = {("window", "valid"), ("next", "flags", "l")}
+    assert set(loss.in_keys) == set(nested.keys(True, True)) - optional
     assert_same(all_losses_and_gradients(loss, nested), wanted)
 
 
@@ -402,6 +406,19 @@ def test_what_follows_an_episode_counts_for_nothing(
     assert_same(all_losses_and_gradients(loss, td), wanted)
     for name in (*METRICS, *TERMS):
         assert forward(loss, td)[name].isfinite()
+
+
+@pytest.mark.parametrize("flag", ["terminated", "truncated"])
+def test_every_flag_ends_an_episode(make_loss: Make, make_windows: Make, flag: str) -> None:
+    """Data of others marks a seam in one of them alone."""
+    loss, td = make_loss(), make_windows()
+    td["next", flag] = torch.zeros(6, 3, 1, dtype=torch.bool)
+    td["next", flag][2, 1] = True
+    found = all_losses_and_gradients(loss, td)
+    whole = td.clone()
+    whole["next", "done"][2, 1] = True
+    assert_same(found, all_losses_and_gradients(loss, whole))
+    assert_differ(found["loss_world_model"], term(loss, "loss_world_model", make_windows()))
 
 
 @pytest.mark.parametrize("last", [0, 1])

@@ -10,7 +10,8 @@ stacked frames that are stored once, and the end of an episode where a restored 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers import SampleUnit, Writer
 
 from alm_torchrl.data.frames import FrameStore
+from alm_torchrl.data.seams import Seams, end_episodes
 
 __all__ = ["WindowReplayBuffer", "bytes_per_transition", "make_replay_buffer"]
 
@@ -69,12 +71,15 @@ def transition_keys(
     for needed in (action, ("next", "done")):
         if not any(key[: len(needed)] == needed for key in leaves):
             raise KeyError(f"a batch for the replay buffer lacks {needed}; it has {sorted(leaves)}")
-    observations = {
-        key for key in leaves if ("next", *key) in leaves and key[-1] not in BOOKKEEPING_KEYS
-    }
-    kept = observations | {("next", *key) for key in observations}
+    observations = observation_keys(leaves)
+    kept = {*observations, *(("next", *key) for key in observations)}
     kept |= {key for key in leaves if key[0] == "next" and key[-1] in OUTCOME_KEYS}
     return sorted(kept | {key for key in leaves if key[: len(action)] == action})
+
+
+def observation_keys(keys: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The keys that stand at the root and under ``"next"``, but for flags and counts."""
+    return [key for key in keys if ("next", *key) in keys and key[-1] not in BOOKKEEPING_KEYS]
 
 
 class Windows(SampleUnit):
@@ -173,6 +178,8 @@ class WindowReplayBuffer(ReplayBuffer):
         self.stored_keys = None if keys is None else [_tuple_key(key) for key in keys]
         self.frames = {_tuple_key(key): store for key, store in (frames or {}).items()}
         self.sample_device: torch.device | None = None
+        self._seams = Seams([])
+        self._warned_of_seams = False
         super().__init__(**kwargs)
 
     @property
@@ -188,6 +195,12 @@ class WindowReplayBuffer(ReplayBuffer):
     def extend(self, data: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
         """Stores a batch of transitions, oldest first.
 
+        An episode ends with a transition whose ``"done"``, ``"terminated"`` or ``"truncated"`` is
+        True, all of which are stored as ``"done"``. Where an observation is not the next
+        observation of the transition stored before it, and no episode ends, that transition is
+        marked truncated with a warning, so that no window joins the two. Call
+        :meth:`close_episodes` where the next batch begins a new rollout.
+
         Args:
             data: a collector's batch. With one environment ``[T]`` or ``[1, T]``. With several
                 ``[num_envs, T]`` (leading dimensions are flattened into lanes, so the ``[workers,
@@ -202,11 +215,14 @@ class WindowReplayBuffer(ReplayBuffer):
                 if an entry of ``frame_stacks`` is no stack of frames.
             KeyError: if an entry to store is missing from the batch.
         """
-        data = self._without_frames(self._transitions(data)).to(
-            self.storage.device, non_blocking=True
-        )
+        data = self._transitions(data)
+        if (seams := self._seams.find(data)) is not None:
+            data = self._mark(data, seams)
+        stored = self._without_frames(data).to(self.storage.device, non_blocking=True)
         # Without a device, TorchRL keeps count on the CPU and need not ask the GPU.
-        return super().extend(data.clear_device_(), update_priority=update_priority)
+        index = super().extend(stored.clear_device_(), update_priority=update_priority)
+        self._seams.remember(data)
+        return index
 
     def add(self, data: TensorDictBase) -> torch.Tensor:
         """Stores one step: ``[]`` with one environment, ``[num_envs]`` with several."""
@@ -246,14 +262,13 @@ class WindowReplayBuffer(ReplayBuffer):
         buffer is restored in another process. ``terminated`` is left alone, so a value function
         still bootstraps there.
         """
-        if not len(self):
-            return
-        newest = (self.writer.state_dict()["_cursor"] - 1) % self.max_steps
-        row = self.storage[newest]
-        closing = ~row["next", "done"]
-        for name in ("done", "truncated"):
-            if ("next", name) in row.keys(include_nested=True):
-                self.set_at_(("next", name), row["next", name] | closing, newest)
+        self._seams.forget()
+        self._close(torch.ones(self.num_envs, dtype=torch.bool))
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Removes every transition."""
+        super().empty(empty_write_count)
+        self._seams.forget()
 
     @property
     def steps_written(self) -> int:
@@ -353,6 +368,42 @@ class WindowReplayBuffer(ReplayBuffer):
             self._load_frames(state_dict["frames"])
         self._go_on()
 
+    def _mark(self, data: TensorDictBase, seams: torch.Tensor) -> TensorDictBase:
+        """Ends the episodes of transitions that the next one does not follow.
+
+        Args:
+            data: the batch to be stored, ``[num_envs, T]`` or ``[T]``.
+            seams: which of its transitions do not follow the one before.
+
+        Returns:
+            The batch with its flags.
+        """
+        if not self._warned_of_seams:
+            self._warned_of_seams = True
+            warnings.warn(
+                f"{int(seams.sum())} of {seams.numel()} transitions of a batch do not follow those "
+                "stored before them: no episode ends there, and an observation is not the next "
+                "observation before it. Each is stored as the begin of another episode, so that no "
+                "window joins the two. Call close_episodes() before a rollout that begins anew, "
+                "and give data of several environments as [num_envs, T] to a buffer made with "
+                "num_envs",
+                stacklevel=3,
+            )
+        self._close(seams[..., 0])
+        closing = torch.cat([seams[..., 1:], torch.zeros_like(seams[..., :1])], -1)
+        outcome = data.get("next")
+        return data.set("next", outcome.copy().update(end_episodes(outcome, closing.unsqueeze(-1))))
+
+    def _close(self, lanes: torch.Tensor) -> None:
+        """Ends the episodes that are running in some lanes, bool ``[num_envs]``."""
+        if not len(self):
+            return
+        newest = (self.writer.state_dict()["_cursor"] - 1) % self.max_steps
+        outcome = self.storage[newest]["next"]
+        closing = lanes.to(self.storage.device).reshape(outcome["done"].shape)
+        for name, flags in end_episodes(outcome, closing).items():
+            self.set_at_(("next", name), flags, newest)
+
     def _frames_state(self) -> dict[str, Any]:
         return {"/".join(key): store.state_dict() for key, store in self.frames.items()}
 
@@ -402,6 +453,8 @@ class WindowReplayBuffer(ReplayBuffer):
         """Selects the stored entries, in the shape ``[num_envs, T]``, or ``[T]``."""
         if self.stored_keys is None:
             self.stored_keys = transition_keys(data, self.action_key)
+        if not self._seams.keys:
+            self._seams.keys = observation_keys(self.stored_keys)
         try:
             data = data.select(*self.stored_keys)
         except KeyError as error:
@@ -420,6 +473,12 @@ class WindowReplayBuffer(ReplayBuffer):
                 f"a batch of {steps} steps for each environment does not fit into the replay "
                 f"buffer, which holds {self.max_steps}"
             )
+        outcome = data.get("next")
+        ended = outcome.get("done")
+        for name in ("terminated", "truncated"):
+            if (flag := outcome.get(name, None)) is not None:
+                ended = ended | flag
+        outcome.set("done", ended)
         return data.reshape(steps) if self.num_envs == 1 else data.reshape(self.num_envs, steps)
 
 
@@ -442,8 +501,9 @@ def make_replay_buffer(
 
     Sampling is uniform over everything stored: each transition, terminal ones included, is as
     likely as any other to be at index 0 of a window. A window never crosses the end of an episode
-    (a termination or a time limit) or the seam between the newest and the oldest transition; what
-    would lie beyond is padding, False in ``"validity_mask"``.
+    (a termination or a time limit), a transition that does not follow the one stored before it, or
+    the seam between the newest and the oldest transition; what would lie beyond is padding, False
+    in ``"validity_mask"``.
 
     Memory is taken when the first batch arrives, for the whole capacity:
     :func:`bytes_per_transition` of that batch, times ``capacity``. Vector observations of size

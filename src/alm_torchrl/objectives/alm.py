@@ -151,6 +151,8 @@ class ALMLoss(RolloutLoss):
             reward: the reward ``[..., 1]``, read under ``"next"``.
             done: the end of an episode for any reason, bool ``[..., 1]``, read under ``"next"``.
             terminated: a terminal state, bool ``[..., 1]``, read under ``"next"``.
+            truncated: an end that is no terminal state, like ``done``, read under ``"next"``;
+                optional. Each of the three ends an episode.
             validity_mask: which steps of a window hold data, bool ``[B, T]``; optional.
         """
 
@@ -158,6 +160,7 @@ class ALMLoss(RolloutLoss):
         reward: NestedKey = "reward"
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
+        truncated: NestedKey = "truncated"
         validity_mask: NestedKey = "validity_mask"
 
     tensor_keys: _AcceptedKeys

@@ -65,8 +65,13 @@ def read_windows(
         _check_shape(key, entries[key], (*shape, "..."))
     for key, next_key in zip(observations, following, strict=True):
         _check_shape(next_key, entries[next_key], entries[key].shape)
-    for key in (done_key, terminated_key):
-        _check_shape(key, entries[key], (*shape, 1), torch.bool)
+    flags = {key: entries[key] for key in (done_key, terminated_key)}
+    truncated_key = unravel_key(("next", keys.truncated))
+    if (truncated := tensordict.get(truncated_key, None)) is not None:
+        flags[truncated_key] = truncated
+    for key, flag in flags.items():
+        _check_shape(key, flag, (*shape, 1), torch.bool)
+        entries[done_key] = entries[done_key] | flag
     mask = tensordict.get(keys.validity_mask, None)
     if mask is not None:
         mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from torchrl.objectives.value import TDLambdaEstimator
 from alm_torchrl.modules import (
     GaussianLatentModule,
     LatentDynamics,
+    MLPEncoder,
     QValueEnsemble,
     RewardModel,
     TransitionClassifier,
@@ -784,6 +787,91 @@ def test_the_schedule_is_one_for_policy_and_loss(make_networks: Make, make_windo
     assert actor.noise.scale.item() == pytest.approx(0.3)
     assert actor.noise.step_count.item() == 50_000
     assert policy(state)["action_scale"].max().item() == pytest.approx(0.3)
+
+
+def copied(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    return copy.deepcopy((networks, loss))
+
+
+def pickled(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    return pickle.loads(pickle.dumps((networks, loss)))  # noqa: S301
+
+
+def saved(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    file = io.BytesIO()
+    torch.save((networks, loss), file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def alone(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    other = copy.deepcopy(loss)
+    return nn.ModuleDict({name: getattr(other, name) for name in networks}), other
+
+
+def moved(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    return networks, loss.to(torch.float64)
+
+
+def moved_together(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    both = nn.ModuleDict({"networks": networks, "loss": loss}).double()
+    return both["networks"], both["loss"]
+
+
+def moved_after(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, ALMLoss]:
+    return networks.double(), loss.double()
+
+
+@pytest.mark.parametrize("how", [copied, pickled, saved, alone, moved, moved_together, moved_after])
+def test_what_is_shared_stays_shared(make_networks: Make, make_windows: Make, how: Make) -> None:
+    """Weights, noise schedule and running statistics, of the networks, the loss and its targets."""
+    encoder = MLPEncoder(5, 4, 8, normalise=True)
+    networks = nn.ModuleDict({**make_networks(), "encoder": encoder})
+    loss = ALMLoss(**networks)
+    SoftUpdate(loss, tau=0.005)
+    networks["actor"].noise.advance(30_000)
+    networks, loss = how(networks, loss)
+    for name, network in networks.items():
+        for key, tensor in TensorDict.from_module(network).items(True, True):
+            shared = getattr(loss, f"{name}_params").get(key)
+            assert shared.data_ptr() == tensor.data_ptr(), (name, key)
+            assert shared.dtype == tensor.dtype
+    assert {id(p) for p in loss.parameters()} == {id(p) for p in networks.parameters()}
+    networks["encoder"].update_statistics(TensorDict(observation=100 * torch.rand(50, 5)))
+    networks["actor"].noise.advance(20_000)
+    dtype = next(loss.parameters()).dtype
+    state = TensorDict(observation=torch.zeros(2, 5, dtype=dtype), batch_size=[2])
+    assert loss.target_encoder_params.get(("module", "0", "module", "norms", "0", "mean")).min() > 9
+    assert loss.state_dict()["actor_params.module.0.module.noise.scale"] == pytest.approx(0.3)
+    assert forward(loss, make_windows(dtype=dtype)).isfinite().all()
+    assert networks["encoder"](state)["latent"].shape == (2, 4)
+
+
+def test_a_copy_is_apart_from_the_loss_that_it_was_made_of(make_networks: Make) -> None:
+    loss = ALMLoss(**make_networks())
+    other = copy.deepcopy(loss)
+    other.actor.noise.advance(50_000)
+    assert loss.actor.noise.scale == 0.5
+    theirs = {tensor.data_ptr() for tensor in other.state_dict().values()}
+    assert not theirs & {tensor.data_ptr() for tensor in loss.state_dict().values()}
+
+
+def give_others(networks: dict[str, nn.Module]) -> None:
+    state = {key: value.clone() for key, value in networks["actor"].state_dict().items()}
+    networks["actor"].load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("change", [lambda networks: networks["actor"].double(), give_others])
+def test_networks_that_no_longer_share_are_refused(
+    make_networks: Make, make_windows: Make, change: Make
+) -> None:
+    networks = make_networks()
+    loss = ALMLoss(**networks)
+    SoftUpdate(loss, tau=0.005)
+    change(networks)
+    with pytest.raises(RuntimeError, match="move the loss .*, or build the loss after"):
+        forward(loss, make_windows(dtype=torch.float32))
+    forward(loss.double(), make_windows())
 
 
 def test_buffers_are_no_parameters(make_loss: Make) -> None:

@@ -177,6 +177,27 @@ def test_one_seed_stays_as_it_is() -> None:
     assert stack_seeds(agents, losses) == (agents[0], losses[0])
 
 
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_moved_or_copied_seeds_are_what_is_learnt(how: str) -> None:
+    """The agents act with what the optimizer moves, which holds the stacked parameters."""
+    agents, losses = make_seeds()
+    agent, loss = stack_seeds(agents, losses)
+    update = make_update(loss)
+    if how == "moved":
+        loss.float()
+    else:
+        agent, loss = copy.deepcopy((agent, loss))
+        update = make_update(loss)
+    dtype = torch.float32 if how == "moved" else torch.float64
+    before = [[p.clone() for p in one.parameters()] for one in agent.agents]
+    windows = make_windows(SEEDS, 6, 3)
+    update(windows.apply(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf))
+    for one, old in zip(agent.agents, before, strict=True):
+        for new, parameter in zip(one.parameters(), old, strict=True):
+            assert new.dtype == dtype
+            assert not torch.equal(new, parameter)
+
+
 def test_seeds_of_different_sizes_are_refused() -> None:
     _, losses = make_seeds(count=2)
     other = ALMAgent(AgentConfig({"observation": 5}, (-1.0,) * 2, (1.0,) * 2, hidden_dim=8))

@@ -27,8 +27,8 @@ class NoiseSchedule(nn.Module):
     r"""The scale of the action noise, annealed linearly over training.
 
     Acting and every loss read the same buffer, ``scale``, and a state dict holds it together with
-    the step count. Move it (with its actor) to the device before an ``ALMLoss`` is built on it,
-    as for every module of a TorchRL loss; moved apart, the copies would no longer be one.
+    the step count. Move it (with its actor) before an ``ALMLoss`` is built on it, or move the loss,
+    which takes its networks along.
 
     Args:
         start: standard deviation before the first step, in units of half the action range.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -18,9 +18,14 @@ from alm_torchrl.objectives.checks import check_networks, check_output, explaine
 
 __all__ = ["ComponentLoss"]
 
+NETWORKS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
+
 
 class ComponentLoss(LossModule):
     """A loss on the six networks, without its terms.
+
+    It shares all their parameters and buffers. ``to`` moves the networks along, and a copy of the
+    loss shares with its own copies of them.
 
     Args:
         targets: the networks that have targets, by name.
@@ -74,13 +79,50 @@ class ComponentLoss(LossModule):
         check_networks(**networks)
         for name, network in networks.items():
             self.convert_to_functional(network, name, create_target_params=name in targets)
-            if name in targets:  # not as an attribute, which warns that nothing updates it yet
-                _share_untrained(
-                    getattr(self, f"{name}_params"), self._modules[f"target_{name}_params"]
-                )
+        self._share()
         self._latent_key = encoder.dist_sample_keys[-1]
         self._next_latent_key = dynamics.dist_sample_keys[-1]
         self._action_key = actor.dist_sample_keys[-1]
+
+    def _share(self) -> None:
+        """Takes the networks' own parameters and buffers, wherever they are now."""
+        networks = {name: getattr(self, name) for name in NETWORKS}
+        for name, network in networks.items():
+            params = TensorDict.from_module(network, as_module=True)
+            setattr(self, f"{name}_params", params)
+            # not as an attribute, which warns that nothing updates it yet
+            target = self._modules.get(f"target_{name}_params")
+            if target is not None:
+                _share_untrained(params, target)
+        self._shared = [
+            (tensors, key, tensor)
+            for network in networks.values()
+            for module in network.modules()
+            for tensors in (module._parameters, module._buffers)
+            for key, tensor in tensors.items()
+        ]
+
+    def _check_sharing(self) -> None:
+        """Raises if a network has other tensors than those that the loss shares with it."""
+        if any(tensors.get(key) is not tensor for tensors, key, tensor in self._shared):
+            raise RuntimeError(
+                "a network was moved or given other tensors after the loss was built, which no "
+                "longer shares its noise schedule and statistics: move the loss (its networks "
+                "move along) as in loss.to(device), or build the loss after the move"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Moves the networks along, whose buffers would be left behind."""
+        super()._apply(fn)
+        for name in NETWORKS:
+            getattr(self, name)._apply(fn)
+        self._share()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Shares what a copy or a pickle holds twice."""
+        super().__setstate__(state)
+        self._share()
 
     def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The output of a deterministic network with the given parameters."""

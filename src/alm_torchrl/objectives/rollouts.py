@@ -50,6 +50,8 @@ class RolloutLoss(ComponentLoss):
 
     def _prepare(self, tensordict: TensorDictBase, steps: int) -> Batch:
         """Checks the input and encodes its observations with the target encoder, in one pass."""
+        if not torch.compiler.is_compiling():
+            self._check_sharing()
         windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps)
         done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))

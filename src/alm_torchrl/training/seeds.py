@@ -7,7 +7,7 @@ lane of the replay buffer, random numbers, gradient norms and curve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -62,8 +62,7 @@ class StackedLoss(nn.Module):
             leaves = [network[key] for network in networks]
             stacked = torch.stack([leaf.detach() for leaf in leaves])
             self._stack[key] = stacked.requires_grad_(leaves[0].requires_grad)
-            for leaf, view in zip(leaves, stacked.detach().unbind(), strict=True):
-                leaf.data = view
+        self._share()
 
     @property
     def out_keys(self) -> list[str]:
@@ -96,6 +95,27 @@ class StackedLoss(nn.Module):
     def _one(self, parameters: TensorDictBase, windows: TensorDictBase) -> TensorDictBase:
         with parameters.to_module(self._first):
             return self._first(windows)
+
+    def _share(self) -> None:
+        """Makes the parameters of each seed views of the stacked ones."""
+        networks = [_networks(loss) for loss in self.losses]
+        for key, stacked in self._stack.items(True, True):
+            for network, view in zip(networks, stacked.detach().unbind(), strict=True):
+                network[key].data = view
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLoss:
+        """Moves the stacked parameters too, in place, since an optimiser holds them."""
+        super()._apply(fn, recurse)
+        for stacked in self._stack.values(True, True):
+            stacked.data = fn(stacked.data)
+        self._share()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Shares what a copy or a pickle holds twice, and makes leaves of it again."""
+        super().__setstate__(state)
+        self._stack = self._stack.apply(lambda t: t.detach().requires_grad_(t.requires_grad))
+        self._share()
 
 
 class StackedSoftUpdate:

@@ -191,6 +191,19 @@ def test_saved_and_loaded_it_acts_the_same(agent: ALMAgent, tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["agent.pt"]
 
 
+def test_compiled_components_are_saved_as_they_are_without(agent: ALMAgent, tmp_path: Path) -> None:
+    weights = {name: value.clone() for name, value in agent.state_dict().items()}
+    for name in ("encoder", "dynamics", "qvalue_network", "actor"):
+        setattr(agent, name, torch.compile(getattr(agent, name)))
+    agent.save(tmp_path / "agent.pt")
+    loaded = ALMAgent.load(tmp_path / "agent.pt")
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    loaded.noise.advance(7)
+    agent.load_state_dict(loaded.state_dict())
+    assert int(agent.noise.step_count) == 7
+
+
 def test_a_save_that_fails_keeps_the_old_file(
     agent: ALMAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

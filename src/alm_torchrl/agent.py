@@ -35,6 +35,7 @@ from alm_torchrl.modules import (
 )
 from alm_torchrl.modules.encoders.specs import observation_shapes
 from alm_torchrl.objectives import check_encoder
+from alm_torchrl.objectives.components import match_compiled
 
 __all__ = ["ALMAgent", "AgentConfig"]
 
@@ -230,7 +231,8 @@ class ALMAgent(nn.Module):
             OSError: if it cannot be written.
         """
         described = {name: describe(getattr(self, name)) for name in ("encoder", "dynamics")}
-        known = {name for name in COMPONENTS if type(getattr(self, name)) in _FROM_CONFIG}
+        plain = {name: getattr(net, "_orig_mod", net) for name, net in self.networks().items()}
+        known = {name for name in COMPONENTS if type(plain[name]) in _FROM_CONFIG}
         known |= {name for name, description in described.items() if description is not None}
         content = {
             "format": _FORMAT,
@@ -277,6 +279,10 @@ class ALMAgent(nn.Module):
             what = one_line(error)
             raise ValueError(f"the weights in {path} do not fit the components: {what}") from error
         return agent.to(device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        match_compiled(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Sampled(TensorDictModuleBase):

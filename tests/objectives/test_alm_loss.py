@@ -767,6 +767,31 @@ def test_state_dict_round_trip_is_bit_exact(make_loss: Make, make_windows: Make)
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("part", ["loss", "encoder", "layers"])
+@pytest.mark.parametrize("saves", ["plain", "compiled"])
+def test_a_state_dict_goes_between_compiled_and_plain(
+    make_networks: Make, part: str, saves: str
+) -> None:
+    def build(compiled: bool) -> ALMLoss:
+        networks = make_networks()
+        if part == "encoder" and compiled:
+            networks["encoder"] = torch.compile(networks["encoder"])
+        if part == "layers" and compiled:
+            networks["encoder"][0].module = torch.compile(networks["encoder"][0].module)
+        return ALMLoss(**networks)
+
+    source, other = build(saves == "compiled"), build(saves == "plain")
+    state = (
+        torch.compile(source) if part == "loss" and saves == "compiled" else source
+    ).state_dict()
+    names = list(state)
+    other.load_state_dict(state)
+    assert list(state) == names
+    assert len(names) == len(other.state_dict())
+    for found, wanted in zip(other.state_dict().values(), state.values(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_the_schedule_is_one_for_policy_and_loss(make_networks: Make, make_windows: Make) -> None:
     networks, td = make_networks(), make_windows(dtype=torch.float32)
     actor = networks["actor"]

@@ -130,7 +130,8 @@ def _plain(value: Any) -> Any:
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
     if isinstance(value, Mapping):
         return {_plain(key): _plain(entry) for key, entry in value.items()}
+    value = getattr(value, "_orig_mod", value)  # what torch.compile wrapped
     given = getattr(value, "_given", None)
-    if given is None or type(value) is not _CLASSES[type(value).__name__]:
+    if given is None or type(value) is not _CLASSES.get(type(value).__name__):
         raise TypeError(f"{type(value).__name__} cannot be described")
     return {_NAME: type(value).__name__, **{k: _plain(v) for k, v in given.items()}}

@@ -16,7 +16,7 @@ from torchrl.objectives import LossModule
 
 from alm_torchrl.objectives.checks import check_networks, check_output, explained
 
-__all__ = ["ComponentLoss"]
+__all__ = ["ComponentLoss", "match_compiled"]
 
 NETWORKS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
 
@@ -25,7 +25,8 @@ class ComponentLoss(LossModule):
     """A loss on the six networks, without its terms.
 
     It shares all their parameters and buffers. ``to`` moves the networks along, and a copy of the
-    loss shares with its own copies of them.
+    loss shares with its own copies of them. Networks that ``torch.compile`` wraps are taken out, to
+    be compiled as part of the loss; a state dict of either kind is loaded into the other.
 
     Args:
         targets: the networks that have targets, by name.
@@ -76,10 +77,12 @@ class ComponentLoss(LossModule):
             "qvalue_network": qvalue_network,
             "actor": actor,
         }
+        networks = {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
         check_networks(**networks)
         for name, network in networks.items():
             self.convert_to_functional(network, name, create_target_params=name in targets)
         self._share()
+        encoder, dynamics, actor = self.encoder, self.dynamics, self.actor
         self._latent_key = encoder.dist_sample_keys[-1]
         self._next_latent_key = dynamics.dist_sample_keys[-1]
         self._action_key = actor.dist_sample_keys[-1]
@@ -110,6 +113,10 @@ class ComponentLoss(LossModule):
                 "longer shares its noise schedule and statistics: move the loss (its networks "
                 "move along) as in loss.to(device), or build the loss after the move"
             )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        match_compiled(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Moves the networks along, whose buffers would be left behind."""
@@ -169,6 +176,23 @@ class ComponentLoss(LossModule):
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
             return dist.rsample()
         return dist.deterministic_sample  # type: ignore[attr-defined]
+
+
+def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Renames the entries of compiled networks as a module has them, or as it has not.
+
+    ``torch.compile`` puts ``_orig_mod.`` before the names in the module that it wraps.
+
+    Args:
+        module: what the entries are loaded into.
+        state_dict: the entries, changed in place.
+        prefix: of the names of the module's own.
+    """
+    names = {name.replace("_orig_mod.", ""): prefix + name for name in module.state_dict()}
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        wanted = names.get(name.removeprefix(prefix).replace("_orig_mod.", ""), name)
+        if wanted != name:
+            state_dict[wanted] = state_dict.pop(name)
 
 
 def _share_untrained(source: TensorDictParams, target: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,6 +201,67 @@ def test_any_history_of_writes_gives_the_windows_of_the_list(data):
             lane.extend(new)
         check_windows(draw(buffer, 20), lanes, set(ids[done].tolist()))
     assert len(buffer) == sum(map(len, lanes))
+
+
+# ----------------------------------------------------------------------------- offline data
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("column", [True, False])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_flags_and_rewards_of_other_types(num_envs, column, dtype):
+    ids = torch.arange(40).reshape(num_envs, -1)
+    data = steps(ids, ids % 5 == 4, ids % 10 == 4)
+    plain, other = (
+        make_replay_buffer(60, batch_size=50, num_envs=num_envs, seed=0) for _ in range(2)
+    )
+    plain.extend(data)
+    for name in ("done", "terminated", "truncated"):
+        data["next", name] = data["next", name].to(dtype)
+    if not column:
+        data["action"] = data["action"].squeeze(-1)
+        for name in ("done", "terminated", "truncated", "reward"):
+            data["next", name] = data["next", name].squeeze(-1)
+    before = data.clone()
+    other.extend(data)
+    assert data["next", "done"].dtype == before["next", "done"].dtype
+    assert data["next", "done"].shape == before["next", "done"].shape
+    found, wanted = other.sample(), plain.sample()
+    assert (found == wanted).all()
+    assert found["next", "done"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", ["done", "terminated", "truncated"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda flag: flag + 0.5, "holds other numbers than 0 and 1; wanted torch.bool"),
+        (lambda flag: flag.expand(20, 2), r"has shape \(20, 2\); wanted \[20, 1\]"),
+        (lambda flag: flag[:, None], r"has shape \(20, 1, 1\); wanted \[20, 1\]"),
+    ],
+)
+def test_flags_that_are_none_are_refused(name, change, message):
+    buffer = make_replay_buffer(60, batch_size=5)
+    data = episodes([20])
+    data["next", name] = change(data["next", name])
+    with pytest.raises(ValueError, match=message) as caught:
+        buffer.extend(data)
+    assert repr(("next", name)) in str(caught.value)
+    assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sizes_and_seed_may_be_numbers_of_numpy(storage):
+    sizes = {"capacity": 60, "batch_size": 5, "window_length": 3, "num_envs": 2, "seed": 1}
+    samples = []
+    for kind in (int, np.int64):
+        options = {name: kind(value) for name, value in sizes.items()}
+        buffer = make_replay_buffer(**options, storage=storage)
+        buffer.extend(steps(torch.arange(20).reshape(2, 10), torch.zeros(2, 10).bool()))
+        samples.append(buffer.sample())
+    assert (samples[0] == samples[1]).all()
+    assert buffer.num_envs == 2
+    assert type(buffer.num_envs) is int
 
 
 # ------------------------------------------------------------------- what does not follow
@@ -605,10 +667,11 @@ def test_sampling_an_empty_buffer_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"capacity": 0}, "capacity must be at least 1, not 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"window_length": 0}, "window_length must be at least 1"),
-        ({"num_envs": 0}, "num_envs must be at least 1"),
+        ({"capacity": 0}, "capacity must be a whole number and at least 1, not 0"),
+        ({"capacity": 100.0}, "capacity must be a whole number and at least 1, not 100.0"),
+        ({"batch_size": 0}, "batch_size must be a whole number and at least 1"),
+        ({"window_length": 0}, "window_length must be a whole number and at least 1"),
+        ({"num_envs": 0}, "num_envs must be a whole number and at least 1"),
         ({"batch_size": 101}, "capacity 100 is smaller than batch_size 101"),
         ({"num_envs": 3}, "capacity 100 is not a multiple of num_envs=3.*take 99"),
         ({"num_envs": 50}, "2 steps for each of 50 environments, fewer than window_length 3"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
@@ -120,6 +121,14 @@ def test_episode_reward_adds_up_and_starts_again(num_envs):
 
 
 # ------------------------------------------------------------------------------ seeds, batches
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_sizes_and_seed_may_be_numbers_of_numpy(num_envs):
+    options = {"num_envs": num_envs, "seed": 3, "action_repeat": 2}
+    plain = make_env("Pendulum-v1", **options).reset()
+    other = make_env("Pendulum-v1", **{k: np.int64(v) for k, v in options.items()}).reset()
+    assert torch.equal(plain["observation"], other["observation"])
 
 
 def test_the_seed_decides_the_start():

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -17,6 +18,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TDLambdaEstimator
 
+from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.modules import (
     GaussianLatentModule,
     LatentDynamics,
@@ -946,8 +948,9 @@ def with_entry(td: TensorDict, key: Any, value: Tensor) -> TensorDict:
         (("next", "observation"), (6, 3, 7), "[6, 3, 5]"),
         (("next", "reward"), (6, 3), "[B, T, 1]"),
         (("next", "reward"), (6, 3, 1, 1), "[B, T, 1]"),
-        (("next", "done"), (6, 3), "[6, 3, 1]"),
-        (("next", "terminated"), (6, 3), "[6, 3, 1]"),
+        (("next", "done"), (6, 2), "[6, 3, 1]"),
+        (("next", "terminated"), (3, 6), "[6, 3, 1]"),
+        (("next", "truncated"), (6,), "[6, 3, 1]"),
         (("next", "terminated"), (6, 3, 2), "[6, 3, 1]"),
         ("validity_mask", (6, 2), "[6, 3]"),
         ("validity_mask", (3, 6), "[6, 3]"),
@@ -1042,13 +1045,58 @@ def test_an_error_of_a_network_itself_is_passed_on(
         forward(loss, make_windows())
 
 
-@pytest.mark.parametrize("key", [("next", "done"), ("next", "terminated"), "validity_mask"])
-def test_a_flag_that_is_no_bool_is_named(make_loss: Make, make_windows: Make, key: Any) -> None:
+FLAGS = [("next", "done"), ("next", "terminated"), ("next", "truncated"), "validity_mask"]
+
+
+@pytest.mark.parametrize("key", FLAGS)
+@pytest.mark.parametrize("number", [0.5, -1.0, float("nan")])
+def test_a_flag_that_is_none_is_named(
+    make_loss: Make, make_windows: Make, key: Any, number: float
+) -> None:
     shape = (6, 3) if key == "validity_mask" else (6, 3, 1)
-    td = with_entry(make_windows(), key, torch.ones(shape))
-    with pytest.raises(ValueError, match=r"has dtype torch\.float32; wanted torch\.bool") as caught:
+    td = with_entry(make_windows(), key, torch.full(shape, number))
+    message = r"of dtype torch\.float32 holds other numbers than 0 and 1; wanted torch\.bool"
+    with pytest.raises(ValueError, match=message) as caught:
         forward(make_loss(), td)
     assert repr(key) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("column", [True, False])
+def test_offline_data_may_be_of_other_types(
+    make_loss: Make, make_windows: Make, dtype: torch.dtype, column: bool
+) -> None:
+    """Flags as numbers, rewards and flags ``[B, T]``, and everything else in double precision."""
+    loss, td = make_loss(dtype=torch.float32), make_windows()
+    for row, name in enumerate(("done", "terminated", "truncated")):
+        td["next", name] = torch.zeros(6, 3, 1, dtype=torch.bool)
+        td["next", name][row, 1] = True
+    wanted = all_losses_and_gradients(
+        loss, td.apply(lambda leaf: leaf.float() if leaf.is_floating_point() else leaf)
+    )
+    for name in ("done", "terminated", "truncated"):
+        td["next", name] = td["next", name].to(dtype)
+    if not column:
+        for name in ("done", "terminated", "truncated", "reward"):
+            td["next", name] = td["next", name].squeeze(-1)
+    assert_same(all_losses_and_gradients(loss, td), wanted)
+
+
+def test_the_one_action_of_a_task_may_lack_its_dimension(make_windows: Make) -> None:
+    agent = ALMAgent(AgentConfig({"observation": 5}, (-1.0,), (1.0,), 4, 8, 8))
+    loss = ALMLoss(**agent.networks())
+    SoftUpdate(loss, tau=0.005)
+    td = make_windows(dtype=torch.float32)
+    td["action"] = td["action"][..., :1]
+    wanted = all_losses_and_gradients(loss, td)
+    td["action"] = td["action"].squeeze(-1)
+    assert_same(all_losses_and_gradients(loss, td), wanted)
+
+
+def test_a_horizon_may_be_a_number_of_numpy(make_networks: Make) -> None:
+    horizon = ALMLoss(**make_networks(), horizon=np.int64(5)).horizon
+    assert type(horizon) is int
+    assert horizon == 5
 
 
 def test_short_windows_are_refused_where_they_matter(make_loss: Make, make_windows: Make) -> None:

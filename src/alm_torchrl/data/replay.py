@@ -13,8 +13,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from math import prod
+from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
@@ -29,6 +30,7 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers import SampleUnit, Writer
 
+from alm_torchrl.data.columns import as_column, as_flag
 from alm_torchrl.data.frames import FrameStore
 from alm_torchrl.data.seams import Seams, end_episodes
 
@@ -211,8 +213,9 @@ class WindowReplayBuffer(ReplayBuffer):
             The storage indices written.
 
         Raises:
-            ValueError: if the batch does not have ``num_envs`` lanes, or is longer than a lane, or
-                if an entry of ``frame_stacks`` is no stack of frames.
+            ValueError: if the batch does not have ``num_envs`` lanes, or is longer than a lane, if
+                an entry of ``frame_stacks`` is no stack of frames, or if a flag is none (one of
+                another shape or type that holds only 0 and 1 is read as bool ``[..., 1]``).
             KeyError: if an entry to store is missing from the batch.
         """
         data = self._transitions(data)
@@ -368,6 +371,23 @@ class WindowReplayBuffer(ReplayBuffer):
             self._load_frames(state_dict["frames"])
         self._go_on()
 
+    def _normalise(self, data: TensorDictBase) -> None:
+        """Gives flags, reward and action one shape and type; any flag is an end, ``"done"``."""
+        outcome, ended = data.get("next"), None
+        for name in OUTCOME_KEYS[1:]:
+            value = outcome.get(name, None)
+            if value is None:
+                continue
+            flag = as_flag(("next", name), value, data.shape)
+            if flag is not value:
+                outcome.set(name, flag)
+            ended = flag if ended is None else ended | flag
+        outcome.set("done", ended)
+        for part, key in ((outcome, "reward"), (data, self.action_key)):
+            value = part.get(key, None)
+            if isinstance(value, torch.Tensor) and value.shape == data.shape:
+                part.set(key, as_column(value, data.shape))
+
     def _mark(self, data: TensorDictBase, seams: torch.Tensor) -> TensorDictBase:
         """Ends the episodes of transitions that the next one does not follow.
 
@@ -461,6 +481,7 @@ class WindowReplayBuffer(ReplayBuffer):
             raise KeyError(
                 f"a batch for the replay buffer lacks one of {self.stored_keys}: {error}"
             ) from None
+        self._normalise(data)
         shape = data.shape
         steps = shape[-1] if len(shape) > 1 or (shape and self.num_envs == 1) else 1
         if prod(shape) != self.num_envs * steps:
@@ -473,12 +494,6 @@ class WindowReplayBuffer(ReplayBuffer):
                 f"a batch of {steps} steps for each environment does not fit into the replay "
                 f"buffer, which holds {self.max_steps}"
             )
-        outcome = data.get("next")
-        ended = outcome.get("done")
-        for name in ("terminated", "truncated"):
-            if (flag := outcome.get(name, None)) is not None:
-                ended = ended | flag
-        outcome.set("done", ended)
         return data.reshape(steps) if self.num_envs == 1 else data.reshape(self.num_envs, steps)
 
 
@@ -558,7 +573,9 @@ def make_replay_buffer(
         tensor(True)
     """
     keys = None if keys is None else [_tuple_key(key) for key in keys]
-    _check_sizes(capacity, batch_size, window_length, num_envs)
+    capacity, batch_size, window_length, num_envs = _check_sizes(
+        capacity=capacity, batch_size=batch_size, window_length=window_length, num_envs=num_envs
+    )
     if keys is not None and ("next", "done") not in keys:
         raise ValueError(f"keys must include ('next', 'done'), which bounds the windows: {keys}")
     if storage not in ("memory", "memmap"):
@@ -640,11 +657,14 @@ def bytes_per_transition(
     return total
 
 
-def _check_sizes(capacity: int, batch_size: int, window_length: int, num_envs: int) -> None:
-    sizes = {"capacity": capacity, "batch_size": batch_size, "window_length": window_length}
-    for name, value in {**sizes, "num_envs": num_envs}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+def _check_sizes(**sizes: object) -> tuple[int, int, int, int]:
+    """Python's own numbers, if they fit one another."""
+    numbers: list[int] = []
+    for name, value in sizes.items():
+        if not isinstance(value, SupportsIndex) or index(value) < 1:
+            raise ValueError(f"{name} must be a whole number and at least 1, not {value}")
+        numbers.append(index(value))
+    capacity, batch_size, window_length, num_envs = numbers
     if capacity % num_envs:
         raise ValueError(
             f"capacity {capacity} is not a multiple of num_envs={num_envs}: each environment keeps "
@@ -657,10 +677,11 @@ def _check_sizes(capacity: int, batch_size: int, window_length: int, num_envs: i
             f"capacity {capacity} leaves {capacity // num_envs} steps for each of {num_envs} "
             f"environments, fewer than window_length {window_length}"
         )
+    return capacity, batch_size, window_length, num_envs
 
 
 def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(device).manual_seed(seed)
+    return None if seed is None else torch.Generator(device).manual_seed(index(seed))
 
 
 def _tuple_key(key: NestedKey) -> tuple[str, ...]:

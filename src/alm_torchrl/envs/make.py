@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from tensordict import NestedKey
@@ -136,6 +137,8 @@ def make_env(
     """
     if parallel:
         leave_unguarded_script()
+    num_envs, action_repeat = index(num_envs), index(action_repeat)
+    seed = index(seed) if isinstance(seed, SupportsIndex) else seed
     seeds = _seeds(seed, num_envs)
     _check_transforms(transforms)
     kind = _kind(task)
@@ -344,7 +347,7 @@ def _seeds(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
         raise ValueError(f"num_envs must be at least 1, not {num_envs}")
     seeds: list[int | None] = [None] * num_envs
     if seed is not None and not isinstance(seed, int):
-        seeds = list(seed)
+        seeds = list(map(index, seed))
     if len(seeds) != num_envs:
         raise ValueError(f"{len(seeds)} seeds were given for num_envs={num_envs}: {seeds}")
     return seeds

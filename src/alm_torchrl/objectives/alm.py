@@ -200,13 +200,12 @@ class ALMLoss(RolloutLoss):
             qvalue_network=qvalue_network,
             actor=actor,
         )
-        check_horizon(horizon)
         check_choice("reduction", reduction, ("none", "mean", "sum"))
         check_choice("short_windows", short_windows, ("mask", "drop"))
         check_choice("consistency", consistency, get_args(Consistency))
         check_choice("latent_target", latent_target, get_args(LatentTarget))
         check_choice("actor_objective", actor_objective, get_args(ActorObjective))
-        self.horizon = horizon
+        self.horizon = check_horizon(horizon)
         self.reduction = reduction
         self.bootstrap_terminated = bootstrap_terminated
         self.short_windows = short_windows

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,6 +14,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch import distributions as D
+
+from alm_torchrl.data.columns import as_column, as_flag
 
 __all__ = [
     "blank",
@@ -31,15 +34,23 @@ OUTPUT_SIZES = {"reward_model": 1, "classifier": 2}
 
 
 def read_windows(
-    tensordict: TensorDictBase, keys: Any, observations: Sequence[NestedKey], steps: int
+    tensordict: TensorDictBase,
+    keys: Any,
+    observations: Sequence[NestedKey],
+    steps: int,
+    dtype: torch.dtype,
 ) -> TensorDictBase:
     """Reads and checks a batch.
+
+    Flags of another type that hold only 0 and 1 are read as bool, numbers as the networks' dtype,
+    and entries of one number for each transition may lack their last dimension.
 
     Args:
         tensordict: windows ``[B, T]`` or transitions ``[B]``.
         keys: the loss's ``tensor_keys``.
         observations: the encoder's ``in_keys``.
         steps: steps wanted of each window.
+        dtype: of the networks.
 
     Returns:
         The entries, ``[B, steps]`` (``[B, 1]`` from plain transitions).
@@ -48,35 +59,41 @@ def read_windows(
         KeyError: if an entry is missing.
         ValueError: if an entry has the wrong shape or dtype, or the windows are too short.
     """
-    reward_key, done_key, terminated_key = (
-        unravel_key(("next", key)) for key in (keys.reward, keys.done, keys.terminated)
+    reward_key, done_key, terminated_key, truncated_key = (
+        unravel_key(("next", key))
+        for key in (keys.reward, keys.done, keys.terminated, keys.truncated)
     )
-    shape = _read(tensordict, reward_key).shape
+    reward = as_column(_read(tensordict, reward_key), tensordict.batch_size)
+    shape = reward.shape
     if len(shape) not in (2, 3) or shape[-1] != 1:
         raise ValueError(
             f"entry {reward_key!r} has shape {tuple(shape)}; wanted [B, T, 1] (windows) or "
             "[B, 1] (transitions)"
         )
     shape = shape[:-1]
-    following = [unravel_key(("next", key)) for key in observations]
-    names = [*observations, keys.action, *following, reward_key, done_key, terminated_key]
-    entries = {key: _read(tensordict, key) for key in names}
-    for key in (keys.action, *observations):
-        _check_shape(key, entries[key], (*shape, "..."))
-    for key, next_key in zip(observations, following, strict=True):
-        _check_shape(next_key, entries[next_key], entries[key].shape)
-    flags = {key: entries[key] for key in (done_key, terminated_key)}
-    truncated_key = unravel_key(("next", keys.truncated))
-    if (truncated := tensordict.get(truncated_key, None)) is not None:
-        flags[truncated_key] = truncated
-    for key, flag in flags.items():
-        _check_shape(key, flag, (*shape, 1), torch.bool)
-        entries[done_key] = entries[done_key] | flag
+    entries = {reward_key: reward.to(dtype)}
+    action = as_column(_read(tensordict, keys.action), tensordict.batch_size)
+    _check_shape(keys.action, action, (*shape, "..."))
+    entries[keys.action] = action.to(dtype)
+    for key in observations:
+        now, following = _read(tensordict, key), _read(tensordict, unravel_key(("next", key)))
+        _check_shape(key, now, (*shape, "..."))
+        _check_shape(unravel_key(("next", key)), following, now.shape)
+        entries[key] = _as_read(now, dtype)
+        entries[unravel_key(("next", key))] = _as_read(following, dtype)
+    ended: Tensor | None = None
+    for key in (terminated_key, truncated_key, done_key):
+        if key == truncated_key and tensordict.get(key, None) is None:
+            continue
+        entries[key] = as_flag(key, _read(tensordict, key), shape)
+        ended = entries[key] if ended is None else ended | entries[key]
+    assert ended is not None  # any flag ends an episode
+    entries[done_key] = ended
     mask = tensordict.get(keys.validity_mask, None)
     if mask is not None:
         mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask
-        _check_shape(keys.validity_mask, mask, shape, torch.bool)
-        entries[keys.validity_mask] = mask
+        _check_shape(keys.validity_mask, mask, shape)
+        entries[keys.validity_mask] = as_flag(keys.validity_mask, mask, shape).squeeze(-1)
     windows = TensorDict(entries, batch_size=shape)
     if len(shape) == 1:
         return windows.unsqueeze(1)
@@ -99,10 +116,13 @@ def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     return value
 
 
-def _check_shape(
-    key: NestedKey, value: Tensor, wanted: Sequence[int | str], dtype: torch.dtype | None = None
-) -> None:
-    """Refuses an entry of another shape (where ``"..."`` stands for any further sizes) or dtype."""
+def _as_read(observation: Tensor, dtype: torch.dtype) -> Tensor:
+    """Double precision as the networks have it; an encoder may want any other type as it is."""
+    return observation.to(dtype) if observation.dtype == torch.float64 else observation
+
+
+def _check_shape(key: NestedKey, value: Tensor, wanted: Sequence[int | str]) -> None:
+    """Refuses an entry of another shape, where ``"..."`` stands for any further sizes."""
     if wanted[-1] == "...":
         matches = value.ndim >= len(wanted) and value.shape[: len(wanted) - 1] == wanted[:-1]
     else:
@@ -113,8 +133,6 @@ def _check_shape(
             f"entry {key!r} has shape {tuple(value.shape)}; wanted [{sizes}] to go with the "
             "reward and the other entries"
         )
-    if dtype is not None and value.dtype != dtype:
-        raise ValueError(f"entry {key!r} has dtype {value.dtype}; wanted {dtype}")
 
 
 def blank(value: Tensor, mask: Tensor) -> Tensor:
@@ -124,10 +142,11 @@ def blank(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
 
 
-def check_horizon(horizon: object) -> None:
-    """Refuses a horizon that is no positive whole number."""
-    if not isinstance(horizon, int) or horizon < 1:
+def check_horizon(horizon: object) -> int:
+    """Python's own number, of a horizon that is a positive whole one."""
+    if not isinstance(horizon, SupportsIndex) or index(horizon) < 1:
         raise ValueError(f"horizon must be a whole number of at least 1, got {horizon!r}")
+    return index(horizon)
 
 
 def check_positive(name: str, value: float) -> None:

@@ -52,7 +52,8 @@ class RolloutLoss(ComponentLoss):
         """Checks the input and encodes its observations with the target encoder, in one pass."""
         if not torch.compiler.is_compiling():
             self._check_sharing()
-        windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps)
+        dtype = next(self.qvalue_network_params.parameters()).dtype
+        windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
         done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
         # What lies past the episode's end may be anything, NaN included, which no product with a

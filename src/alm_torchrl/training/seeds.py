@@ -98,7 +98,7 @@ class StackedLoss(nn.Module):
 
     def _share(self) -> None:
         """Makes the parameters of each seed views of the stacked ones."""
-        networks = [_networks(loss) for loss in self.losses]
+        networks = [_networks(cast("ALMLoss", loss)) for loss in self.losses]
         for key, stacked in self._stack.items(True, True):
             for network, view in zip(networks, stacked.detach().unbind(), strict=True):
                 network[key].data = view

@@ -198,6 +198,20 @@ def test_moved_or_copied_seeds_are_what_is_learnt(how: str) -> None:
             assert not torch.equal(new, parameter)
 
 
+def test_a_stack_is_whole_after_an_error() -> None:
+    agents, losses = make_seeds()
+    agent, loss = stack_seeds(agents, losses)
+    weights = {name: value.clone() for name, value in loss.state_dict().items()}
+    windows = make_windows(SEEDS, 6, 3)
+    windows["observation"] = windows["next", "observation"] = torch.ones(SEEDS, 6, 3, 7)
+    with pytest.raises(ValueError, match="encoder cannot read"):
+        loss(windows)
+    with pytest.raises(RuntimeError):
+        agent.policy()(TensorDict(observation=torch.ones(SEEDS, 7), batch_size=[SEEDS]))
+    assert all(torch.equal(value, weights[name]) for name, value in loss.state_dict().items())
+    make_update(loss)(make_windows(SEEDS, 6, 3))
+
+
 def test_seeds_of_different_sizes_are_refused() -> None:
     _, losses = make_seeds(count=2)
     other = ALMAgent(AgentConfig({"observation": 5}, (-1.0,) * 2, (1.0,) * 2, hidden_dim=8))

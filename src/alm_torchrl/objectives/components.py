@@ -16,7 +16,7 @@ from torchrl.objectives import LossModule
 
 from alm_torchrl.objectives.checks import check_networks, check_output, explained
 
-__all__ = ["ComponentLoss", "match_compiled"]
+__all__ = ["ComponentLoss", "match_compiled", "parametrised"]
 
 NETWORKS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
 
@@ -107,7 +107,10 @@ class ComponentLoss(LossModule):
 
     def _check_sharing(self) -> None:
         """Raises if a network has other tensors than those that the loss shares with it."""
-        if any(tensors.get(key) is not tensor for tensors, key, tensor in self._shared):
+        for tensors, key, tensor in self._shared:
+            own = tensors.get(key)
+            if own is tensor or (own is not None and own.data_ptr() == tensor.data_ptr()):
+                continue
             raise RuntimeError(
                 "a network was moved or given other tensors after the loss was built, which no "
                 "longer shares its noise schedule and statistics: move the loss (its networks "
@@ -134,7 +137,7 @@ class ComponentLoss(LossModule):
     def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The output of a deterministic network with the given parameters."""
         network = getattr(self, name)
-        with _parametrised(network, params), explained(name, network, tensordict):
+        with parametrised(network, params), explained(name, network, tensordict):
             output = network(tensordict.copy()).get(network.out_keys[-1])
         check_output(name, network.out_keys[-1], output, tensordict.batch_size)
         return output
@@ -144,7 +147,7 @@ class ComponentLoss(LossModule):
     ) -> TensorDictBase:
         """The parameters of a network's distribution, to be stacked or indexed."""
         network = getattr(self, name)
-        with _parametrised(network, params), explained(name, network, tensordict):
+        with parametrised(network, params), explained(name, network, tensordict):
             return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
 
     def _distribution(
@@ -206,7 +209,7 @@ def _share_untrained(source: TensorDictParams, target: Any) -> None:
 
 
 @contextmanager
-def _parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
+def parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
     """Runs a network with other parameters, and gives it its own back whatever happens.
 
     As a context manager, ``TensorDict.to_module`` leaves them exchanged after an exception.

@@ -19,6 +19,7 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives.components import parametrised
 
 __all__ = [
     "StackedAgent",
@@ -93,7 +94,7 @@ class StackedLoss(nn.Module):
         return torch.vmap(self._one, randomness="different")(self._stack, windows)
 
     def _one(self, parameters: TensorDictBase, windows: TensorDictBase) -> TensorDictBase:
-        with parameters.to_module(self._first):
+        with parametrised(self._first, parameters):
             return self._first(windows)
 
     def _share(self) -> None:
@@ -194,7 +195,7 @@ class StackedPolicy(TensorDictModuleBase):
         return tensordict.update(out.select(*self.out_keys).reshape(tensordict.shape))
 
     def _one(self, parameters: TensorDictBase, share: TensorDictBase) -> TensorDictBase:
-        with parameters.to_module(self.policies[0]):
+        with parametrised(self.policies[0], parameters):
             return self.policies[0](share)
 
 

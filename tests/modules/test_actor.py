@@ -143,7 +143,8 @@ def test_noise_is_clipped_in_the_losses_and_not_when_acting() -> None:
     actor = Actor(4, [-9.0], [9.0], 8, noise=NoiseSchedule(1.0, 1.0), scale_to_range=False)
     td = actor(latents())
     assert (td["action"] - td["action_loc"]).abs().max().item() == pytest.approx(0.3, abs=1e-5)
-    td = actor.acting()(latents())
+    with set_exploration_type(ExplorationType.RANDOM):
+        td = actor.acting()(latents())
     noise = td["action"] - td["action_loc"]
     assert noise.abs().max() > 2
     assert noise.std().item() == pytest.approx(1.0, abs=0.05)
@@ -160,7 +161,8 @@ def test_acting_follows_the_parameters_and_the_schedule() -> None:
     policy = actor.acting()
     assert {id(p) for p in policy.parameters()} == {id(p) for p in actor.parameters()}
     actor.noise.advance(10)
-    td = policy(latents())
+    with set_exploration_type(ExplorationType.RANDOM):
+        td = policy(latents())
     assert td["action_scale"].abs().max() == 0
     torch.testing.assert_close(td["action"], td["action_loc"].clamp(-1 + 1e-6, 1 - 1e-6))
     saturate(actor, 50.0)
@@ -169,8 +171,11 @@ def test_acting_follows_the_parameters_and_the_schedule() -> None:
 
 def test_exploration_type_decides_between_sample_and_mean() -> None:
     policy = Actor(4, [-1.0, -1.0], [1.0, 1.0], 8).acting()
-    drawn = policy(latents())
-    assert not torch.equal(drawn["action"], policy(latents())["action_loc"])
+    with set_exploration_type(ExplorationType.RANDOM):
+        drawn = policy(latents())
+    assert not torch.equal(drawn["action"], drawn["action_loc"])
+    plain = policy(latents())  # as an evaluation, without a word
+    torch.testing.assert_close(plain["action"], plain["action_loc"].clamp(-1 + 1e-6, 1 - 1e-6))
     for mode in (ExplorationType.DETERMINISTIC, ExplorationType.MEAN, ExplorationType.MODE):
         with set_exploration_type(mode):
             td = policy(latents())

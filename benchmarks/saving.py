@@ -56,7 +56,9 @@ def saving(
         trainer.fit(module)
         replay, experience = module.experience.replay, module.experience
         collected = replay.storage.get(slice(None))
-        rows = collected[torch.arange(CHUNK, device=device) % len(replay)]
+        again = torch.arange(CHUNK, device=device) % len(replay)
+        rows = collected[again]
+        rows["next", "done"][again == len(replay) - 1] = True
         for _ in range(transitions // CHUNK):
             replay.extend(rows)
         saver = next(c for c in callbacks if isinstance(c, Checkpoints))

@@ -127,8 +127,10 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
     collector = make_collector(env, policy, policy_device=device)
     data = iter(collector)
     filled = next(iter(make_collector(make(), None, frames_per_batch=2000)))
+    filled["next", "done"][-1] = True
     replay.extend(filled)
     following = next(iter(make_collector(make(), None, frames_per_batch=1)))
+    following["next"].update(following.select(*policy.in_keys))  # it follows itself
     observation = filled[:1].select(*policy.in_keys).to(device)
 
     def act() -> None:

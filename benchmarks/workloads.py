@@ -71,18 +71,20 @@ QUICKSTART = Sizes(batch=256, hidden=256, dynamics=256)
 
 
 def windows(task: Task, shape: tuple[int, ...], device: torch.device) -> TensorDict:
-    """Random transitions of the task's sizes in which nothing ends, ``[*shape]``."""
+    """Random steps of episodes that do not end, of the task's sizes, ``[*shape]``."""
+    *lanes, steps = shape
+    observed = task.observe((*lanes, steps + 1), device)
     flag = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
 
     def randn(size: int) -> Tensor:
         return torch.randn(*shape, size, device=device)
 
-    outcome = {**task.observe(shape, device), "reward": randn(1)}
+    outcome = {key: value.narrow(len(lanes), 1, steps) for key, value in observed.items()}
     return TensorDict(
         {
-            **task.observe(shape, device),
+            **{key: value.narrow(len(lanes), 0, steps) for key, value in observed.items()},
             "action": randn(task.actions).tanh(),
-            "next": {**outcome, "done": flag, "terminated": flag.clone()},
+            "next": {**outcome, "reward": randn(1), "done": flag, "terminated": flag.clone()},
         },
         batch_size=shape,
         device=device,

@@ -40,7 +40,7 @@ class Evaluation:
 
     every: int = noted()  # steps between two evaluations
     episodes: int = noted()  # episodes of each
-    max_steps: int | None = noted(before=1000)  # longer episodes are cut; null: at 100,000 steps
+    max_steps: int | None = noted(before=None)  # longer episodes are cut; null: at 100,000 steps
     ema_decay: float = fixed(before=0.0)  # decay of the averaged weights; 0 keeps none
     video: bool = free()  # record an episode at the end
     bias: bool = free()  # measure the bias of values and bound against the returns that follow

@@ -8,7 +8,7 @@ from torchrl.envs.utils import check_env_specs
 
 from recipes.build import make_module
 from recipes.config import env_options
-from tests.recipes.test_recipes import RECIPES, SHORT, config, mistake, run  # noqa: F401 - a fixture
+from tests.recipes.test_recipes import RECIPES, SHORT, mistake, run
 
 OBSERVED = [
     *("task.mask_velocities=true", "task.distractors=3", "task.history=4"),
@@ -16,7 +16,7 @@ OBSERVED = [
 ]
 
 
-def test_by_default_the_task_is_observed_as_it_is(config) -> None:  # noqa: F811
+def test_by_default_the_task_is_observed_as_it_is(config) -> None:
     options = env_options(config("task=ant_truncated").task)
     kwargs = options.pop("include_cfrc_ext_in_observation")
     assert kwargs is False
@@ -27,7 +27,7 @@ def test_by_default_the_task_is_observed_as_it_is(config) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
-def test_the_options_reach_training_evaluation_and_replay(config, num_seeds) -> None:  # noqa: F811
+def test_the_options_reach_training_evaluation_and_replay(config, num_seeds) -> None:
     options = config(*SHORT, *OBSERVED, f"num_seeds={num_seeds}", "+task.kwargs.frame_skip=2")
     module = make_module(options, torch.device("cpu"))
     experience = module.experience

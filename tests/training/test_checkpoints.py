@@ -469,7 +469,8 @@ def test_an_evaluation_environment_that_fails_loses_nothing(
 ) -> None:
     played = 20 * (evaluation - 1)  # two episodes of ten steps each
     env = TransformedEnv(make_env(), Failing("raises", at=played + at))
-    message = f"evaluation environment failed at step {6 * evaluation}: ValueError: the joint"
+    frame = 8 + 6 * evaluation
+    message = f"the evaluation in .* failed after frame {frame}: ValueError: the joint"
     with pytest.raises(EnvironmentFailedError, match=message):
         fit(make_module(24, eval_env=env), tmp_path)
     assert find_checkpoint(tmp_path / "checkpoints").update == 6 * evaluation

@@ -71,6 +71,8 @@ class Agent:
     noise_start: float = fixed()  # scale of the noise at the first step
     noise_end: float = fixed()  # scale of the noise after noise_steps
     noise_steps: int = fixed()  # steps to anneal over
+    normalize_mean: bool = fixed(before=False)  # keep the actor's mean from saturating
+    continuation: bool = fixed(before=False)  # learn when episodes terminate, and imagine it
 
 
 #: The encoder of runs that are older than the choice.
@@ -101,6 +103,8 @@ class Objective:
     consistency_target: float | None = fixed(before=None)  # level that a learnt weight holds it at
     latent_target: str = fixed(before="moving_average")  # or stop_gradient, online
     actor_objective: str = fixed(before="lambda_returns")  # or bound, value (without the model)
+    value_expansion: bool = fixed(before=False)  # value targets from imagined returns
+    start_steps: int = fixed(before=0)  # steps, at most, that the actor's starts are imagined on
 
 
 @dataclass
@@ -111,4 +115,5 @@ class LearningRates:
     reward: float = noted()  # reward model and classifier
     value: float = noted()  # action values
     actor: float = noted()  # actor
+    continuation: float = noted(before="${learning_rates.reward}")  # continuation model, if any
     multiplier: float = noted(before="${learning_rates.actor}")  # of a learnt weight

@@ -17,6 +17,7 @@ from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env
 from alm_torchrl.modules import (
     CategoricalHead,
+    ContinuationModel,
     FixedScaleHead,
     GaussianLatentModule,
     LatentDynamics,
@@ -189,6 +190,22 @@ def test_saved_and_loaded_it_acts_the_same(agent: ALMAgent, tmp_path: Path) -> N
     assert torch.equal(act(loaded), act(agent))
     assert int(loaded.noise.step_count) == 123
     assert [p.name for p in tmp_path.iterdir()] == ["agent.pt"]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_continuation_model_is_saved_with_the_rest(tmp_path: Path, own: bool) -> None:
+    given = {"continuation_model": ContinuationModel(4, 2, 8)} if own else {"continuation": True}
+    agent = ALMAgent.from_env(Body(), normalize_mean=True, **SIZES, **given)
+    assert "continuation_model" in agent.networks()
+    assert "continuation_model" not in ALMAgent.from_env(Body(), **SIZES).networks()
+    agent.save(tmp_path / "agent.pt")
+    loaded = ALMAgent.load(tmp_path / "agent.pt")
+    assert loaded.config == agent.config
+    step = TensorDict(latent=torch.randn(5, 4), action=torch.rand(5, 2), batch_size=[5])
+    torch.testing.assert_close(
+        loaded.continuation_model(step.clone())["continuation_logit"],
+        agent.continuation_model(step)["continuation_logit"],
+    )
 
 
 def test_compiled_components_are_saved_as_they_are_without(agent: ALMAgent, tmp_path: Path) -> None:

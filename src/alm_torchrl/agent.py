@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from alm_torchrl.files import load_tensors, one_line, save_tensors
 from alm_torchrl.modules import (
     Actor,
+    ContinuationModel,
     LatentDynamics,
     MLPEncoder,
     NoiseSchedule,
@@ -60,6 +61,10 @@ class AgentConfig:
         noise_start: scale of the action noise at the first step.
         noise_end: scale of the action noise after ``noise_steps``.
         noise_steps: steps over which the noise is annealed.
+        normalize_mean: whether the actor's output is kept from saturating; see
+            :class:`~alm_torchrl.modules.Actor`.
+        continuation: whether there is a :class:`~alm_torchrl.modules.ContinuationModel`, for tasks
+            whose episodes terminate.
     """
 
     observation_dims: dict[NestedKey, int]
@@ -73,6 +78,8 @@ class AgentConfig:
     noise_start: float = 1.0
     noise_end: float = 0.1
     noise_steps: int = 100_000
+    normalize_mean: bool = False
+    continuation: bool = False
 
     def __post_init__(self) -> None:
         """Makes numbers of NumPy's Python's own, which a file can hold."""
@@ -97,6 +104,7 @@ class ALMAgent(nn.Module):
         classifier: in place of :class:`~alm_torchrl.modules.TransitionClassifier`.
         qvalue_network: in place of :class:`~alm_torchrl.modules.QValueEnsemble`.
         actor: in place of :class:`~alm_torchrl.modules.Actor`.
+        continuation_model: in place of :class:`~alm_torchrl.modules.ContinuationModel`.
 
     Examples:
         >>> config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
@@ -115,6 +123,7 @@ class ALMAgent(nn.Module):
         classifier: TensorDictModule | None = None,
         qvalue_network: TensorDictModule | None = None,
         actor: ProbabilisticTensorDictSequential | None = None,
+        continuation_model: TensorDictModule | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -128,6 +137,11 @@ class ALMAgent(nn.Module):
         self.classifier = classifier or TransitionClassifier(latent, action, hidden)
         self.qvalue_network = qvalue_network or QValueEnsemble(latent, action, hidden)
         self.actor = actor or _make_actor(config)
+        if continuation_model is not None:
+            self.config = replace(config, continuation=True)
+        elif config.continuation:
+            continuation_model = ContinuationModel(latent, action, hidden)
+        self.continuation_model = continuation_model
 
     @classmethod
     def from_env(cls, env: EnvBase, **options: Any) -> ALMAgent:
@@ -185,8 +199,9 @@ class ALMAgent(nn.Module):
         return self.actor.noise
 
     def networks(self) -> dict[str, TensorDictModuleBase]:
-        """The six components by the names of :class:`~alm_torchrl.objectives.ALMLoss`."""
-        return {name: getattr(self, name) for name in COMPONENTS}
+        """The components by the names of :class:`~alm_torchrl.objectives.ALMLoss`."""
+        networks = {name: getattr(self, name) for name in COMPONENTS}
+        return {name: network for name, network in networks.items() if network is not None}
 
     def policy(self) -> TensorDictModuleBase:
         """The policy from observation to action, for collectors, rollouts and evaluation.
@@ -232,13 +247,13 @@ class ALMAgent(nn.Module):
         """
         described = {name: describe(getattr(self, name)) for name in ("encoder", "dynamics")}
         plain = {name: getattr(net, "_orig_mod", net) for name, net in self.networks().items()}
-        known = {name for name in COMPONENTS if type(plain[name]) in _FROM_CONFIG}
+        known = {name for name, part in plain.items() if type(part) in _FROM_CONFIG}
         known |= {name for name, description in described.items() if description is not None}
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "config": asdict(self.config),
-            "custom": [name for name in COMPONENTS if name not in known],
+            "custom": [name for name in self.networks() if name not in known],
             "described": {name: described[name] for name in described if name in known},
             "state_dict": self.state_dict(),
         }
@@ -299,9 +314,12 @@ class _Sampled(TensorDictModuleBase):
             return self.encoder(tensordict)
 
 
-COMPONENTS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
+COMPONENTS = (
+    *("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor"),
+    "continuation_model",
+)
 #: Components that a file need not describe, because their arguments stand in the configuration.
-_FROM_CONFIG = (RewardModel, TransitionClassifier, QValueEnsemble, Actor)
+_FROM_CONFIG = (RewardModel, TransitionClassifier, QValueEnsemble, Actor, ContinuationModel)
 
 
 def _make_encoder(config: AgentConfig) -> MLPEncoder:
@@ -322,6 +340,7 @@ def _make_actor(config: AgentConfig) -> Actor:
         noise=NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
         noise_clip=config.noise_clip,
         scale_to_range=config.scale_to_range,
+        normalize_mean=config.normalize_mean,
     )
 
 

@@ -253,3 +253,24 @@ def test_ends_that_an_unscaled_mean_does_not_reach_are_said() -> None:
     with pytest.warns(UserWarning, match=r"never reaches the ends.*agent.scale_to_range=true"):
         Actor(4, [0.0], [35.0], 8, scale_to_range=False)
     Actor(4, [-0.4], [1.0], 8, scale_to_range=False)
+
+
+def test_a_normalized_mean_does_not_saturate() -> None:
+    low, high = [-1.0] * 3, [1.0] * 3
+    torch.manual_seed(0)
+    actor = Actor(4, low, high, 8, normalize_mean=True)
+    plain = Actor(4, low, high, 8)
+    plain.load_state_dict(actor.state_dict())
+    td = latents()
+    raw = actor[0].module.network(td["latent"])
+    size = raw.abs().mean(-1, keepdim=True)
+    assert size.min() < 1 < size.max()
+    expected = torch.tanh(torch.where(size > 1, raw / size, raw))
+    torch.testing.assert_close(actor.get_dist_params(td)["action_loc"], expected)
+    small = (size < 1).squeeze(-1)
+    torch.testing.assert_close(
+        actor.get_dist_params(td)["action_loc"][small],
+        plain.get_dist_params(td)["action_loc"][small],
+    )
+    saturated = saturate(actor, 1e4).get_dist_params(td)["action_loc"]
+    torch.testing.assert_close(saturated, torch.tanh(torch.ones_like(saturated)), atol=1e-2, rtol=0)

@@ -3,7 +3,12 @@
 from alm_torchrl.modules.actor import Actor, NoiseSchedule
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
 from alm_torchrl.modules.described import describe, plain_numbers, rebuild
-from alm_torchrl.modules.dynamics import LatentDynamics, RewardModel, TransitionClassifier
+from alm_torchrl.modules.dynamics import (
+    ContinuationModel,
+    LatentDynamics,
+    RewardModel,
+    TransitionClassifier,
+)
 from alm_torchrl.modules.encoders import (
     ConvNet,
     FrozenEncoder,
@@ -34,6 +39,7 @@ __all__ = [
     "Actor",
     "Augmented",
     "CategoricalHead",
+    "ContinuationModel",
     "ConvNet",
     "FixedScaleHead",
     "FrozenEncoder",

@@ -98,6 +98,9 @@ class Actor(ProbabilisticTensorDictSequential):
         noise_clip: largest absolute noise in the losses, in units of half the action range
             (in action units where the range is not scaled); ``None`` for no clip.
         scale_to_range: whether the mean spans the action range.
+        normalize_mean: whether the network's output is scaled down before the ``tanh`` where its
+            mean absolute value exceeds one, so that the policy does not saturate (Wang et al.
+            2020, "Striving for Simplicity and Performance in Off-Policy DRL").
         latent_key: where the latent ``[..., D]`` is read.
         action_key: where the action ``[..., A]`` is written.
 
@@ -124,6 +127,7 @@ class Actor(ProbabilisticTensorDictSequential):
         noise: NoiseSchedule | None = None,
         noise_clip: float | None = 0.3,
         scale_to_range: bool = True,
+        normalize_mean: bool = False,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
     ) -> None:
@@ -137,6 +141,7 @@ class Actor(ProbabilisticTensorDictSequential):
             NoiseSchedule() if noise is None else noise,
             middle,
             half,
+            normalize_mean,
         )
         loc, scale = suffix_key(action_key, "_loc"), suffix_key(action_key, "_scale")
         super().__init__(
@@ -178,17 +183,25 @@ class _ActorNetwork(nn.Module):
     half_range: Tensor
 
     def __init__(
-        self, network: nn.Module, noise: NoiseSchedule, middle: Tensor, half_range: Tensor
+        self,
+        network: nn.Module,
+        noise: NoiseSchedule,
+        middle: Tensor,
+        half_range: Tensor,
+        normalize: bool,
     ) -> None:
         super().__init__()
+        self.normalize = normalize
         self.network = network
         self.noise = noise
         self.register_buffer("middle", middle)
         self.register_buffer("half_range", half_range)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tanh(full_precision(self.network(latent)))
-        loc = self.middle + self.half_range * mean
+        raw = full_precision(self.network(latent))
+        if self.normalize:
+            raw = raw / raw.abs().mean(-1, keepdim=True).clamp_min(1.0)
+        loc = self.middle + self.half_range * torch.tanh(raw)
         return loc, (self.half_range * self.noise.scale).expand_as(loc)
 
 

@@ -10,7 +10,7 @@ from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule, next_key
 from alm_torchrl.modules.networks import TrunkMLP, plain_mlp
 
-__all__ = ["LatentDynamics", "RewardModel", "TransitionClassifier"]
+__all__ = ["ContinuationModel", "LatentDynamics", "RewardModel", "TransitionClassifier"]
 
 
 @described
@@ -90,6 +90,43 @@ class RewardModel(TensorDictModule):
             TrunkMLP(latent_dim + action_dim, 1, hidden_dim),
             in_keys=[latent_key, action_key],
             out_keys=[reward_key],
+        )
+
+
+class ContinuationModel(TensorDictModule):
+    r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate, as a logit.
+
+    A time limit is no termination.
+
+    Args:
+        latent_dim: size ``D`` of the latent.
+        action_dim: size ``A`` of the action.
+        hidden_dim: width of the two hidden layers.
+        latent_key: where the latent ``[..., D]`` is read.
+        action_key: where the action ``[..., A]`` is read.
+        logit_key: where the logit ``[..., 1]`` is written.
+
+    Examples:
+        >>> import torch
+        >>> continuation = ContinuationModel(latent_dim=50, action_dim=6)
+        >>> continuation(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
+        torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        hidden_dim: int = 512,
+        *,
+        latent_key: NestedKey = "latent",
+        action_key: NestedKey = "action",
+        logit_key: NestedKey = "continuation_logit",
+    ) -> None:
+        super().__init__(
+            TrunkMLP(latent_dim + action_dim, 1, hidden_dim),
+            in_keys=[latent_key, action_key],
+            out_keys=[logit_key],
         )
 
 

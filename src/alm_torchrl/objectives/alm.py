@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
-from alm_torchrl.objectives.checks import check_choice, check_horizon, check_positive
-from alm_torchrl.objectives.functional import discounts, log_ratio, td_target
+from alm_torchrl.objectives.checks import check_choice, check_positive, check_whole
+from alm_torchrl.objectives.functional import discounts, log_ratio, survival, td_target
 from alm_torchrl.objectives.rollouts import Batch, RolloutLoss
 
 __all__ = ["ALMLoss"]
@@ -48,12 +48,14 @@ class ALMLoss(RolloutLoss):
     loss_classifier    classifier                                \-
     loss_value         action values                             \-
     loss_actor         actor                                     latent dynamics, reward,
-                                                                 classifier, action values
+                                                                 classifier, action values,
+                                                                 continuation
+    loss_continuation  continuation, where there is one          \-
     ================== ========================================= ==================================
 
     The input is a batch of windows ``[B, T]`` (see
     :func:`alm_torchrl.data.make_replay_buffer`). The world-model loss reads the whole window; the
-    other four read its first transition alone, which must be drawn uniformly. A plain batch of
+    others read its first transition alone, which must be drawn uniformly. A plain batch of
     transitions ``[B]`` counts as windows of one step, at any horizon. Steps past an episode's end,
     or where ``"validity_mask"`` is false, contribute nothing.
 
@@ -78,6 +80,9 @@ class ALMLoss(RolloutLoss):
             used.
         actor: latent to a distribution over the action, with the noise that the losses should
             see, such as :class:`~alm_torchrl.modules.Actor`.
+        continuation_model: latent and action to the logit ``[..., 1]`` of the probability that the
+            step does not terminate, such as :class:`~alm_torchrl.modules.ContinuationModel`.
+            Imagined episodes then end, too. None by default: nothing ends in imagination.
 
     Keyword Args:
         horizon (int): steps ``K`` imagined for the actor, and the length of the windows.
@@ -101,11 +106,16 @@ class ALMLoss(RolloutLoss):
             ``"stop_gradient"``, or ``"online"``, where the consistency term trains both sides.
         actor_objective (str): ``"lambda_returns"`` of every imagined step, the K-step ``"bound"``
             alone, or the ``"value"`` of the first latent and action, without the model.
+        value_expansion (bool): whether the value targets hold the imagined return of ``horizon``
+            steps from the next latent, in place of the value there.
+        start_steps (int): the actor's rollouts start after up to this many imagined steps, in
+            place of at encoded observations; see :meth:`roll_on`.
 
-    The last six are for ablations, which the documentation compares. The discount and lambda of
-    the imagined returns are set by :meth:`make_value_estimator` (TD-lambda with 0.99 and 0.95 by
-    default). Targets are moved by ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``, built before
-    a checkpoint is loaded.
+    From ``reward_term`` to ``actor_objective`` they are for ablations, which the documentation
+    compares; the last two and ``continuation_model`` are no part of the paper. The discount and
+    lambda of the imagined returns are set by :meth:`make_value_estimator` (TD-lambda with 0.99 and
+    0.95 by default). Targets are moved by ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``, built
+    before a checkpoint is loaded.
 
     Raises:
         ValueError: for modules of the wrong kind or whose keys do not fit together, and for
@@ -177,6 +187,7 @@ class ALMLoss(RolloutLoss):
         classifier: TensorDictModule,
         qvalue_network: TensorDictModule,
         actor: ProbabilisticTensorDictSequential,
+        continuation_model: TensorDictModule | None = None,
         *,
         horizon: int = 3,
         consistency_coeff: float = 0.1,
@@ -189,6 +200,8 @@ class ALMLoss(RolloutLoss):
         consistency_target: float | None = None,
         latent_target: LatentTarget = "moving_average",
         actor_objective: ActorObjective = "lambda_returns",
+        value_expansion: bool = False,
+        start_steps: int = 0,
     ) -> None:
         averaged = ("encoder",) if latent_target == "moving_average" else ()
         super().__init__(
@@ -199,13 +212,14 @@ class ALMLoss(RolloutLoss):
             classifier=classifier,
             qvalue_network=qvalue_network,
             actor=actor,
+            continuation_model=continuation_model,
         )
         check_choice("reduction", reduction, ("none", "mean", "sum"))
         check_choice("short_windows", short_windows, ("mask", "drop"))
         check_choice("consistency", consistency, get_args(Consistency))
         check_choice("latent_target", latent_target, get_args(LatentTarget))
         check_choice("actor_objective", actor_objective, get_args(ActorObjective))
-        self.horizon = check_horizon(horizon)
+        self.horizon = check_whole("horizon", horizon, at_least=1)
         self.reduction = reduction
         self.bootstrap_terminated = bootstrap_terminated
         self.short_windows = short_windows
@@ -214,6 +228,8 @@ class ALMLoss(RolloutLoss):
         self.consistency = consistency
         self.latent_target = latent_target
         self.actor_objective = actor_objective
+        self.value_expansion = value_expansion
+        self.start_steps = check_whole("start_steps", start_steps, at_least=0)
         self.consistency_target = consistency_target
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
         if consistency_target is not None:
@@ -235,8 +251,12 @@ class ALMLoss(RolloutLoss):
     @property
     def out_keys(self) -> list[str]:
         """The five losses, and that of the multiplier if it is learnt."""
-        learnt = self.consistency_target is not None
-        return [*LOSS_KEYS, "loss_multiplier"] if learnt else list(LOSS_KEYS)
+        keys = list(LOSS_KEYS)
+        if self.continuation_model is not None:
+            keys.append("loss_continuation")
+        if self.consistency_target is not None:
+            keys.append("loss_multiplier")
+        return keys
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
         """Renames the entries read from the input; see :class:`ALMLoss._AcceptedKeys`.
@@ -301,6 +321,8 @@ class ALMLoss(RolloutLoss):
             "value": (self.qvalue_network_params,),
             "actor": (self.actor_params,),
         }
+        if self.continuation_model is not None:
+            members["continuation"] = (self.continuation_model_params,)
         groups = {
             name: [p for params in group for p in params.parameters() if p.requires_grad]
             for name, group in members.items()
@@ -338,6 +360,8 @@ class ALMLoss(RolloutLoss):
             "loss_value": self._value_term(batch),
             "loss_actor": self._actor_term(batch),
         }
+        if self.continuation_model is not None:
+            terms["loss_continuation"] = self._continuation_term(batch)
         if self.consistency_target is not None:
             terms["loss_multiplier"] = self._multiplier_term(batch, rollout)
         out: dict[str, Tensor] = {}
@@ -367,6 +391,24 @@ class ALMLoss(RolloutLoss):
             The loss and its metrics.
         """
         return self._reward_term(self._prepare(tensordict, steps=1))
+
+    def continuation_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy of the continuation model, on the first transition of each window.
+
+        A terminal state ends an episode; a time limit does not.
+
+        Args:
+            tensordict: as for :meth:`forward`, with windows of any length.
+
+        Returns:
+            The loss and its metrics.
+
+        Raises:
+            ValueError: if the loss was built without a ``continuation_model``.
+        """
+        if self.continuation_model is None:
+            raise ValueError("nothing says when episodes end: give ALMLoss a continuation_model")
+        return self._continuation_term(self._prepare(tensordict, steps=1))
 
     def classifier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross-entropy of the classifier, on the first transition of each window.
@@ -461,6 +503,13 @@ class ALMLoss(RolloutLoss):
         loss = F.mse_loss(predicted, self._outcome(batch, "reward"), reduction="none").squeeze(-1)
         return self._reduce(loss, batch.mask[:, 0]), {}
 
+    def _continuation_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        first = self._first_transition(batch)
+        logit = self._output("continuation_model", first, self.continuation_model_params)
+        continues = (~self._outcome(batch, "terminated")).to(logit.dtype)
+        loss = F.binary_cross_entropy_with_logits(logit, continues, reduction="none").squeeze(-1)
+        return self._reduce(loss, batch.mask[:, 0]), {}
+
     def _classifier_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         first = self._first_transition(batch)
         generated = self._generated_rows(first)
@@ -483,7 +532,7 @@ class ALMLoss(RolloutLoss):
             target = td_target(
                 self._outcome(batch, "reward"),
                 self._outcome(batch, "terminated"),
-                self._value(latent, self._act(latent), self.target_qvalue_network_params),
+                self._next_value(latent),
                 self.value_estimator.gamma,
             )
         values = self._output("qvalue_network", first, self.qvalue_network_params)
@@ -495,6 +544,14 @@ class ALMLoss(RolloutLoss):
         }
         return self._reduce(loss, mask), _detached(metrics)
 
+    def _next_value(self, latent: Tensor) -> Tensor:
+        """The value of the next latent in the target, ``[B, 1]``."""
+        params = self.target_qvalue_network_params
+        if not self.value_expansion:
+            return self._value(latent, self._act(latent), params)
+        rollout = self.imagine(latent, values=params)
+        return self._returns(rollout, rollout["reward"])[:, 0]
+
     def _actor_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
         mask = batch.mask[:, 0]
@@ -503,12 +560,14 @@ class ALMLoss(RolloutLoss):
             value = self._value(latent, action, self.qvalue_network_params.detach())
             metrics = {"actor_value": _masked_mean(value, mask)}
             return self._reduce(-value.squeeze(-1), mask), _detached(metrics)
-        rollout = self.imagine(latent)
+        rollout = self.imagine(self.roll_on(latent) if self.start_steps else latent)
         returns = self.lambda_return(rollout)
         if self.actor_objective == "bound":
             loss = -self.bound(rollout).squeeze(-1)
         else:
             weights = discounts(self.value_estimator.gamma, self.horizon)
+            if self.continuation_model is not None:
+                weights = weights * survival(rollout["continuation"].detach())[:, :-1]
             loss = -(weights * returns).mean(-2).squeeze(-1)
         metrics = {
             "imagined_reward": _masked_mean(rollout["reward"], mask),
@@ -516,6 +575,8 @@ class ALMLoss(RolloutLoss):
             "imagined_value": _masked_mean(rollout["next", "value"], mask),
             "imagined_return": _masked_mean(returns[:, 0], mask),
         }
+        if self.continuation_model is not None:
+            metrics["imagined_continuation"] = _masked_mean(rollout["continuation"], mask)
         return self._reduce(loss, mask), _detached(metrics)
 
     # ------------------------------------------------------------- what the terms share

@@ -20,17 +20,17 @@ from alm_torchrl.data.columns import as_column, as_flag
 __all__ = [
     "blank",
     "check_choice",
-    "check_horizon",
     "check_latents",
     "check_networks",
     "check_output",
     "check_positive",
+    "check_whole",
     "explained",
     "read_windows",
 ]
 
 #: Size of the last dimension that a network has to write.
-OUTPUT_SIZES = {"reward_model": 1, "classifier": 2}
+OUTPUT_SIZES = {"reward_model": 1, "classifier": 2, "continuation_model": 1}
 
 
 def read_windows(
@@ -142,11 +142,11 @@ def blank(value: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
 
 
-def check_horizon(horizon: object) -> int:
-    """Python's own number, of a horizon that is a positive whole one."""
-    if not isinstance(horizon, SupportsIndex) or index(horizon) < 1:
-        raise ValueError(f"horizon must be a whole number of at least 1, got {horizon!r}")
-    return index(horizon)
+def check_whole(name: str, value: object, *, at_least: int) -> int:
+    """Python's own number, of a whole one that is large enough."""
+    if not isinstance(value, SupportsIndex) or index(value) < at_least:
+        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+    return index(value)
 
 
 def check_positive(name: str, value: float) -> None:
@@ -168,6 +168,7 @@ def check_networks(
     classifier: TensorDictModuleBase,
     qvalue_network: TensorDictModuleBase,
     actor: TensorDictModuleBase,
+    **others: TensorDictModuleBase,
 ) -> None:
     """Refuses modules that are of the wrong kind or read what no other module writes."""
     for name, module in {"encoder": encoder, "dynamics": dynamics, "actor": actor}.items():
@@ -181,6 +182,7 @@ def check_networks(
         "reward_model": reward_model,
         "classifier": classifier,
         "qvalue_network": qvalue_network,
+        **others,
     }
     for name, module in plain.items():
         if not isinstance(module, TensorDictModuleBase):
@@ -195,6 +197,7 @@ def check_networks(
         "classifier": {latent, action, dynamics.dist_sample_keys[-1]},
         "qvalue_network": {latent, action},
         "actor": {latent},
+        **{name: {latent, action} for name in others},
     }
     modules = {
         "dynamics": dynamics,
@@ -202,6 +205,7 @@ def check_networks(
         "classifier": classifier,
         "qvalue_network": qvalue_network,
         "actor": actor,
+        **others,
     }
     for name, module in modules.items():
         missing = {unravel_key(key) for key in module.in_keys} - available[name]

@@ -1,4 +1,4 @@
-"""The six networks of the objective, each run with the parameters that a term asks for."""
+"""The networks of the objective, each run with the parameters that a term asks for."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from alm_torchrl.objectives.checks import check_networks, check_output, explaine
 
 __all__ = ["ComponentLoss", "match_compiled", "parametrised"]
 
-NETWORKS = ("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor")
-
 
 class ComponentLoss(LossModule):
-    """A loss on the six networks, without its terms.
+    """A loss on the networks, without its terms.
 
     It shares all their parameters and buffers. ``to`` moves the networks along, and a copy of the
     loss shares with its own copies of them. Networks that ``torch.compile`` wraps are taken out, to
@@ -30,7 +28,8 @@ class ComponentLoss(LossModule):
 
     Args:
         targets: the networks that have targets, by name.
-        **networks: encoder, dynamics, reward model, classifier, action values and actor by name.
+        **networks: encoder, dynamics, reward model, classifier, action values and actor by name,
+            and the continuation model where there is one.
 
     Raises:
         ValueError: for modules of the wrong kind or whose keys do not fit together.
@@ -56,6 +55,9 @@ class ComponentLoss(LossModule):
     actor: ProbabilisticTensorDictSequential
     actor_params: TensorDictParams
     target_actor_params: TensorDictParams
+    continuation_model: TensorDictModule | None
+    continuation_model_params: TensorDictParams
+    target_continuation_model_params: TensorDictParams
 
     def __init__(
         self,
@@ -67,9 +69,10 @@ class ComponentLoss(LossModule):
         classifier: TensorDictModule,
         qvalue_network: TensorDictModule,
         actor: ProbabilisticTensorDictSequential,
+        continuation_model: TensorDictModule | None = None,
     ) -> None:
         super().__init__()
-        networks = {
+        networks: dict[str, Any] = {
             "encoder": encoder,
             "dynamics": dynamics,
             "reward_model": reward_model,
@@ -77,8 +80,13 @@ class ComponentLoss(LossModule):
             "qvalue_network": qvalue_network,
             "actor": actor,
         }
+        if continuation_model is None:
+            self.continuation_model = None
+        else:
+            networks["continuation_model"] = continuation_model
         networks = {name: getattr(net, "_orig_mod", net) for name, net in networks.items()}
         check_networks(**networks)
+        self._names = tuple(networks)
         for name, network in networks.items():
             self.convert_to_functional(network, name, create_target_params=name in targets)
         self._share()
@@ -89,7 +97,7 @@ class ComponentLoss(LossModule):
 
     def _share(self) -> None:
         """Takes the networks' own parameters and buffers, wherever they are now."""
-        networks = {name: getattr(self, name) for name in NETWORKS}
+        networks = {name: getattr(self, name) for name in self._names}
         for name, network in networks.items():
             params = TensorDict.from_module(network, as_module=True)
             setattr(self, f"{name}_params", params)
@@ -124,7 +132,7 @@ class ComponentLoss(LossModule):
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Moves the networks along, whose buffers would be left behind."""
         super()._apply(fn)
-        for name in NETWORKS:
+        for name in self._names:
             getattr(self, name)._apply(fn)
         self._share()
         return self

@@ -21,9 +21,11 @@ __all__ = [
     "gaussian_kl",
     "k_step_bound",
     "kl_divergence",
+    "lambda_returns",
     "log_ratio",
     "log_return_bound",
     "squared_distance",
+    "survival",
     "td_target",
 ]
 
@@ -170,16 +172,73 @@ def discounts(gamma: Tensor, steps: int) -> Tensor:
     return gamma ** torch.arange(steps, device=gamma.device).unsqueeze(-1)
 
 
-def k_step_bound(reward: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
+def survival(continuation: Tensor) -> Tensor:
+    r"""The probability that an episode reaches each step of a rollout.
+
+    .. math:: \textstyle\prod_{i<t} d_i, \qquad t = 0, \dots, K
+
+    Args:
+        continuation: probability :math:`d_t` that step :math:`t` does not terminate,
+            ``[..., K, 1]``.
+
+    Returns:
+        The probabilities, ``[..., K + 1, 1]``; the first is one.
+
+    Examples:
+        >>> survival(torch.tensor([[0.5], [0.5]])).flatten()
+        tensor([1.0000, 0.5000, 0.2500])
+    """
+    products = continuation.cumprod(-2)
+    return torch.cat([torch.ones_like(products[..., :1, :]), products], -2)
+
+
+def lambda_returns(
+    reward: Tensor, value: Tensor, continuation: Tensor, gamma: Tensor, lmbda: Tensor | float
+) -> Tensor:
+    r"""TD-lambda returns of a rollout that may terminate at every step.
+
+    .. math:: G_t = r_t + \gamma d_t \big((1 - \lambda) V_{t+1} + \lambda G_{t+1}\big),
+              \qquad G_K = V_K
+
+    Args:
+        reward: :math:`r_t`, ``[..., K, 1]``.
+        value: value :math:`V_{t+1}` of the state after each step, ``[..., K, 1]``.
+        continuation: probability :math:`d_t` that the step does not terminate, ``[..., K, 1]``.
+        gamma: discount, a scalar.
+        lmbda: weight of the longer returns, between 0 and 1.
+
+    Returns:
+        The returns, ``[..., K, 1]``.
+
+    Examples:
+        >>> one = torch.ones(2, 1)
+        >>> lambda_returns(one, 10 * one, 0.5 * one, torch.tensor(0.9), 1.0).flatten()
+        tensor([3.4750, 5.5000])
+    """
+    following = value[..., -1, :]
+    returns = []
+    for t in reversed(range(reward.shape[-2])):
+        mixed = (1 - lmbda) * value[..., t, :] + lmbda * following
+        following = reward[..., t, :] + gamma * continuation[..., t, :] * mixed
+        returns.append(following)
+    return torch.stack(returns[::-1], -2)
+
+
+def k_step_bound(
+    reward: Tensor, value: Tensor, gamma: Tensor, continuation: Tensor | None = None
+) -> Tensor:
     r"""The K-step lower bound of a rollout, as ALM uses it in practice.
 
-    .. math:: L^K = \sum_{t<K} \gamma^t \tilde r_t + \gamma^K Q(z_K, a_K)
+    .. math:: L^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big) \tilde r_t
+              + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) Q(z_K, a_K)
 
     Args:
         reward: augmented rewards :math:`\tilde r_t` (reward plus weighted log-ratio),
             ``[..., K, 1]``.
         value: value of the last state, ``[..., 1]``.
         gamma: discount, a scalar.
+        continuation: probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``; one
+            by default.
 
     Returns:
         The bound, ``[..., 1]``.
@@ -189,6 +248,9 @@ def k_step_bound(reward: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
         tensor([1.7500, 1.7500, 1.7500, 1.7500])
     """
     steps = reward.shape[-2]
+    if continuation is not None:
+        alive = survival(continuation)
+        reward, value = alive[..., :-1, :] * reward, alive[..., -1, :] * value
     return (discounts(gamma, steps) * reward).sum(-2) + gamma**steps * value
 
 

@@ -16,6 +16,7 @@ from alm_torchrl.objectives.functional import (
     episode_mask,
     k_step_bound,
     kl_divergence,
+    lambda_returns,
     log_ratio,
     squared_distance,
 )
@@ -45,6 +46,7 @@ class RolloutLoss(ComponentLoss):
     consistency: str
     latent_target: str
     consistency_coeff: Tensor
+    start_steps: int
 
     # ------------------------------------------------------------------------------ input
 
@@ -187,7 +189,42 @@ class RolloutLoss(ComponentLoss):
         ended = (ends.squeeze(-1) & batch.mask).any(-1, keepdim=True)
         return torch.where(ended, torch.zeros_like(value), value)
 
-    def imagine(self, latent: Tensor, action: Tensor | None = None) -> TensorDictBase:
+    def roll_on(self, latent: Tensor) -> Tensor:
+        r"""Moves latents on by up to ``start_steps`` imagined steps of the actor, without gradient.
+
+        The number of steps of each row is uniform in :math:`\{0, \dots, N\}`. A row whose
+        episode is expected to terminate stays where it is.
+
+        Args:
+            latent: where to start, ``[B, D]``.
+
+        Returns:
+            The latents reached, ``[B, D]``.
+        """
+        steps = torch.randint(self.start_steps + 1, latent.shape[:1], device=latent.device)
+        moving = torch.ones_like(steps, dtype=torch.bool)
+        with torch.no_grad():
+            for t in range(self.start_steps):
+                step = self._step(latent, self._act(latent))
+                moving = moving & (steps > t)
+                if self.continuation_model is not None:
+                    moving = moving & (self._continuation(step).squeeze(-1) > 0.5)
+                following = self._draw(self._distribution("dynamics", step, self.dynamics_params))
+                latent = torch.where(moving.unsqueeze(-1), following, latent)
+        return latent
+
+    def _continuation(self, step: TensorDictBase) -> Tensor:
+        """The probability that a step does not terminate, ``[..., 1]``."""
+        params = self.continuation_model_params.detach()
+        return self._output("continuation_model", step, params).sigmoid()
+
+    def imagine(
+        self,
+        latent: Tensor,
+        action: Tensor | None = None,
+        *,
+        values: TensorDictBase | None = None,
+    ) -> TensorDictBase:
         r"""Rolls the actor out in the latent dynamics.
 
         Actions are drawn on detached latents, and detached again where they enter the values, so
@@ -196,10 +233,12 @@ class RolloutLoss(ComponentLoss):
         Args:
             latent: where to start, ``[B, D]``.
             action: the first action ``[B, A]``; drawn from the actor by default.
+            values: parameters of the action values; the newest by default.
 
         Returns:
             ``latent``, ``action``, ``reward``, ``log_ratio`` and, under ``"next"``, ``latent``,
-            ``action`` and ``value``, all ``[B, K, ...]``.
+            ``action`` and ``value``, all ``[B, K, ...]``; with a continuation model also
+            ``continuation``, the probability that a step does not terminate.
         """
         latents, actions = [latent], []
         for t in range(self.horizon):
@@ -215,7 +254,8 @@ class RolloutLoss(ComponentLoss):
         following_action = torch.stack(actions[1:], 1).detach()
         current.set(self._next_latent_key, following.detach())
         logits = self._output("classifier", current, self.classifier_params.detach())
-        return TensorDict(
+        values = self.qvalue_network_params.detach() if values is None else values
+        rollout = TensorDict(
             {
                 "latent": current.get(self._latent_key),
                 "action": current.get(self._action_key),
@@ -224,21 +264,23 @@ class RolloutLoss(ComponentLoss):
                 "next": {
                     "latent": following,
                     "action": following_action,
-                    "value": self._value(
-                        following, following_action, self.qvalue_network_params.detach()
-                    ),
+                    "value": self._value(following, following_action, values),
                 },
             },
             batch_size=following.shape[:2],
         )
+        if self.continuation_model is not None:
+            rollout["continuation"] = self._continuation(current)
+        return rollout
 
     # ------------------------------------------------------------- what a rollout is worth
 
     def lambda_return(self, rollout: TensorDictBase) -> Tensor:
         r"""The return of an imagined rollout by the loss's value estimator.
 
-        The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, and nothing ends
-        inside a rollout.
+        The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`. Nothing ends
+        inside a rollout, unless a continuation model says so: see
+        :func:`~alm_torchrl.objectives.functional.lambda_returns`.
 
         Args:
             rollout: what :meth:`imagine` returns, ``[B, K]``.
@@ -246,11 +288,17 @@ class RolloutLoss(ComponentLoss):
         Returns:
             The returns, ``[B, K, 1]``.
         """
-        reward = self._augmented_reward(rollout)
+        return self._returns(rollout, self._augmented_reward(rollout))
+
+    def _returns(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
+        value, estimator = rollout["next", "value"], self.value_estimator
+        if self.continuation_model is not None:
+            lmbda = getattr(estimator, "lmbda", 0.0)  # TD0 has none
+            return lambda_returns(reward, value, rollout["continuation"], estimator.gamma, lmbda)
         never = torch.zeros_like(reward, dtype=torch.bool)
         outcome = {"reward": reward, "done": never, "terminated": never}
         steps = TensorDict({"next": outcome}, batch_size=rollout.batch_size)
-        return self.value_estimator.value_estimate(steps, next_value=rollout["next", "value"])
+        return estimator.value_estimate(steps, next_value=value)
 
     def bound(self, rollout: TensorDictBase) -> Tensor:
         r"""The K-step bound of an imagined rollout, with the value at its end alone.
@@ -264,8 +312,9 @@ class RolloutLoss(ComponentLoss):
             The bound, ``[B, 1]``; see
             :func:`~alm_torchrl.objectives.functional.k_step_bound`.
         """
-        value = rollout["next", "value"][:, -1]
-        return k_step_bound(self._augmented_reward(rollout), value, self.value_estimator.gamma)
+        value, gamma = rollout["next", "value"][:, -1], self.value_estimator.gamma
+        reward = self._augmented_reward(rollout)
+        return k_step_bound(reward, value, gamma, rollout.get("continuation", None))
 
     def _augmented_reward(self, rollout: TensorDictBase) -> Tensor:
         """Reward and weighted log-ratio of every step, ``[B, K, 1]``."""

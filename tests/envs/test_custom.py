@@ -19,6 +19,7 @@ from alm_torchrl.training import EnvironmentFailedError, Experience
 from tests.data.counting import CountingEnv
 
 gymnasium = pytest.importorskip("gymnasium")
+spaces = gymnasium.spaces
 
 
 class Drift(gymnasium.Env):
@@ -361,3 +362,45 @@ def test_a_module_that_registers_a_task(name, tmp_path):
         make_env("my_tasks.registers:Absent-v0")
     with pytest.raises(ValueError, match="knows no task.*No module named"):
         make_env("my_tasks.not_there:Absent-v0")
+
+
+VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+ODD_SPACES = {
+    "begins at 1": (spaces.Discrete(3, start=1), 3),
+    "binary matrix": (spaces.MultiBinary((2, 2)), 4),
+    "discrete matrix": (spaces.MultiDiscrete([[2, 3], [2, 2]]), 9),
+    "discrete from 1": (spaces.MultiDiscrete([2, 3], start=[1, 1]), 5),
+    "half precision": (spaces.Box(-1, 1, (2,), np.float16), 2),
+    "tuple": (spaces.Tuple((VECTOR, spaces.Discrete(2, start=-1))), 5),
+}
+
+
+class Odd(gymnasium.Env):
+    def __init__(self, space: spaces.Space) -> None:
+        self.observation_space = space
+        self.action_space = VECTOR
+
+    def reset(self, *, seed=None, options=None):
+        self.observation_space.seed(0)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", ODD_SPACES)
+def test_observations_that_torchrl_does_not_read_are_converted(name: str, nested: bool) -> None:
+    space, size = ODD_SPACES[name]
+    wanted = size
+    if nested:
+        space, wanted = spaces.Dict(vector=VECTOR, odd=space), size + 3
+    env = make_env(partial(Odd, space))
+    agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
+    assert sum(agent.config.observation_dims.values()) == wanted
+    rollout = env.rollout(20, agent.policy())
+    assert rollout.shape == (20,)
+    if name == "begins at 1" and not nested:
+        space.seed(0)
+        first = int(space.sample()) - 1
+        assert rollout["observation"][0].argmax() == first

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torchrl.envs import EnvBase
 
-from alm_torchrl.envs.gymnasium import GymnasiumEnv, with_own_context, with_vector_action
+from alm_torchrl.envs.gymnasium import GymnasiumEnv, with_own_context
+from alm_torchrl.envs.spaces import with_readable_spaces
 
 __all__: list[str] = []
 
@@ -99,7 +100,7 @@ def make_custom(
         import gymnasium
 
         if isinstance(env, gymnasium.Env):
-            env = with_vector_action(with_own_context(env))
+            env = with_readable_spaces(with_own_context(env))
             return GymnasiumEnv(env, frame_skip=action_repeat, device=device)
     raise ValueError(
         f"{name} makes a {type(env).__name__}, which is neither a torchrl.envs.EnvBase nor a "

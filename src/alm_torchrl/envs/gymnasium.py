@@ -12,9 +12,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torchrl.envs import GymWrapper
+
+from alm_torchrl.envs.spaces import with_readable_spaces
 
 __all__: list[str] = []
 
@@ -43,38 +44,6 @@ class GymnasiumEnv(GymWrapper):
         )
 
 
-def with_vector_action(env: Any) -> Any:
-    """Flattens the action, if it is made of boxes that are not one float32 or float64 vector.
-
-    Scalars, matrices, half precision, and a Dict or Tuple of boxes become one float32 vector.
-    """
-    import gymnasium
-    from gymnasium import spaces
-
-    space = env.action_space
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype != np.float16:
-        return env
-    if not _is_continuous(space):
-        return env
-    flat: Any = spaces.flatten_space(space)
-    low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
-    vector = spaces.Box(low, high, dtype=np.float32)
-    return gymnasium.wrappers.TransformAction(
-        env, lambda action: spaces.unflatten(space, action), vector
-    )
-
-
-def _is_continuous(space: Any) -> bool:
-    """Whether a space is made of boxes of floating-point numbers alone."""
-    from gymnasium import spaces
-
-    if isinstance(space, spaces.Dict):
-        return all(map(_is_continuous, space.values()))
-    if isinstance(space, spaces.Tuple):
-        return all(map(_is_continuous, space))
-    return isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
-
-
 def make_gymnasium(
     task: str,
     gym_kwargs: dict[str, Any],
@@ -101,7 +70,7 @@ def make_gymnasium(
     if render:
         env = with_own_context(env)
     # No GymEnv, which keeps arguments such as frame_skip from gymnasium.make
-    return GymnasiumEnv(with_vector_action(env), frame_skip=action_repeat, device=device)
+    return GymnasiumEnv(with_readable_spaces(env), frame_skip=action_repeat, device=device)
 
 
 def _gym_make(task: str, gym_kwargs: dict[str, Any]) -> Any:

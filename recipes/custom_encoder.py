@@ -85,7 +85,7 @@ def main() -> None:
     collector = make_collector(env, agent.policy(), init_random_frames=args.warmup)
     for frame, data in enumerate(collector, start=1):
         replay.extend(data)
-        agent.update_statistics(data)  # for encoders that keep any, such as normalise=True
+        agent.update_statistics(data)  # for encoders that keep any, such as normalize=True
         step = frame - args.warmup
         if step < 1:
             continue

@@ -52,7 +52,7 @@ def read(folders: list[Path]) -> Curves:
     return dict(curves)
 
 
-def summarise(
+def summarize(
     curves: dict[int, dict[int, float]], samples: int = 2000
 ) -> list[tuple[int, int, float, float, float]]:
     """Interquartile mean and bootstrap interval at every step.
@@ -101,7 +101,7 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["name", "step", "seeds", "iqm", "low", "high"])
         for name, curves in groups.items():
-            rows = summarise(curves)
+            rows = summarize(curves)
             writer.writerows([(name, *row) for row in rows])
             steps, _, mean, low, high = (list(column) for column in zip(*rows, strict=True))
             axes.plot(steps, mean, label=f"{name}, n={len(curves)}")

@@ -77,7 +77,7 @@ def test_sizes_and_ranges_come_from_the_specs(agent: ALMAgent) -> None:
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_a_mujoco_task_single_and_vectorised(num_envs: int) -> None:
+def test_a_mujoco_task_single_and_vectorized(num_envs: int) -> None:
     env = make_env("Humanoid-v5", num_envs=num_envs, seed=0)
     agent = ALMAgent.from_env(env, **SIZES)
     assert agent.config.observation_dims == {"observation": 348}
@@ -384,7 +384,7 @@ WRONG = {
     "version as a tensor": {"version": torch.zeros(3)},
     "no config": {"config": None},
     "config of another kind": {"config": [3, 4]},
-    "unknown field": {"config": {"observation_dims": {"x": 3}, "colour": "red"}},
+    "unknown field": {"config": {"observation_dims": {"x": 3}, "color": "red"}},
     "a field is missing": {"config": {"observation_dims": {"x": 3}}},
     "sizes as text": {
         "config": {"observation_dims": {"x": "3"}, "action_low": ["a"], "action_high": ["b"]}

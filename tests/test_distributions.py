@@ -270,12 +270,12 @@ def test_inside_a_probabilistic_module(mode: ExplorationType) -> None:
     td = TensorDict(loc=loc, scale=torch.ones(64, 2), batch_size=[64])
     with set_exploration_type(mode):
         action = module(td)["action"]
-    centre = loc.clamp(-0.5 + 1e-6, 0.5 - 1e-6)
+    center = loc.clamp(-0.5 + 1e-6, 0.5 - 1e-6)
     if mode == ExplorationType.RANDOM:
-        assert 0.05 < (action - centre)[:, 0].std() < 0.11
-        assert ((action - centre).abs() <= 0.1 + 1e-6).all()
+        assert 0.05 < (action - center)[:, 0].std() < 0.11
+        assert ((action - center).abs() <= 0.1 + 1e-6).all()
     else:
-        assert torch.equal(action, centre)
+        assert torch.equal(action, center)
 
 
 def test_expanded_it_keeps_range_and_clip() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recipes.plot import summarise
+from recipes.plot import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (1_000, 2_000, 3_000, 6_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000)
@@ -78,7 +78,7 @@ def read(results: Path) -> tuple[Curves, dict[str, dict[str, Any]], Curves]:
 
 def summary(curves: dict[int, Rows]) -> list[tuple[int, int, float, float, float]]:
     """Interquartile means over seeds, with their intervals."""
-    return summarise({s: {int(r["step"]): r["return"] for r in rows} for s, rows in curves.items()})
+    return summarize({s: {int(r["step"]): r["return"] for r in rows} for s, rows in curves.items()})
 
 
 def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Path) -> None:

@@ -125,13 +125,13 @@ class ClampedNormal(D.Independent):
 
     The clamp is straight-through: backwards it is the identity, so that an action at the border
     still receives a gradient. This is the "truncated normal" of DrQ-v2 (Yarats et al., 2021) that
-    ALM uses; it is not :class:`torchrl.modules.TruncatedNormal`, which renormalises the density.
+    ALM uses; it is not :class:`torchrl.modules.TruncatedNormal`, which renormalizes the density.
 
     The clamp puts probability mass on the border, so there is no density: ``log_prob`` and
     ``entropy`` raise.
 
     Args:
-        loc: centre of the noise, ``[..., A]``, in action units.
+        loc: center of the noise, ``[..., A]``, in action units.
         scale: standard deviation of the noise before clipping, broadcastable to ``loc``.
         low: lower end of the action range; a float, or a tensor broadcastable to ``[A]``.
         high: upper end of the action range, like ``low``.
@@ -174,7 +174,7 @@ class ClampedNormal(D.Independent):
 
     @property
     def loc(self) -> Tensor:
-        """The centre of the noise, ``[..., A]``."""
+        """The center of the noise, ``[..., A]``."""
         return self.base_dist.loc
 
     @property
@@ -251,7 +251,7 @@ class OneHotGroups(D.Distribution):
     compiles, is captured by a CUDA graph, and works under ``torch.vmap``.
 
     Args:
-        logits: unnormalised log-probabilities, ``[..., G, C]``; half precision is raised to
+        logits: unnormalized log-probabilities, ``[..., G, C]``; half precision is raised to
             float32.
         unimix: share of a uniform categorical that is mixed in, which bounds every divergence
             (DreamerV3, Hafner et al., 2023, arXiv 2301.04104, has 0.01; DreamerV2 none).

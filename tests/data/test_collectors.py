@@ -83,11 +83,11 @@ def test_without_a_policy_every_action_is_random():
 def test_an_update_of_the_policy_acts_at_once(device):
     policy = constant_policy()
     collector = make_collector(CountingEnv(), policy, frames_per_batch=3, device=device)
-    optimiser = torch.optim.SGD(policy.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     iterator = iter(collector)
     assert next(iterator)["action"].eq(MARK).all()
     (policy.module.bias.sum()).backward()  # a gradient of one on each bias
-    optimiser.step()
+    optimizer.step()
     assert next(iterator)["action"].eq(MARK - 1).all()
     collector.shutdown()
 

@@ -19,7 +19,7 @@ from alm_torchrl.data import (
     make_replay_buffer,
 )
 from tests.data.counting import CountingEnv
-from tests.synchronisation import HostReads
+from tests.synchronization import HostReads
 
 STACK, HISTORY = 3, 4
 STACKS = {"pixels": STACK, ("body", "history"): HISTORY}

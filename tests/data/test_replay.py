@@ -21,7 +21,7 @@ from alm_torchrl.data import (
     make_replay_buffer,
 )
 from tests.data.counting import CountingEnv
-from tests.synchronisation import HostReads
+from tests.synchronization import HostReads
 
 STORAGES = ("memory", "memmap")
 

@@ -273,7 +273,7 @@ def test_running_statistics_of_an_environment_are_refused():
     """Training and evaluation would each have their own."""
     for transform in (VecNormV2(["observation"]), Compose(VecNormV2(["observation"]))):
         with pytest.raises(
-            ValueError, match="VecNormV2 keeps running.*normalise=True.*Observation"
+            ValueError, match="VecNormV2 keeps running.*normalize=True.*Observation"
         ):
             make_env(Drift, transforms=[transform])
     fixed = ObservationNorm(loc=1.0, scale=0.5, in_keys=["observation"], standard_normal=True)

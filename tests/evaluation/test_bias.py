@@ -15,7 +15,7 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.evaluation import (
     UnknownReturnsError,
     monte_carlo_returns,
-    normalised_bias,
+    normalized_bias,
     value_bias,
     visit,
 )
@@ -163,9 +163,9 @@ def test_how_far_from_a_time_limit_a_state_must_be(gamma: float, steps: int) -> 
     assert 0.97 <= worst < 0.975
 
 
-def test_bias_is_normalised_by_the_mean_return() -> None:
+def test_bias_is_normalized_by_the_mean_return() -> None:
     returns = torch.tensor([-10.0, -30.0])
-    mean, std = normalised_bias(returns + torch.tensor([2.0, 6.0]), returns)
+    mean, std = normalized_bias(returns + torch.tensor([2.0, 6.0]), returns)
     assert mean.item() == pytest.approx(4 / 20)
     assert std.item() == pytest.approx(2 / 20)
 

@@ -40,7 +40,7 @@ class Finite:
     gamma: float
 
     def value(self) -> Array:
-        """Normalised values ``[S, A]`` of the policy that acts on encodings."""
+        """Normalized values ``[S, A]`` of the policy that acts on encodings."""
         states, actions = self.reward.shape
         acts = self.encoder @ self.policy  # [S, A]
         chain = np.einsum("sat,tb->satb", self.step, acts).reshape(states * actions, -1)
@@ -48,7 +48,7 @@ class Finite:
         return np.linalg.solve(system, (1 - self.gamma) * self.reward.ravel()).reshape(states, -1)
 
     def log_return(self) -> float:
-        """The logarithm of the expected, normalised return."""
+        """The logarithm of the expected, normalized return."""
         return float(np.log(self.start @ (self.encoder @ self.policy * self.value()).sum(1)))
 
     def trajectories(self, steps: int) -> tuple[Array, Array, Array, Array, Array]:

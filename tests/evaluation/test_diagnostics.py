@@ -22,7 +22,7 @@ reproducible = settings(deadline=None, derandomize=True, max_examples=30)
 
 
 def with_spectrum(spectrum: list[float], rows: int = 50, seed: int = 0) -> torch.Tensor:
-    """Centred latents with these singular values."""
+    """Centered latents with these singular values."""
     torch.manual_seed(seed)
     size = len(spectrum)
     columns = torch.randn(rows, size, dtype=torch.float64)

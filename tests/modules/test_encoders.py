@@ -77,7 +77,7 @@ def test_a_head_serves_encoder_and_dynamics_and_is_described(head: LatentHead) -
     assert (again.head, again.latent_dim, again.action_dim) == (head, 8, 2)
 
 
-def test_normalised_locations_lie_where_they_should() -> None:
+def test_normalized_locations_lie_where_they_should() -> None:
     raw = 10 * torch.randn(6, 8)
     simplices = SimplicialHead(classes=4)(raw)[0].unflatten(-1, (2, 4))
     torch.testing.assert_close(simplices.sum(-1), torch.ones(6, 2))
@@ -190,10 +190,10 @@ def test_images_are_shifted_in_the_losses_and_never_when_acting() -> None:
     assert plain.acting() is plain
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_a_policy_sees_images_as_they_are(normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_policy_sees_images_as_they_are(normalize: bool) -> None:
     config = AgentConfig({}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
-    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalise=normalise)
+    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalize=normalize)
     policy = ALMAgent(config, encoder=encoder).policy()
     assert not any(isinstance(module, RandomShift | Augmented) for module in policy.modules())
     encoder.update_statistics(TensorDict(pixels=images(6), batch_size=[6]))
@@ -293,7 +293,7 @@ def test_random_frames_leave_the_state_at_zero() -> None:
     assert (acted["next", "recurrent_state"] != 0).any()
 
 
-# ---------------------------------------------------------------------- normalisation
+# ---------------------------------------------------------------------- normalization
 
 
 def test_statistics_are_those_of_all_that_was_seen() -> None:
@@ -317,15 +317,15 @@ def test_an_image_has_a_mean_for_every_pixel_and_one_variance() -> None:
     scaled = seen.flatten(0, 1) / 255 - 0.5
     torch.testing.assert_close(norm.mean, scaled.mean(0))
     torch.testing.assert_close(norm.variance, (scaled - scaled.mean(0)).square().mean())
-    normalised = norm(seen)
-    assert normalised[..., 0, :10, :].abs().max() < 1e-5
-    assert normalised.square().mean().item() == pytest.approx(1, abs=1e-3)
+    normalized = norm(seen)
+    assert normalized[..., 0, :10, :].abs().max() < 1e-5
+    assert normalized.square().mean().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_images_are_centred_before_they_are_shifted() -> None:
+def test_images_are_centered_before_they_are_shifted() -> None:
     """A shift after the mean is taken away leaves a background that never moves at 0."""
     torch.manual_seed(0)
-    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalise=True)
+    encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalize=True)
     still = images(1).expand(6, -1, -1, -1)
     encoder.update_statistics(TensorDict(pixels=still, batch_size=[6]))
     shifted = encoder.get_dist_params(TensorDict(pixels=still, batch_size=[6]))["latent_loc"]
@@ -334,7 +334,7 @@ def test_images_are_centred_before_they_are_shifted() -> None:
 
 def test_statistics_move_when_told_for_encoder_and_target_alike() -> None:
     config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
-    agent = ALMAgent(config, encoder=MLPEncoder(3, 4, 8, normalise=True))
+    agent = ALMAgent(config, encoder=MLPEncoder(3, 4, 8, normalize=True))
     assert agent.encoder.acting() is agent.encoder  # there is nothing to leave out
     loss = ALMLoss(**agent.networks())
     target_update = SoftUpdate(loss, tau=0.5)
@@ -454,9 +454,9 @@ def test_vectors_of_every_kind_are_read_in_both_paths() -> None:
     for encoder in (
         agent.encoder,
         *(
-            kind.from_spec(mixed_spec(), latent_dim=18, hidden_dim=8, normalise=normalise)
+            kind.from_spec(mixed_spec(), latent_dim=18, hidden_dim=8, normalize=normalize)
             for kind in (MLPEncoder, LinearEncoder, IdentityEncoder, MultiInputEncoder)
-            for normalise in (False, True)
+            for normalize in (False, True)
         ),
     ):
         assert list(encoder.in_keys) == list(READ)

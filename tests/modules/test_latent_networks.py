@@ -231,7 +231,7 @@ def test_heads_answer_in_full_precision_under_autocast(name: str) -> None:
 
 
 def test_large_values_keep_their_differences_under_autocast() -> None:
-    """In bfloat16, 400 has neighbours at 398 and 402."""
+    """In bfloat16, 400 has neighbors at 398 and 402."""
     torch.manual_seed(0)
     trunk, x = TrunkMLP(5, 1, HIDDEN), torch.randn(64, 5)
     with torch.no_grad():

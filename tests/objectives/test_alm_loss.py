@@ -148,15 +148,15 @@ def test_methods_give_the_losses_and_metrics_of_forward(
         torch.testing.assert_close(value, out[name])
 
 
-def test_optimising_the_sum_lowers_what_is_fitted(make_loss: Make, make_windows: Make) -> None:
+def test_optimizing_the_sum_lowers_what_is_fitted(make_loss: Make, make_windows: Make) -> None:
     loss, td = make_loss(deterministic=False), make_windows(batch=64)
-    optimiser = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
     first = forward(loss, td)
     for seed in range(30):
         out = forward(loss, td, seed)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(out[name] for name in TERMS).backward()
-        optimiser.step()
+        optimizer.step()
     last = forward(loss, td)
     for name in ("loss_world_model", "loss_reward", "loss_classifier", "loss_value"):
         assert last[name] < 0.9 * first[name], name
@@ -170,9 +170,9 @@ def test_the_policy_outside_shares_the_parameters(make_networks: Make, make_wind
     assert {id(p) for network in networks.values() for p in network.parameters()} == owned
     latent = TensorDict(latent=torch.randn(3, 4), batch_size=[3])
     before = networks["actor"].get_dist(latent).loc.clone()
-    optimiser = torch.optim.SGD(loss.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
     term(loss, "loss_actor", make_windows(dtype=torch.float32)).backward()
-    optimiser.step()
+    optimizer.step()
     assert_differ(networks["actor"].get_dist(latent).loc, before)
 
 
@@ -310,8 +310,8 @@ def test_the_batch_may_name_the_action_otherwise(make_loss: Make, make_windows: 
     td = make_windows()
     loss = make_loss()
     wanted = all_losses_and_gradients(loss, td)
-    loss.set_keys(action=("behaviour", "taken"))
-    td["behaviour", "taken"] = td.pop("action")
+    loss.set_keys(action=("behavior", "taken"))
+    td["behavior", "taken"] = td.pop("action")
     assert_same(all_losses_and_gradients(loss, td), wanted)
     loss.set_keys(action=None)
     assert loss.tensor_keys.action == "action"
@@ -852,7 +852,7 @@ def moved_after(networks: nn.ModuleDict, loss: ALMLoss) -> tuple[nn.ModuleDict, 
 @pytest.mark.parametrize("how", [copied, pickled, saved, alone, moved, moved_together, moved_after])
 def test_what_is_shared_stays_shared(make_networks: Make, make_windows: Make, how: Make) -> None:
     """Weights, noise schedule and running statistics, of the networks, the loss and its targets."""
-    encoder = MLPEncoder(5, 4, 8, normalise=True)
+    encoder = MLPEncoder(5, 4, 8, normalize=True)
     networks = nn.ModuleDict({**make_networks(), "encoder": encoder})
     loss = ALMLoss(**networks)
     SoftUpdate(loss, tau=0.005)
@@ -902,7 +902,7 @@ def test_networks_that_no_longer_share_are_refused(
 
 
 def test_buffers_are_no_parameters(make_loss: Make) -> None:
-    """An optimiser must get neither targets nor the noise schedule."""
+    """An optimizer must get neither targets nor the noise schedule."""
     loss = make_loss()
     for name, parameter in loss.named_parameters():
         assert parameter.requires_grad

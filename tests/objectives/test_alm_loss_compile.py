@@ -158,16 +158,16 @@ def test_a_step_on_the_gpu(
     networks = {name: network.to("cuda", dtype) for name, network in make_networks().items()}
     loss = ALMLoss(**networks).to("cuda")
     update = SoftUpdate(loss, tau=0.005)
-    optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
     td = ended(make_windows(dtype=dtype)).to("cuda")
     call = torch.compile(loss, fullgraph=True) if compiled else loss
     before = [parameter.detach().clone() for parameter in loss.parameters()]
     for _ in range(2):
         with autocast(precision, "cuda"):
             out = call(td)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(out[term] for term in TERMS).backward()
-        optimiser.step()
+        optimizer.step()
         update.step()
         networks["actor"].noise.advance()
     assert all(value.device.type == "cuda" for value in out.values())

@@ -35,7 +35,7 @@ def many(td: TensorDict) -> TensorDict:
     return td[:1].expand(COUNT, *td.shape[1:]).clone()
 
 
-def standardised(draws: Tensor, loc: Tensor, scale: Tensor) -> None:
+def standardized(draws: Tensor, loc: Tensor, scale: Tensor) -> None:
     """Asserts that the draws are Normal around loc with that scale: moments and independence."""
     noise = ((draws - loc) / scale).flatten(1)
     spread = 5 / COUNT**0.5
@@ -111,11 +111,11 @@ def test_latents_of_the_world_model_rollout(make_loss: Make, make_windows: Make)
     torch.manual_seed(0)
     latents = loss.world_model_rollout(td)["latent"].detach()
     first = loss.encoder.get_dist(td[:, 0]).base_dist
-    standardised(latents[:, 0], first.loc.detach(), first.scale.detach())
+    standardized(latents[:, 0], first.loc.detach(), first.scale.detach())
     for t in (0, 1):
         step = TensorDict(latent=latents[:, t], action=td["action"][:, t], batch_size=[COUNT])
         following = loss.dynamics.get_dist(step).base_dist
-        standardised(latents[:, t + 1], following.loc.detach(), following.scale.detach())
+        standardized(latents[:, t + 1], following.loc.detach(), following.scale.detach())
 
 
 def test_latents_and_actions_of_an_imagined_rollout(make_loss: Make) -> None:
@@ -127,7 +127,7 @@ def test_latents_and_actions_of_an_imagined_rollout(make_loss: Make) -> None:
     assert torch.equal(rollout["latent"][:, 1:], rollout["next", "latent"][:, :-1])
     assert torch.equal(rollout["action"][:, 1:], rollout["next", "action"][:, :-1])
     following = loss.dynamics.get_dist(rollout).base_dist
-    standardised(rollout["next", "latent"], following.loc.detach(), following.scale.detach())
+    standardized(rollout["next", "latent"], following.loc.detach(), following.scale.detach())
     for latent, action in (
         (rollout["latent"], rollout["action"]),
         (rollout["next", "latent"], rollout["next", "action"]),
@@ -231,5 +231,5 @@ def test_imagined_rows_are_drawn_from_the_dynamics(
     real = (following[~rows] - encoded.loc[~rows]) / encoded.scale[~rows]
     assert real.mean(0).abs().max() < spread
     assert (real.std(0) - 1).abs().max() < spread
-    standardised(seen["latent"], current.loc.detach(), current.scale.detach())
+    standardized(seen["latent"], current.loc.detach(), current.scale.detach())
     assert torch.equal(seen["action"], td["action"][:, 0])

@@ -204,7 +204,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_encoder_is_told_what_to_write(name: str) -> None:
     make, says = WRONG[name]
-    with pytest.raises(ValueError, match="is no encoder yet") as error:
+    with pytest.raises(ValueError, match="does not satisfy the encoder contract") as error:
         check_encoder(make(), SPEC, LatentDynamics(4, 2, 8))
     for expected in says:
         assert error.match(expected)
@@ -216,7 +216,7 @@ def test_all_findings_come_at_once() -> None:
     with pytest.raises(ValueError, match="no encoder yet") as error:
         check_encoder(encoder, SPEC, LatentDynamics(4, 2, 8), latent_dim=5)
     lines = str(error.value).splitlines()
-    assert lines[0] == "GaussianLatentModule is no encoder yet:"
+    assert lines[0] == "GaussianLatentModule does not satisfy the encoder contract:"
     assert [line.startswith("- ") for line in lines[1:]] == [True] * 3
     assert error.match("size 6, but the other components are built for latent_dim=5")
 

@@ -91,11 +91,11 @@ def pretrained() -> nn.Module:
 CONV = {"channels": 4, "feature_dim": 8, "pad": 2}
 CASES = {
     "mlp": Case(MLPEncoder.from_spec),
-    "normalised": Case(MLPEncoder.from_spec, options={"normalise": True}),
+    "normalized": Case(MLPEncoder.from_spec, options={"normalize": True}),
     "linear": Case(LinearEncoder.from_spec),
-    "identity": Case(IdentityEncoder.from_spec, options={"normalise": True, "scale": 0.3}),
+    "identity": Case(IdentityEncoder.from_spec, options={"normalize": True, "scale": 0.3}),
     "pixels": Case(PixelEncoder.from_spec, drawn, CONV, lr=3e-4),
-    "plain_pixels": Case(PixelEncoder.from_spec, drawn, {**CONV, "normalise": False}, lr=3e-4),
+    "plain_pixels": Case(PixelEncoder.from_spec, drawn, {**CONV, "normalize": False}, lr=3e-4),
     "pixels_and_vector": Case(MultiInputEncoder.from_spec, drawn, CONV, lr=3e-4),
     "window": Case(
         WindowEncoder.from_spec, lambda: [History(), CatFrames(4, dim=-2, in_keys=["history"])]
@@ -113,7 +113,7 @@ CASES = {
     "frozen": Case(FrozenEncoder.from_spec, drawn, {"module": pretrained()}, described=False),
     "own": Case(own, described=False),
 }
-NORMALISED = ("normalised", "identity", "pixels", "pixels_and_vector", "discrete_pixels")
+NORMALISED = ("normalized", "identity", "pixels", "pixels_and_vector", "discrete_pixels")
 GROUPS = {
     "loss_world_model": {"encoder_params", "dynamics_params"},
     "loss_reward": {"reward_model_params"},
@@ -325,7 +325,7 @@ def test_updates_reduce_the_world_model_loss(name: str) -> None:
     replay.extend(world.data[:150])
     unseen = world.data[150:]
     group = world.loss.parameter_groups()["world_model"]
-    optimiser = torch.optim.Adam(group, lr=world.case.lr)
+    optimizer = torch.optim.Adam(group, lr=world.case.lr)
     target_update = SoftUpdate(world.loss, tau=0.01)
 
     def evaluate() -> float:
@@ -336,8 +336,8 @@ def test_updates_reduce_the_world_model_loss(name: str) -> None:
     before = evaluate()
     for _ in range(200):
         world.loss.world_model_loss(replay.sample())[0].backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         target_update.step()
     assert evaluate() < before - world.case.falls
 
@@ -351,13 +351,13 @@ def test_images_tell_reward_and_next_latent_of_transitions_never_seen() -> None:
     replay = make_replay_buffer(800, batch_size=64, window_length=1, seed=0)
     replay.extend(seen)
     loss, encoder = world.loss, world.agent.encoder.acting()
-    optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
     target_update = SoftUpdate(loss, tau=0.02)
     for _ in range(500):
         out = loss(replay.sample())
         sum(out[name] for name in GROUPS).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         target_update.step()
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         now, following = encoder(unseen.copy()), encoder(unseen["next"].copy())["latent"]

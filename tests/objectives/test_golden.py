@@ -269,7 +269,7 @@ def test_number_equals_the_authors(golden: Golden, key: str) -> None:
     found = golden.numbers[key].detach()
     assert found.dtype == torch.float64
     assert found.shape == GOLDEN[key].shape
-    # A gradient entry that cancels to almost nothing is held to the size of its neighbours.
+    # A gradient entry that cancels to almost nothing is held to the size of its neighbors.
     floor = 1e-5 * np.abs(GOLDEN[key]).max()
     np.testing.assert_allclose(found.numpy(), GOLDEN[key], rtol=1e-8, atol=1e-8 * floor)
 

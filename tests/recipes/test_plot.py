@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.plot import read, summarise
+from recipes.plot import read, summarize
 
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes/plot.py"
 
@@ -43,7 +43,7 @@ def test_runs_are_grouped_by_all_but_seed_and_time(tmp_path: Path, capsys) -> No
 
 def test_the_mean_leaves_out_the_outer_quarters() -> None:
     returns = [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 1e6]
-    (row,) = summarise({seed: {7: value} for seed, value in enumerate(returns)})
+    (row,) = summarize({seed: {7: value} for seed, value in enumerate(returns)})
     assert row[:3] == (7, 8, pytest.approx(35.0))
     assert row[3] < 35.0 < row[4]
 
@@ -53,15 +53,15 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     hits = 0
     for _ in range(100):
         draws = rng.normal(5.0, 2.0, 20)
-        ((_, _, _, low, high),) = summarise({s: {0: float(x)} for s, x in enumerate(draws)}, 300)
+        ((_, _, _, low, high),) = summarize({s: {0: float(x)} for s, x in enumerate(draws)}, 300)
         hits += low < 5.0 < high
     assert 84 <= hits <= 100
 
 
 def test_one_seed_has_no_interval_and_few_seeds_no_row() -> None:
-    assert summarise({0: {1: 3.0}}) == [(1, 1, 3.0, 3.0, 3.0)]
+    assert summarize({0: {1: 3.0}}) == [(1, 1, 3.0, 3.0, 3.0)]
     curves = {0: {1: 1.0, 2: 1.0}, 1: {1: 1.0}, 2: {1: 1.0}}
-    assert [row[0] for row in summarise(curves)] == [1]
+    assert [row[0] for row in summarize(curves)] == [1]
 
 
 def test_the_script_draws_and_writes(tmp_path: Path, monkeypatch, capsys) -> None:

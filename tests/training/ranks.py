@@ -42,7 +42,7 @@ class GivenBatches:
 
 
 def generated_rows(tensordict: TensorDictBase) -> torch.Tensor:
-    """The same rows of the batch in one process and in two: pairs of neighbours alternate."""
+    """The same rows of the batch in one process and in two: pairs of neighbors alternate."""
     step = 2 if tensordict.shape[0] > 4 else 1
     return torch.arange(tensordict.shape[0]) // step % 2 == 0
 

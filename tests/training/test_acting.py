@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from alm_torchrl.training import PolicyCopy, SentPolicy, StampedPolicy, make_trainer
-from tests.synchronisation import HostReads
+from tests.synchronization import HostReads
 
 
 class Constant(nn.Module):

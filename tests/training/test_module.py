@@ -88,7 +88,7 @@ def test_a_run_learns_and_leaves_everything_behind(make_module, tmp_path: Path) 
     assert ALMAgent.load(tmp_path / "agent_last.pt").config == module.agent.config
 
 
-def test_a_checkpoint_restores_loss_and_optimiser(make_module, tmp_path: Path) -> None:
+def test_a_checkpoint_restores_loss_and_optimizer(make_module, tmp_path: Path) -> None:
     module = make_module()
     trainer(tmp_path).fit(module)
     content = newest_state(tmp_path)
@@ -279,7 +279,7 @@ def test_a_video_of_the_trained_policy(make_module, tmp_path: Path) -> None:
     from torchrl.envs.transforms import Transform
 
     class Paint(Transform):
-        """Frames of one grey, brighter from step to step."""
+        """Frames of one gray, brighter from step to step."""
 
         def _call(self, next_tensordict):
             self.count = getattr(self, "count", 0) + 10
@@ -330,5 +330,5 @@ def test_running_statistics_of_several_processes_are_refused(make_module) -> Non
     module.trainer = SimpleNamespace(world_size=2, global_rank=0)
     module.on_fit_start()
     module.agent.encoder.network.update_statistics = print
-    with pytest.raises(MisconfigurationException, match=r"run\.devices=1, or .*normalise=False"):
+    with pytest.raises(MisconfigurationException, match=r"run\.devices=1, or .*normalize=False"):
         module.on_fit_start()

@@ -1,4 +1,4 @@
-"""One update: what is minimised, clipped, skipped and compiled, and that the host is not asked."""
+"""One update: what is minimized, clipped, skipped and compiled, and that the host is not asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from alm_torchrl.training import ALMModule, CapturedUpdate, Update
-from tests.synchronisation import HostReads
+from tests.synchronization import HostReads
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_norm_that_is_not_finite_changes_nothing_and_is_named(
     assert all(map(torch.equal, weights(module), before))
     with pytest.raises(FloatingPointError, match=f"norm of the {group!r} loss is not finite"):
         update.check()
-    update(third)  # the optimiser is sound, and what happened is not forgotten
+    update(third)  # the optimizer is sound, and what happened is not forgotten
     assert not any(map(torch.equal, weights(module), before))
     assert all(value.isfinite().all() for value in weights(module))
     with pytest.raises(FloatingPointError):

@@ -50,7 +50,7 @@ def make_collector(
         create_env: a function without arguments that makes the environment (picklable for the
             kinds with workers), or an environment (``kind="sync"`` alone).
         policy: the acting policy; ``None`` acts at random throughout. With ``kind="sync"`` and the
-            policy on ``device`` its parameters are shared, and an optimiser's step acts at once.
+            policy on ``device`` its parameters are shared, and an optimizer's step acts at once.
             Workers act with what ``collector.update_policy_weights_()`` sent last.
         frames_per_batch: frames in a batch, over all the environments it comes from.
         total_frames: frames after which iteration stops; -1 for never.

@@ -41,7 +41,7 @@ class JournalPart:
         """Raises an :class:`OSError` unless the file is in the folder as it was written."""
         path = folder / self.file
         if not path.is_file():
-            raise OSError(f"{path} is lacking")
+            raise OSError(f"{path} is missing")
         if sha256(path) != self.sha256:
             raise OSError(f"{path} is not as it was written")
 

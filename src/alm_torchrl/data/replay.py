@@ -3,7 +3,7 @@
 The parts are TorchRL's: a :class:`~torchrl.data.ReplayBuffer` on a memory or memory-mapped storage,
 a :class:`~torchrl.data.RandomSampler` that draws every stored transition with the same probability,
 and a sample unit, :class:`Windows`, that turns each draw into the window that starts there. What is
-added here is small: which keys are stored, windows that are found without a word from the host
+added here is small: which keys are stored, windows that are computed without host synchronization
 (:class:`~torchrl.data.Sequence` waits for a GPU), the ``[B, T]`` shape of a sample with its mask,
 stacked frames that are stored once, and the end of an episode where a restored buffer goes on.
 """
@@ -371,7 +371,7 @@ class WindowReplayBuffer(ReplayBuffer):
             self._load_frames(state_dict["frames"])
         self._go_on()
 
-    def _normalise(self, data: TensorDictBase) -> None:
+    def _normalize(self, data: TensorDictBase) -> None:
         """Gives flags, reward and action one shape and type; any flag is an end, ``"done"``."""
         outcome, ended = data.get("next"), None
         for name in OUTCOME_KEYS[1:]:
@@ -440,7 +440,7 @@ class WindowReplayBuffer(ReplayBuffer):
                 store.take_over(self._time_steps(rows), self.storage.get(slice(None))[key])
 
     def _time_steps(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which time steps lie in these rows of the storage, without a word from the device."""
+        """Which time steps lie in these rows of the storage, without host synchronization."""
         newest = (self.writer.state_dict()["_cursor"] - 1) % self.max_steps
         return self.steps_written - 1 - (newest - rows) % self.max_steps
 
@@ -481,7 +481,7 @@ class WindowReplayBuffer(ReplayBuffer):
             raise KeyError(
                 f"a batch for the replay buffer lacks one of {self.stored_keys}: {error}"
             ) from None
-        self._normalise(data)
+        self._normalize(data)
         shape = data.shape
         steps = shape[-1] if len(shape) > 1 or (shape and self.num_envs == 1) else 1
         if prod(shape) != self.num_envs * steps:

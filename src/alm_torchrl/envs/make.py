@@ -361,8 +361,8 @@ def _check_transforms(transforms: Sequence[Transform]) -> None:
                 raise ValueError(
                     f"{type(part).__name__} keeps running statistics, which an evaluation does "
                     "not share, the replay buffer would mix and no agent's file would hold: "
-                    "normalize in the encoder (MLPEncoder(normalise=True), encoder="
-                    "mlp_normalised), or by fixed numbers (ObservationNorm(loc, scale))"
+                    "normalize in the encoder (MLPEncoder(normalize=True), encoder="
+                    "mlp_normalized), or by fixed numbers (ObservationNorm(loc, scale))"
                 )
 
 

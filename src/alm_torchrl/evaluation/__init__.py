@@ -4,7 +4,7 @@ from alm_torchrl.evaluation.bias import (
     Bias,
     UnknownReturnsError,
     monte_carlo_returns,
-    normalised_bias,
+    normalized_bias,
     value_bias,
     visit,
 )
@@ -32,7 +32,7 @@ __all__ = [
     "lower_bound",
     "model_error",
     "monte_carlo_returns",
-    "normalised_bias",
+    "normalized_bias",
     "rollout_error",
     "value_bias",
     "visit",

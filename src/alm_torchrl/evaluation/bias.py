@@ -20,7 +20,7 @@ __all__ = [
     "Bias",
     "UnknownReturnsError",
     "monte_carlo_returns",
-    "normalised_bias",
+    "normalized_bias",
     "value_bias",
     "visit",
 ]
@@ -34,11 +34,11 @@ class Bias(NamedTuple):
     """What the estimates of a loss are off by, over the states of a rollout."""
 
     value: Tensor
-    """Normalised bias of the smallest action value, a mean over states."""
+    """Normalized bias of the smallest action value, a mean over states."""
     value_std: Tensor
     """Its standard deviation over states."""
     bound: Tensor
-    """Normalised bias of the K-step bound."""
+    """Normalized bias of the K-step bound."""
     bound_std: Tensor
     """Its standard deviation over states."""
     monte_carlo: Tensor
@@ -98,7 +98,7 @@ def monte_carlo_returns(
     return reward2go(reward, done, gamma), ends | (gamma**remaining <= tail)
 
 
-def normalised_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
+def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and standard deviation of :math:`(\mathrm{estimate} - G) / |\mathrm{mean}\, G|`.
 
     As Chen et al. (2021, REDQ) plot it: the error of each state over the size of the mean return.
@@ -111,7 +111,7 @@ def normalised_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
         Both over the ``N`` states, scalars.
 
     Examples:
-        >>> normalised_bias(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0]))
+        >>> normalized_bias(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0]))
         (tensor(0.), tensor(0.5000))
     """
     errors = (estimate - returns) / returns.mean().abs()
@@ -129,7 +129,7 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
             :func:`monte_carlo_returns`.
 
     Returns:
-        The normalised biases; positive ones overestimate.
+        The normalized biases; positive ones overestimate.
 
     Raises:
         UnknownReturnsError: if no state is far enough from the end of its episode or of the
@@ -152,8 +152,8 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
     value = loss.value(latent, action).squeeze(-1)
     bound = lower_bound(loss, latent, action).squeeze(-1)
     return Bias(
-        *normalised_bias(value, returns),
-        *normalised_bias(bound, returns),
+        *normalized_bias(value, returns),
+        *normalized_bias(bound, returns),
         returns.mean(),
         rows.sum(),
     )

@@ -1,4 +1,4 @@
-"""The lower bound on the return that ALM maximises."""
+"""The lower bound on the return that ALM maximizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["lower_bound"]
 
 @torch.no_grad()
 def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> Tensor:
-    r"""The K-step bound from given latents, along one imagined rollout, as ALM maximises it.
+    r"""The K-step bound from given latents, along one imagined rollout, as ALM maximizes it.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \left(r(z_t, a_t) + c \cdot \mathrm{logratio}_t\right)
               + \gamma^K \min_i Q_i(z_K, a_K)

@@ -41,7 +41,7 @@ def effective_rank(latents: Tensor) -> Tensor:
 
     .. math:: \exp\Big(-\sum_d p_d \log p_d\Big), \qquad p_d = \sigma_d / \sum_k \sigma_k
 
-    over the singular values of the centred latents (Roy and Vetterli, 2007). It is ``D`` if they
+    over the singular values of the centered latents (Roy and Vetterli, 2007). It is ``D`` if they
     vary alike in all directions, 1 if in one alone.
 
     Args:

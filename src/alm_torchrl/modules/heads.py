@@ -1,4 +1,4 @@
-"""What a network's output says about the latent: the choice of its distribution.
+"""Output heads that map features to the latent distribution.
 
 Encoder and latent dynamics need the same one: ``LatentDynamics(..., head=encoder.head)``.
 """
@@ -145,9 +145,9 @@ class FixedScaleHead(_Normal):
 @described
 @dataclass(frozen=True)
 class LayerNormHead(FixedScaleHead):
-    """A layer-normalised location (mean 0, variance 1 over the latent) with a fixed scale.
+    """A layer-normalized location (mean 0, variance 1 over the latent) with a fixed scale.
 
-    The normalisation has no parameters of its own. A sample carries noise around a location on
+    The normalization has no parameters of its own. A sample carries noise around a location on
     that sphere.
 
     Args:

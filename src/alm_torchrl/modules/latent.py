@@ -132,7 +132,7 @@ class LatentModule(ProbabilisticTensorDictSequential):
         return acting
 
     def update_statistics(self, tensordict: TensorDictBase) -> None:
-        """Moves running statistics of the inputs on, if the network keeps any.
+        """Updates the running input statistics, if the network keeps any.
 
         It calls ``network.update_statistics(*inputs)`` where there is such a method. The losses
         never do, so that evaluating one twice gives the same result twice.
@@ -159,7 +159,7 @@ class GaussianLatentModule(LatentModule):
     r"""Wraps any torch module into a softly bounded diagonal Normal over a latent.
 
     It writes ``<latent>_loc``, ``<latent>_scale`` and a sample ``<latent>``, each ``[..., D]``.
-    The sample is drawn with a reparameterised gradient unless the exploration type asks for the
+    The sample is drawn with a reparameterized gradient unless the exploration type asks for the
     mean. It is :class:`LatentModule` with a :class:`GaussianHead`: give it a module that maps the
     observations to ``[..., 2 * D]``, and it is an encoder of your own.
 

@@ -28,9 +28,9 @@ class FullPrecisionLinear(nn.Linear):
 
 
 def orthogonal_init(module: nn.Module) -> nn.Module:
-    """Initialises every linear layer orthogonally (gain 1) with zero biases, as ALM does.
+    """Initializes every linear layer orthogonally (gain 1) with zero biases, as ALM does.
 
-    Convolutions are initialised orthogonally with the gain of a ReLU.
+    Convolutions are initialized orthogonally with the gain of a ReLU.
 
     Args:
         module: the network, changed in place.
@@ -73,7 +73,7 @@ def plain_mlp(in_features: int, out_features: int, hidden_dim: int) -> nn.Module
 class TrunkMLP(nn.Sequential):
     """Linear-LayerNorm-Tanh-Linear-ELU-Linear, the network of reward, classifier and values.
 
-    The normalised and squashed first layer keeps these heads stable on latents that reach +-30.
+    The normalized and squashed first layer keeps these heads stable on latents that reach +-30.
 
     Args:
         in_features: size of the concatenated inputs.

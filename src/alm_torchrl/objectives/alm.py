@@ -28,17 +28,17 @@ LOSS_KEYS = ("loss_world_model", "loss_reward", "loss_classifier", "loss_value",
 Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifier"]
 #: Which parameters encode what the dynamics should predict, and what all other terms start from.
 LatentTarget = Literal["moving_average", "stop_gradient", "online"]
-#: What the actor maximises.
+#: What the actor maximizes.
 ActorObjective = Literal["lambda_returns", "bound", "value"]
 
 
 class ALMLoss(RolloutLoss):
     r"""The objective of Aligned Latent Models (Ghugare et al., ICLR 2023, arXiv 2209.08466).
 
-    Encoder, latent dynamics and policy maximise one lower bound on the return; reward, transition
+    Encoder, latent dynamics and policy maximize one lower bound on the return; reward, transition
     classifier and action values are fitted beside them. The five losses come out of one call, and
-    each gives a gradient to its own networks alone, so that their sum can be minimised with one
-    backward pass and one optimiser:
+    each gives a gradient to its own networks alone, so that their sum can be minimized with one
+    backward pass and one optimizer:
 
     ================== ========================================= ==================================
     loss               trains                                    lets gradients pass through
@@ -66,7 +66,7 @@ class ALMLoss(RolloutLoss):
       ``short_windows="drop"``.
     * One batch serves all terms, where theirs draws windows and transitions apart: call the
       per-term methods with batches of your own.
-    * All terms are evaluated before any optimiser moves: step after each per-term method.
+    * All terms are evaluated before any optimizer moves: step after each per-term method.
 
     Args:
         encoder: observations to a distribution over the latent, such as
@@ -293,7 +293,7 @@ class ALMLoss(RolloutLoss):
         if value_type is None:
             return self
         if "lmbda" in hyperparams:
-            # TorchRL's vectorised form is silently wrong under torch.compile.
+            # TorchRL's vectorized form is silently wrong under torch.compile.
             hyperparams.setdefault("vectorized", False)
         dispatch_value_estimator(
             self,
@@ -302,7 +302,7 @@ class ALMLoss(RolloutLoss):
             value_network=None,
             **hyperparams,
         )
-        if self.value_type is ValueEstimators.TD1:  # always vectorised there
+        if self.value_type is ValueEstimators.TD1:  # always vectorized there
             return self.make_value_estimator(ValueEstimators.TDLambda, lmbda=1.0, **hyperparams)
         return self
 

@@ -1,4 +1,4 @@
-"""What :class:`~alm_torchrl.objectives.ALMLoss` accepts, and how it says what it does not."""
+"""Input and network validation for :class:`~alm_torchrl.objectives.ALMLoss`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torchrl.objectives import LossModule
 
 from alm_torchrl.objectives.checks import check_networks, check_output, explained
 
-__all__ = ["ComponentLoss", "match_compiled", "parametrised"]
+__all__ = ["ComponentLoss", "match_compiled", "parametrized"]
 
 
 class ComponentLoss(LossModule):
@@ -145,7 +145,7 @@ class ComponentLoss(LossModule):
     def _output(self, name: str, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """The output of a deterministic network with the given parameters."""
         network = getattr(self, name)
-        with parametrised(network, params), explained(name, network, tensordict):
+        with parametrized(network, params), explained(name, network, tensordict):
             output = network(tensordict.copy()).get(network.out_keys[-1])
         check_output(name, network.out_keys[-1], output, tensordict.batch_size)
         return output
@@ -155,7 +155,7 @@ class ComponentLoss(LossModule):
     ) -> TensorDictBase:
         """The parameters of a network's distribution, to be stacked or indexed."""
         network = getattr(self, name)
-        with parametrised(network, params), explained(name, network, tensordict):
+        with parametrized(network, params), explained(name, network, tensordict):
             return network.get_dist_params(tensordict.copy()).select(*network.dist_params_keys)
 
     def _distribution(
@@ -217,7 +217,7 @@ def _share_untrained(source: TensorDictParams, target: Any) -> None:
 
 
 @contextmanager
-def parametrised(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
+def parametrized(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
     """Runs a network with other parameters, and gives it its own back whatever happens.
 
     As a context manager, ``TensorDict.to_module`` leaves them exchanged after an exception.

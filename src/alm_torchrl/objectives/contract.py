@@ -43,7 +43,7 @@ class Encoder(Protocol):
     * ``entropy()``;
     * a KL divergence: diagonal Normals and ``OneHotGroups`` have theirs, any other pair one that
       is registered with ``torch.distributions.register_kl``. ``KL(dynamics || encoder)`` is what
-      is minimised.
+      is minimized.
 
     Parameters and statistics are ``nn.Parameter`` or buffers; evaluating the encoder changes
     neither them nor the input; and it is deterministic under ``ExplorationType.DETERMINISTIC``. An
@@ -116,7 +116,7 @@ def check_encoder(
         4
         >>> check_encoder(MLPEncoder(3, 4, 8, in_keys=["pixels"]), spec)
         Traceback (most recent call last):
-        ValueError: MLPEncoder is no encoder yet:
+        ValueError: MLPEncoder does not satisfy the encoder contract:
         - it reads 'pixels', which the observation spec lacks: it has observation; ...
     """
     findings: list[str] = []
@@ -127,7 +127,9 @@ def check_encoder(
             check.against(size, dynamics, action_spec, latent_dim)
     if findings or size is None:
         lines = "\n- ".join(findings)
-        raise ValueError(f"{type(encoder).__name__} is no encoder yet:\n- {lines}")
+        raise ValueError(
+            f"{type(encoder).__name__} does not satisfy the encoder contract:\n- {lines}"
+        )
     return size
 
 

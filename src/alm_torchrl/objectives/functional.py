@@ -263,13 +263,13 @@ def log_return_bound(reward: Tensor, log_ratio: Tensor, value: Tensor, gamma: Te
 
     Its mean over trajectories whose latents come from the model is at most
     :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` under the real ones, if rewards and
-    values are those of the states. See :func:`k_step_bound` for what is maximised in practice.
+    values are those of the states. See :func:`k_step_bound` for what is maximized in practice.
 
     Args:
         reward: positive rewards, ``[..., K, 1]``.
         log_ratio: of encoder to model in nats, or the negated divergence of the model from the
             encoder, ``[..., K, 1]``.
-        value: normalised value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
+        value: normalized value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
             state and action, ``[..., 1]``.
         gamma: discount, a scalar.
 

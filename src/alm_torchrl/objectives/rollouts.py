@@ -1,4 +1,4 @@
-"""What the terms of the objective are made of: checked batches, and rollouts of the model."""
+"""Batch preparation and latent rollouts shared by the loss terms."""
 
 from __future__ import annotations
 

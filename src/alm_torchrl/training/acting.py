@@ -1,4 +1,4 @@
-"""Acting that does not wait for a GPU, or happens elsewhere, with weights that know their age."""
+"""Policies for collection: CPU copies and version-stamped weights."""
 
 from __future__ import annotations
 

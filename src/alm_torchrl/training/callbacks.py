@@ -50,11 +50,11 @@ class EvaluationSchedule(L.Callback):
 class LearningCurve(L.Callback):
     """Keeps the evaluations as ``curve.csv`` and draws them as ``curve.png``.
 
-    Both are rewritten after every evaluation, so that they stand whenever a run ends. A row holds
-    the step (the authors' counter, without the warm-up), the seed, the mean return, its standard
-    deviation over episodes, all frames, and the seconds since the start. A checkpoint holds the
-    rows too: a file that does not begin with them when a run goes on is written again from them,
-    and what was there is kept as ``curve.csv.kept``, with a warning.
+    Both are rewritten after every evaluation, so they exist even if the run is interrupted. A row
+    holds the step (the authors' counter, without the warm-up), the seed, the mean return, its
+    standard deviation over episodes, all frames, and the seconds since the start. A checkpoint
+    holds the rows too: a file that does not begin with them when a run goes on is written again
+    from them, and what was there is kept as ``curve.csv.kept``, with a warning.
 
     Args:
         folder: where the two files go.
@@ -203,8 +203,8 @@ class StopOnSignal(L.Callback):
     Before the first update there is nothing to keep: a run of one process ends after the frames
     that it is collecting.
 
-    SIGTERM is what cluster managers send before they take a machine away. A second signal ends the
-    run at once, without. Of several processes, all end after the same update, whichever of them
+    SIGTERM is what cluster managers send before they take a machine away. A second signal aborts
+    without a checkpoint. Of several processes, all end after the same update, whichever of them
     has got the signal: they ask each other before every update on a CPU, and on a GPU before every
     ``log_every``-th, since the answer has to be waited for.
 

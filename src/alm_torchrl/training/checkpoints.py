@@ -150,7 +150,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
 def _check_archive(path: Path, size: int | None) -> None:
     """Raises an :class:`OSError` unless a file has its size, and unpacks to no more than that."""
     if not path.is_file():
-        raise OSError(f"{path} is lacking")
+        raise OSError(f"{path} is missing")
     if size is not None and path.stat().st_size != size:
         raise OSError(f"{path} has {path.stat().st_size} bytes, not the {size} that were written")
     try:
@@ -181,7 +181,7 @@ def _compare_versions(checkpoint: Checkpoint, before: Mapping[str, str]) -> None
 class Checkpoints(L.Callback):
     """Keeps everything that a run needs to go on: the last few checkpoints, and the replay buffer.
 
-    A checkpoint is a folder ``update-<n>`` with Lightning's state (networks, targets, optimiser,
+    A checkpoint is a folder ``update-<n>`` with Lightning's state (networks, targets, optimizer,
     counters, callbacks and every random generator) and a manifest with checksums and versions.
     The replay buffer is written to ``replay-0`` beside it, each transition once. A folder gets its
     name when all that belongs to it is on the disk, so that a run can be killed at any moment.

@@ -242,6 +242,6 @@ def _check_finite(data: TensorDictBase, frames: int) -> None:
     for key, leaf in data.items(include_nested=True, leaves_only=True):
         if leaf.is_floating_point() and not leaf.isfinite().all():
             raise EnvironmentFailedError(
-                f"a value that is not finite was collected in {key!r} after frame {frames}: a "
+                f"non-finite value in {key!r} after frame {frames}: a "
                 "simulation may have diverged, or the action range is too large"
             )

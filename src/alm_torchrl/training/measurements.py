@@ -135,7 +135,7 @@ class Measurement(L.Callback):
 
 
 class ValueBias(Measurement):
-    """The normalised bias of action values and bound, as ``bias.csv`` and ``bias.png``.
+    """The normalized bias of action values and bound, as ``bias.csv`` and ``bias.png``.
 
     See :func:`alm_torchrl.evaluation.value_bias`. Where a time limit hides every return, the run
     goes on: it warns, and the numbers are NaN.

@@ -34,7 +34,7 @@ __all__ = ["ALMModule"]
 class ALMModule(L.LightningModule):
     """One update for every batch of experience, and an evaluation as the validation step.
 
-    All five losses are minimised by one backward pass and one optimiser with a parameter group
+    All five losses are minimized by one backward pass and one optimizer with a parameter group
     for each of :meth:`ALMLoss.parameter_groups`; the norm of each group's gradient is clipped
     apart, and a norm that is not finite stops the run before it does damage. The target networks
     follow after every update. See :class:`~alm_torchrl.training.Update`.
@@ -70,7 +70,7 @@ class ALMModule(L.LightningModule):
             evaluated.
 
     In a trainer of several processes (Lightning's ``ddp``), each has an agent, a loss, experience
-    and random numbers of its own, and the gradients are averaged over them. The first evaluates.
+    and random numbers of its own, and the gradients are averaged over them. Only rank 0 evaluates.
     """
 
     def __init__(
@@ -152,13 +152,13 @@ class ALMModule(L.LightningModule):
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
             raise MisconfigurationException(
                 "an encoder that keeps running statistics is trained in one process, since each "
-                "would have its own: take run.devices=1, or build it with normalise=False"
+                "would have its own: take run.devices=1, or build it with normalize=False"
             )
         if self.global_rank > 0:
             torch.manual_seed(rank_seed(torch.initial_seed(), self.global_rank))
 
     def on_train_start(self) -> None:
-        """Builds the update, now that the optimiser, the device and the precision are known."""
+        """Builds the update, now that the optimizer, the device and the precision are known."""
         optimizer = self.trainer.optimizers[0]
         rates = self.learning_rates
         for group in optimizer.param_groups:  # a checkpoint has brought those of the run before

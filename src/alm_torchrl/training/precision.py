@@ -22,7 +22,7 @@ def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision
 
     Args:
         name: ``"32-true"`` for float32; ``"bf16-mixed"`` for matrix products in bfloat16, with
-            weights, optimiser, distributions, targets and the outputs of values, rewards and
+            weights, optimizer, distributions, targets and the outputs of values, rewards and
             classifier left in float32; ``"auto"`` times a matrix product in both on the device,
             and takes bfloat16 where that is 1.5 times as fast.
         device: where the losses are computed.

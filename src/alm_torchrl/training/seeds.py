@@ -19,7 +19,7 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.objectives.components import parametrised
+from alm_torchrl.objectives.components import parametrized
 
 __all__ = [
     "StackedAgent",
@@ -56,7 +56,7 @@ class StackedLoss(nn.Module):
         if keeps_statistics(losses[0].encoder):
             raise ValueError(
                 "an encoder that keeps running statistics is trained one seed at a time: take "
-                "num_seeds=1, or build it with normalise=False"
+                "num_seeds=1, or build it with normalize=False"
             )
         self._stack: TensorDictBase = TensorDict(batch_size=[len(losses)])
         for key in shapes[0]:
@@ -94,7 +94,7 @@ class StackedLoss(nn.Module):
         return torch.vmap(self._one, randomness="different")(self._stack, windows)
 
     def _one(self, parameters: TensorDictBase, windows: TensorDictBase) -> TensorDictBase:
-        with parametrised(self._first, parameters):
+        with parametrized(self._first, parameters):
             return self._first(windows)
 
     def _share(self) -> None:
@@ -105,7 +105,7 @@ class StackedLoss(nn.Module):
                 network[key].data = view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLoss:
-        """Moves the stacked parameters too, in place, since an optimiser holds them."""
+        """Moves the stacked parameters too, in place, since an optimizer holds them."""
         super()._apply(fn, recurse)
         for stacked in self._stack.values(True, True):
             stacked.data = fn(stacked.data)
@@ -195,7 +195,7 @@ class StackedPolicy(TensorDictModuleBase):
         return tensordict.update(out.select(*self.out_keys).reshape(tensordict.shape))
 
     def _one(self, parameters: TensorDictBase, share: TensorDictBase) -> TensorDictBase:
-        with parametrised(self.policies[0], parameters):
+        with parametrized(self.policies[0], parameters):
             return self.policies[0](share)
 
 

@@ -32,7 +32,7 @@ def make_optimizer(
         learning_rates: one rate, or one for each parameter group by name.
 
     Returns:
-        The optimiser; its groups are named.
+        The optimizer; its groups are named.
 
     Raises:
         ValueError: if a learning rate names no group.
@@ -50,7 +50,7 @@ def make_optimizer(
 
 
 class Update:
-    """Losses, one backward pass, clipping by group, optimiser and target networks.
+    """Losses, one backward pass, clipping by group, optimizer and target networks.
 
     Nothing here waits for the device. A gradient norm that is not finite leaves the weights as
     they are, without being looked at by the host, until :meth:`check` raises.
@@ -58,7 +58,7 @@ class Update:
     Args:
         loss: the objective, or those of several seeds.
         optimizer: what :func:`make_optimizer` makes.
-        target_update: moves the target networks after the optimiser.
+        target_update: moves the target networks after the optimizer.
         max_grad_norm: largest gradient norm of a group.
         precision: ``"32-true"``, or ``"bf16-mixed"`` for losses under autocast to bfloat16.
         compiled: whether ``torch.compile`` traces the losses, in the first call.
@@ -108,7 +108,7 @@ class Update:
         norms = torch.stack([self._clip(group["params"]) for group in self.optimizer.param_groups])
         finite = norms.isfinite()
         self.non_finite |= ~finite.reshape(len(norms), -1).all(-1)
-        # What a gradient scaler uses: a fused optimiser reads on the device whether to step.
+        # What a gradient scaler uses: a fused optimizer reads on the device whether to step.
         self.optimizer.found_inf = 1.0 - finite.all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -182,7 +182,7 @@ class CapturedUpdate:
     are copied to where the graph reads, so that all must have the shapes of the first.
 
     Args:
-        update: what is captured; its optimiser must be ``capturable``.
+        update: what is captured; its optimizer must be ``capturable``.
         warmup: calls before the capture, in which memory is allocated and losses are compiled.
     """
 

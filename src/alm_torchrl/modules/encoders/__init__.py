@@ -2,7 +2,7 @@
 
 from alm_torchrl.modules.encoders.frozen import FrozenEncoder
 from alm_torchrl.modules.encoders.history import RecurrentEncoder, WindowEncoder, state_primer
-from alm_torchrl.modules.encoders.normalisation import NormalisedInputs, RunningNorm
+from alm_torchrl.modules.encoders.normalization import NormalizedInputs, RunningNorm
 from alm_torchrl.modules.encoders.pixels import ConvNet, MultiInputEncoder, PixelEncoder
 from alm_torchrl.modules.encoders.vectors import IdentityEncoder, LinearEncoder, MLPEncoder
 
@@ -13,7 +13,7 @@ __all__ = [
     "LinearEncoder",
     "MLPEncoder",
     "MultiInputEncoder",
-    "NormalisedInputs",
+    "NormalizedInputs",
     "PixelEncoder",
     "RecurrentEncoder",
     "RunningNorm",

@@ -11,10 +11,10 @@ from torchrl.data import Composite
 
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
 from alm_torchrl.modules.described import described
-from alm_torchrl.modules.encoders.normalisation import (
-    NormalisedInputs,
+from alm_torchrl.modules.encoders.normalization import (
+    NormalizedInputs,
     RunningNorm,
-    centred_bytes,
+    centered_bytes,
 )
 from alm_torchrl.modules.encoders.specs import joined, observation_shapes
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
@@ -69,7 +69,7 @@ class ConvNet(nn.Module):
 
         Bytes are brought to [-0.5, 0.5], floating-point images are taken as they are.
         """
-        flat = centred_bytes(images.reshape(-1, *images.shape[-3:]))
+        flat = centered_bytes(images.reshape(-1, *images.shape[-3:]))
         features = self.trunk(self.convolutions(flat).flatten(1))
         return features.reshape(*images.shape[:-3], -1)
 
@@ -88,7 +88,7 @@ class MultiInputEncoder(LatentModule):
         feature_dim: features of each image.
         channels: channels of the convolutions.
         pad: largest random shift in pixels; 0 for none.
-        normalise: whether the observations pass a :class:`RunningNorm` first. It takes the mean
+        normalize: whether the observations pass a :class:`RunningNorm` first. It takes the mean
             image away, so that what moves is what is encoded; call
             :meth:`ALMAgent.update_statistics` on new data. Without it, images of one background
             have latents so alike that the consistency term makes them the same.
@@ -116,7 +116,7 @@ class MultiInputEncoder(LatentModule):
         feature_dim: int = 50,
         channels: int = 32,
         pad: int = 4,
-        normalise: bool = True,
+        normalize: bool = True,
         head: LatentHead | None = None,
         latent_key: NestedKey = "latent",
     ) -> None:
@@ -141,8 +141,8 @@ class MultiInputEncoder(LatentModule):
         )
         if pad and any(images):
             network = Augmented(network, [RandomShift(pad) if image else None for image in images])
-        if normalise:  # before a shift, which would move the background against its mean
-            network = NormalisedInputs(network, [RunningNorm(*shape) for shape in shapes.values()])
+        if normalize:  # before a shift, which would move the background against its mean
+            network = NormalizedInputs(network, [RunningNorm(*shape) for shape in shapes.values()])
         super().__init__(network, list(shapes), head=head, latent_key=latent_key)
         self.latent_dim = latent_dim
 

@@ -11,7 +11,7 @@ from torchrl.data import Composite
 from torchrl.modules import MLP
 
 from alm_torchrl.modules.described import described
-from alm_torchrl.modules.encoders.normalisation import NormalisedInputs, RunningNorm
+from alm_torchrl.modules.encoders.normalization import NormalizedInputs, RunningNorm
 from alm_torchrl.modules.encoders.specs import joined, observation_shapes
 from alm_torchrl.modules.heads import FixedScaleHead, GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
@@ -21,7 +21,7 @@ __all__ = ["IdentityEncoder", "LinearEncoder", "MLPEncoder"]
 
 
 class _VectorEncoder(LatentModule):
-    """A network on concatenated vectors, which may be normalised first."""
+    """A network on concatenated vectors, which may be normalized first."""
 
     def __init__(
         self,
@@ -30,11 +30,11 @@ class _VectorEncoder(LatentModule):
         latent_dim: int,
         in_keys: Sequence[NestedKey],
         head: LatentHead,
-        normalise: bool,
+        normalize: bool,
         latent_key: NestedKey,
     ) -> None:
-        if normalise:
-            network = NormalisedInputs(network, [RunningNorm(observation_dim)])
+        if normalize:
+            network = NormalizedInputs(network, [RunningNorm(observation_dim)])
         super().__init__(network, in_keys, head=head, latent_key=latent_key)
         self.latent_dim = latent_dim
 
@@ -49,7 +49,7 @@ class MLPEncoder(_VectorEncoder):
         hidden_dim: width of the two hidden layers.
         in_keys: the observations to read, each ``[..., O_i]``; several are concatenated.
         head: the latent's distribution; :class:`GaussianHead` by default.
-        normalise: whether the observations pass a :class:`RunningNorm` first.
+        normalize: whether the observations pass a :class:`RunningNorm` first.
         latent_key: where the latent is written, with the distribution's parameters beside it.
 
     Examples:
@@ -69,12 +69,12 @@ class MLPEncoder(_VectorEncoder):
         *,
         in_keys: Sequence[NestedKey] = ("observation",),
         head: LatentHead | None = None,
-        normalise: bool = False,
+        normalize: bool = False,
         latent_key: NestedKey = "latent",
     ) -> None:
         head = GaussianHead() if head is None else head
         network = _ObservationMLP(observation_dim, head.network_size(latent_dim), hidden_dim)
-        super().__init__(network, observation_dim, latent_dim, in_keys, head, normalise, latent_key)
+        super().__init__(network, observation_dim, latent_dim, in_keys, head, normalize, latent_key)
 
     @classmethod
     def from_spec(
@@ -115,7 +115,7 @@ class LinearEncoder(_VectorEncoder):
         latent_dim: size ``D`` of the latent.
         in_keys: the observations to read, each ``[..., O_i]``; several are concatenated.
         head: the latent's distribution; :class:`GaussianHead` by default.
-        normalise: whether the observations pass a :class:`RunningNorm` first.
+        normalize: whether the observations pass a :class:`RunningNorm` first.
         latent_key: where the latent is written, with the distribution's parameters beside it.
 
     Examples:
@@ -131,12 +131,12 @@ class LinearEncoder(_VectorEncoder):
         *,
         in_keys: Sequence[NestedKey] = ("observation",),
         head: LatentHead | None = None,
-        normalise: bool = False,
+        normalize: bool = False,
         latent_key: NestedKey = "latent",
     ) -> None:
         head = GaussianHead() if head is None else head
         network = _Concatenated(nn.Linear(observation_dim, head.network_size(latent_dim)))
-        super().__init__(network, observation_dim, latent_dim, in_keys, head, normalise, latent_key)
+        super().__init__(network, observation_dim, latent_dim, in_keys, head, normalize, latent_key)
 
     @classmethod
     def from_spec(
@@ -172,14 +172,14 @@ class LinearEncoder(_VectorEncoder):
 class IdentityEncoder(_VectorEncoder):
     """The observations themselves as the latent, with a fixed scale: nothing is learnt here.
 
-    The latent has the observations' size. With ``normalise`` it is comparable across entries, as
+    The latent has the observations' size. With ``normalize`` it is comparable across entries, as
     the divergence to the dynamics, ``|difference| ** 2 / (2 * scale ** 2)``, wants it.
 
     Args:
         observation_dim: total size of the observations at ``in_keys``, and of the latent.
         in_keys: the observations to read, each ``[..., O_i]``; several are concatenated.
-        scale: standard deviation of every entry, in units of the (normalised) observation.
-        normalise: whether the observations pass a :class:`RunningNorm` first.
+        scale: standard deviation of every entry, in units of the (normalized) observation.
+        normalize: whether the observations pass a :class:`RunningNorm` first.
         latent_key: where the latent is written, with the distribution's parameters beside it.
 
     Examples:
@@ -195,7 +195,7 @@ class IdentityEncoder(_VectorEncoder):
         *,
         in_keys: Sequence[NestedKey] = ("observation",),
         scale: float = 0.1,
-        normalise: bool = False,
+        normalize: bool = False,
         latent_key: NestedKey = "latent",
     ) -> None:
         super().__init__(
@@ -204,7 +204,7 @@ class IdentityEncoder(_VectorEncoder):
             observation_dim,
             in_keys,
             FixedScaleHead(scale),
-            normalise,
+            normalize,
             latent_key,
         )
 

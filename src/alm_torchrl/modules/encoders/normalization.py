@@ -1,4 +1,4 @@
-"""Running normalisation of observations."""
+"""Running normalization of observations."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.augmentation import without_augmentation
 from alm_torchrl.modules.encoders.specs import joined
 
-__all__ = ["NormalisedInputs", "RunningNorm", "centred_bytes"]
+__all__ = ["NormalizedInputs", "RunningNorm", "centered_bytes"]
 
 
-def centred_bytes(images: Tensor) -> Tensor:
+def centered_bytes(images: Tensor) -> Tensor:
     """Brings bytes to [-0.5, 0.5], as float32, and leaves floating-point images as they are.
 
     Args:
         images: of any shape.
 
     Examples:
-        >>> centred_bytes(torch.tensor([0, 255], dtype=torch.uint8))
+        >>> centered_bytes(torch.tensor([0, 255], dtype=torch.uint8))
         tensor([-0.5000,  0.5000])
     """
     return images if images.is_floating_point() else images.to(torch.float32) / 255 - 0.5
@@ -70,7 +70,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``[..., *shape]``."""
+        """Normalizes ``[..., *shape]``."""
         x = full_precision(self._values(x))
         scale = (self.variance + self.epsilon).rsqrt()
         return ((x - self.mean) * scale).clamp(-self.clip, self.clip)
@@ -94,24 +94,24 @@ class RunningNorm(nn.Module):
         self.count.copy_(total)
 
     def _values(self, x: Tensor) -> Tensor:
-        return centred_bytes(x) if self.mean.ndim > 1 else joined(x)
+        return centered_bytes(x) if self.mean.ndim > 1 else joined(x)
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         return f"{tuple(self.mean.shape)}, clip={self.clip}, epsilon={self.epsilon}"
 
 
-class NormalisedInputs(nn.Module):
+class NormalizedInputs(nn.Module):
     """A network that reads its inputs through a :class:`RunningNorm`.
 
     ``LatentModule.update_statistics`` finds it by its method :meth:`update_statistics`.
 
     Args:
-        network: what reads the normalised inputs.
+        network: what reads the normalized inputs.
         norms: one for each input. One alone reads all inputs, concatenated.
 
     Examples:
-        >>> network = NormalisedInputs(nn.Linear(3, 8), [RunningNorm(3)])
+        >>> network = NormalizedInputs(nn.Linear(3, 8), [RunningNorm(3)])
         >>> network.update_statistics(torch.randn(10, 1), torch.randn(10, 2))
         >>> network(torch.randn(4, 1), torch.randn(4, 2)).shape
         torch.Size([4, 8])
@@ -123,7 +123,7 @@ class NormalisedInputs(nn.Module):
         self.network = network
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Runs the network on the normalised inputs, each ``[..., O_i]`` or ``[..., C, H, W]``."""
+        """Runs the network on the normalized inputs, each ``[..., O_i]`` or ``[..., C, H, W]``."""
         return self.network(*(norm(value) for norm, value in self._pairs(inputs)))
 
     def update_statistics(self, *inputs: Tensor) -> None:
@@ -131,12 +131,12 @@ class NormalisedInputs(nn.Module):
         for norm, value in self._pairs(inputs):
             norm.update(value)
 
-    def acting(self) -> NormalisedInputs:
+    def acting(self) -> NormalizedInputs:
         """The same statistics and network, without augmentation; itself if there is none."""
         network = without_augmentation(self.network)
         if network is self.network:
             return self
-        return NormalisedInputs(network, cast("Sequence[RunningNorm]", self.norms))
+        return NormalizedInputs(network, cast("Sequence[RunningNorm]", self.norms))
 
     def _pairs(self, inputs: tuple[Tensor, ...]) -> Iterator[tuple[RunningNorm, Tensor]]:
         if len(self.norms) == 1 < len(inputs):

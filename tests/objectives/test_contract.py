@@ -213,7 +213,7 @@ def test_a_wrong_encoder_is_told_what_to_write(name: str) -> None:
 def test_all_findings_come_at_once() -> None:
     encoder = gaussian(nn.Sequential(nn.Dropout(0.5), PlainTensor()))
     encoder[0].module.append(nn.Linear(8, 12))
-    with pytest.raises(ValueError, match="no encoder yet") as error:
+    with pytest.raises(ValueError, match="does not satisfy the encoder contract") as error:
         check_encoder(encoder, SPEC, LatentDynamics(4, 2, 8), latent_dim=5)
     lines = str(error.value).splitlines()
     assert lines[0] == "GaussianLatentModule does not satisfy the encoder contract:"

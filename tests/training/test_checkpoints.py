@@ -310,8 +310,8 @@ class Failing(Transform):
     ("how", "says"),
     [
         ("raises", "failed after frame 17: ValueError: the joint came off"),
-        ("nan", "not finite was collected in .*observation.* after frame 17"),
-        ("inf", "not finite was collected in .*reward.* after frame 17"),
+        ("nan", "non-finite value in .*observation.* after frame 17"),
+        ("inf", "non-finite value in .*reward.* after frame 17"),
     ],
 )
 def test_an_environment_that_fails_loses_nothing(make_module, tmp_path, how, says) -> None:

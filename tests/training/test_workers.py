@@ -240,7 +240,7 @@ def test_weights_sent_less_often_are_older(tmp_path) -> None:
     ("kind", "how", "says"),
     [
         ("multi", "raises", "failed after frame 60: .*the joint came off"),
-        ("multi", "nan", "not finite was collected in .*observation.* after frame 60"),
+        ("multi", "nan", "non-finite value in .*observation.* after frame 60"),
         pytest.param("ray", "raises", "frame 60: .*the joint came off", marks=NEEDS_RAY),
     ],
 )

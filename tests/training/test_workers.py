@@ -293,6 +293,13 @@ def test_a_ray_cluster_without_room_is_not_waited_for_without_end() -> None:
         make_collector(CountingEnv, None, remote_configs={"num_cpus": 1000}, **options)
 
 
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_refused(monkeypatch) -> None:
+    folder = "/tmp/" + 90 * "x"
+    monkeypatch.setattr("alm_torchrl.data.workers.get_temp_dir", lambda: folder)
+    with pytest.raises(ValueError, match="longer than 85 bytes: set TMPDIR to a shorter one"):
+        make_collector(CountingEnv, None, kind="multi", num_workers=2, frames_per_batch=20)
+
+
 SCRIPT = """
 import sys
 from alm_torchrl.data import make_collector

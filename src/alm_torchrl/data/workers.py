@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -47,6 +48,7 @@ class _Workers(MultiCollector):
 
     Raises:
         WorkersLostError: if a process does not start.
+        ValueError: if the path of the temporary folder is too long for a socket.
     """
 
     procs: list[Any] = []  # noqa: RUF012 - TorchRL sets it
@@ -65,7 +67,8 @@ class _Workers(MultiCollector):
         self._random_frames = init_random_frames
         self._timeout = timeout
         self._reports, writer = multiprocessing.Pipe(duplex=False)
-        get_temp_dir()  # made before the workers, it is theirs too, to remove if this is killed
+        # Made before the workers, it is theirs too, to remove if this is killed.
+        _check_socket_folder(get_temp_dir())
         options["num_threads"] = torch.get_num_threads()  # the learner keeps those that it has
         options["collector_class"] = partial(Worker, reports=writer)
         try:
@@ -251,6 +254,16 @@ class Worker(Collector):
             with suppress(OSError):
                 self._reports.send(f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
             raise
+
+
+def _check_socket_folder(folder: str) -> None:
+    """Raises if no socket fits into a folder: a worker's batch would be lost without an error."""
+    longest = 103 - len("/listener-xxxxxxxx")
+    if len(os.fsencode(folder)) > longest:
+        raise ValueError(
+            f"workers send batches through sockets in {folder}, whose path is longer than "
+            f"{longest} bytes: set TMPDIR to a shorter one"
+        )
 
 
 def _dead(processes: list[Any]) -> str:

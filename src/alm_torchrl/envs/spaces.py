@@ -34,8 +34,7 @@ def _plain(space: Any) -> tuple[Any, Callable[[Any], Any]]:
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        named = isinstance(space, spaces.Dict)
-        items = space.items() if named else enumerate(space)
+        items = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
         parts = {key: _plain(part) for key, part in items}
         return spaces.Dict({str(key): part for key, (part, _) in parts.items()}), lambda values: {
             str(key): convert(values[key]) for key, (_, convert) in parts.items()

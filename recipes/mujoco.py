@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alm_torchrl.files import one_line
 from alm_torchrl.training import (
     EnvironmentFailedError,
     is_lost_process,
@@ -101,8 +102,8 @@ def fit(config: Config, run: Run) -> None:
             sys.exit(f"another process of this run has ended, for its own reason; resume={folder}")
         if start is None or module.restored:
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        sys.exit(f"{start.folder} does not fit this run, of which nothing was changed: {what}")
+        what = f"does not fit this run, of which nothing was changed: {one_line(error)}"
+        sys.exit(f"{start.folder} {what}")
     finally:
         module.experience.shutdown()
     score = trainer.callback_metrics.get("return")

@@ -42,6 +42,7 @@ from alm_torchrl.envs.transforms import (
     SeededEnv,
     transforms_of,
 )
+from alm_torchrl.files import one_line
 from alm_torchrl.spawned import GUARD_HINT, leave_unguarded_script
 
 __all__ = ["frame_stacks", "make_env"]
@@ -160,10 +161,7 @@ def make_env(
     except (ImportError, OSError, TypeError, ValueError):
         raise
     except Exception as error:
-        message = " ".join(str(error).split())
-        raise EnvironmentFailedError(
-            f"{_name(task)} cannot be made: {type(error).__name__}: {message}"
-        ) from error
+        raise EnvironmentFailedError(f"{_name(task)} cannot be made: {one_line(error)}") from error
     if num_envs > 1:
         # One was made above so that an error is raised in this process, before any worker
         makes = [partial(make, seed=own) for own in seeds]

@@ -13,6 +13,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from alm_torchrl.envs.failures import EnvironmentFailedError, failing_as
+from alm_torchrl.files import one_line
 from alm_torchrl.modules import NoiseSchedule, plain_numbers
 from alm_torchrl.training.acting import PolicyCopy, SentPolicy
 from alm_torchrl.training.seeds import StackedNoise
@@ -192,10 +193,8 @@ class Experience:
         try:
             self.collector.shutdown()
         except Exception as error:  # noqa: BLE001 - an environment may raise anything
-            message = " ".join(str(error).split())
             warnings.warn(
-                f"the environment failed as it was closed: {type(error).__name__}: {message}",
-                stacklevel=2,
+                f"the environment failed as it was closed: {one_line(error)}", stacklevel=2
             )
 
     def _due(self, steps: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from alm_torchrl.training import quiet_notices
+from alm_torchrl.training import silence_library_warnings
 from benchmarks.long import loop, memory
 from benchmarks.measure import alternate, machine, peak_memory
 from benchmarks.report import table, write, write_record
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs the suites one after the other."""
     arguments = parse_arguments()
-    quiet_notices()
+    silence_library_warnings()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     task, device = arguments.task, torch.device(arguments.device)

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from alm_torchrl.data import make_replay_buffer
-from alm_torchrl.training import Experience, make_trainer
+from alm_torchrl.training import ExperienceStream, make_trainer
 from benchmarks.measure import peak_memory, synchronize
 from benchmarks.workloads import QUICKSTART, TASKS, ALMWork, windows
 from recipes.build import make_module
@@ -119,7 +119,7 @@ def loop(
 class _Clock:
     """Measures how long a run waits for its collector, from a given frame on."""
 
-    def __init__(self, experience: Experience, start: int) -> None:
+    def __init__(self, experience: ExperienceStream, start: int) -> None:
         self.experience = experience
         self.start = start
         self.started = time.perf_counter()

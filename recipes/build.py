@@ -19,14 +19,14 @@ from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
+    CPUPolicy,
     Diagnostics,
-    Experience,
+    ExperienceStream,
     Measurement,
-    PolicyCopy,
-    SentPolicy,
+    PolicyPublisher,
     StackedAgent,
-    StampedPolicy,
     ValueBias,
+    VersionedPolicy,
     rank_seed,
     stack_seeds,
 )
@@ -58,7 +58,7 @@ def env_factory(config: Config) -> Callable[..., EnvBase]:
 
 def make_experience_collector(
     config: Config, env: EnvBase, agent: ALMAgent | StackedAgent
-) -> tuple[BaseCollector, PolicyCopy | SentPolicy]:
+) -> tuple[BaseCollector, CPUPolicy | PolicyPublisher]:
     """What collects, in this process or in workers, and what is told of new weights."""
     training, num_seeds = config.training, config.num_seeds
     frames: dict[str, Any] = {
@@ -66,10 +66,10 @@ def make_experience_collector(
         "init_random_frames": training.warmup_steps * num_seeds // num_processes(config),
     }
     if training.collector == "sync":
-        policy = PolicyCopy(agent.policy(), lag=training.policy_lag)
+        policy = CPUPolicy(agent.policy(), lag=training.policy_lag)
         return make_collector(env, policy, **frames), policy
     env.close(raise_if_closed=False)  # each worker makes its own
-    stamped = StampedPolicy(agent.policy())
+    stamped = VersionedPolicy(agent.policy())
     own_envs = training.num_envs // training.num_workers
     collector = make_collector(
         partial(env_factory(config), num_envs=own_envs),
@@ -80,7 +80,7 @@ def make_experience_collector(
         seed=config.seed,
         **frames,
     )
-    return collector, SentPolicy(stamped, collector, training.sync_every)
+    return collector, PolicyPublisher(stamped, collector, training.sync_every)
 
 
 def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModule:
@@ -102,13 +102,13 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         per_env=num_seeds > 1,
         frame_stacks=frame_stacks(env),
     )
-    experience = Experience(
+    experience = ExperienceStream(
         collector,
         replay,
         **pick(training, "total_steps", "warmup_steps", "warmup_updates", "updates_per_step"),
         noise=agent.noise,
         policy=policy,
-        observe=agent.update_statistics if isinstance(agent, ALMAgent) else None,
+        on_batch=agent.update_statistics if isinstance(agent, ALMAgent) else None,
         num_seeds=num_seeds,
         num_processes=processes,
     )

@@ -33,7 +33,7 @@ from alm_torchrl.training import (
     EnvironmentFailedError,
     is_lost_process,
     make_trainer,
-    quiet_notices,
+    silence_library_warnings,
 )
 from recipes.build import env_factory, make_measurements, make_module
 from recipes.config import Config, pick
@@ -120,7 +120,7 @@ def _kept(folder: Path) -> str:
 
 def launch(config_name: str) -> None:
     """Reads the command line and trains; a mistake costs one line."""
-    quiet_notices()
+    silence_library_warnings()
     register_names()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that an error in an option arrives here
     options = {

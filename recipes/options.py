@@ -100,7 +100,7 @@ class Objective:
     reward_term: bool = fixed(before=True)  # rewards in the world-model loss
     value_term: bool = fixed(before=True)  # the value at the window's end in the world-model loss
     consistency: str = fixed(before="reverse_kl")  # or forward_kl, squared_distance, classifier
-    consistency_target: float | None = fixed(before=None)  # level that a learnt weight holds it at
+    consistency_level: float | None = fixed(before=None)  # level that a learnt weight holds it at
     latent_target: str = fixed(before="moving_average")  # or stop_gradient, online
     actor_objective: str = fixed(before="lambda_returns")  # or bound, value (without the model)
     value_expansion: bool = fixed(before=False)  # value targets from imagined returns

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alm_torchrl.files import replacing
+from alm_torchrl.files import atomic_write
 from recipes.config import Config, declarations
 
 #: What helps against files of a run that are not as they were.
@@ -29,7 +29,7 @@ def write_config(folder: Path, config: Config) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    with replacing(folder / "config.yaml") as file:
+    with atomic_write(folder / "config.yaml") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(vars(config))).encode())
 
 

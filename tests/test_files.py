@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from alm_torchrl import files
-from alm_torchrl.files import load_tensors, replacing, save_tensors, set_aside
+from alm_torchrl.files import atomic_write, load_tensors, save_tensors, set_aside
 
 
 def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     (tmp_path / "note.txt.partial").symlink_to("precious.txt")
-    with replacing(tmp_path / "note.txt") as file:
+    with atomic_write(tmp_path / "note.txt") as file:
         file.write(b"whole")
     assert (tmp_path / "precious.txt").read_text() == "mine"
     assert (tmp_path / "note.txt").read_text() == "whole"
@@ -26,7 +26,7 @@ def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("before")
-    with pytest.raises(TypeError), replacing(tmp_path / "note.txt") as file:
+    with pytest.raises(TypeError), atomic_write(tmp_path / "note.txt") as file:
         file.write("half")
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
     assert (tmp_path / "note.txt").read_text() == "before"
@@ -115,7 +115,7 @@ def test_files_are_written_where_folders_cannot_be_opened(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | {"name": "nt", "open": refuse}))
-    with replacing(tmp_path / "note.txt") as file:
+    with atomic_write(tmp_path / "note.txt") as file:
         file.write(b"whole")
     assert (tmp_path / "note.txt").read_text() == "whole"
     save_tensors({"weight": torch.zeros(3)}, tmp_path / "agent.pt")

@@ -14,11 +14,19 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["load_tensors", "one_line", "replacing", "save_tensors", "set_aside", "sha256", "sync"]
+__all__ = [
+    "atomic_write",
+    "load_tensors",
+    "one_line",
+    "save_tensors",
+    "set_aside",
+    "sha256",
+    "sync",
+]
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a file that appears under its name once it is whole and on the disk, and not before.
 
     Args:
@@ -31,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     Examples:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> with replacing(folder / "note.txt") as file:
+        >>> with atomic_write(folder / "note.txt") as file:
         ...     _ = file.write(b"whole")
         >>> [found.name for found in folder.iterdir()]
         ['note.txt']
@@ -121,7 +129,7 @@ def save_tensors(content: Any, path: str | Path) -> None:
         ValueError: if something in it would not be read again, such as a number of NumPy's.
         OSError: if it cannot be written.
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         torch.save(content, file)
         file.seek(0)
         try:  # without the tensors' numbers

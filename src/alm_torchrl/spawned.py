@@ -9,7 +9,7 @@ import sys
 import threading
 from multiprocessing.util import get_temp_dir
 
-__all__ = ["GUARD_HINT", "end_with_parent", "leave_unguarded_script"]
+__all__ = ["GUARD_HINT", "exit_with_parent", "leave_unguarded_script"]
 
 #: What to look at where a process has ended before it could say why.
 GUARD_HINT = (
@@ -28,7 +28,7 @@ def leave_unguarded_script() -> None:
         sys.exit(1)
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Has this process end when the one that started it is gone, whatever it is doing then."""
     parent = multiprocessing.parent_process()
     if parent is not None:

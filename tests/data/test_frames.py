@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.envs import CatFrames, SerialEnv, TransformedEnv
 
 from alm_torchrl.data import (
-    ReplayJournal,
+    IncrementalReplay,
     WindowReplayBuffer,
     bytes_per_transition,
     make_collector,
@@ -162,7 +162,10 @@ def test_a_journal_brings_every_frame_back(tmp_path: Path, lanes, longest, reset
     """Over several restarts, the ring having turned, with parts that are wanted in part."""
     source = Source(lanes, longest, reset)
     compact, plain = make(lanes, 20, STACKS), make(lanes, 20, None)
-    journals = [ReplayJournal(compact, tmp_path / "c"), ReplayJournal(plain, tmp_path / "p")]
+    journals = [
+        IncrementalReplay(compact, tmp_path / "c"),
+        IncrementalReplay(plain, tmp_path / "p"),
+    ]
     for counts in ([13, 2], [9, 1, 1, 1], [20], [3, 11], [1]):
         for count in counts:
             data = source.steps(count)
@@ -170,7 +173,10 @@ def test_a_journal_brings_every_frame_back(tmp_path: Path, lanes, longest, reset
             plain.extend(data)
         parts = [journal.save() for journal in journals]
         compact, plain = make(lanes, 20, STACKS), make(lanes, 20, None)
-        journals = [ReplayJournal(compact, tmp_path / "c"), ReplayJournal(plain, tmp_path / "p")]
+        journals = [
+            IncrementalReplay(compact, tmp_path / "c"),
+            IncrementalReplay(plain, tmp_path / "p"),
+        ]
         for journal, written in zip(journals, parts, strict=True):
             journal.load(written)
         assert_same_windows(compact, plain)
@@ -180,7 +186,10 @@ def test_a_journal_brings_every_frame_back(tmp_path: Path, lanes, longest, reset
 def test_a_journal_writes_each_frame_once(tmp_path: Path):
     source = Source(1, longest=50, reset="same")
     compact, plain = make(1, 1000, {"pixels": STACK}), make(1, 1000, None)
-    journals = [ReplayJournal(compact, tmp_path / "c"), ReplayJournal(plain, tmp_path / "p")]
+    journals = [
+        IncrementalReplay(compact, tmp_path / "c"),
+        IncrementalReplay(plain, tmp_path / "p"),
+    ]
     for _ in range(2):
         data = source.steps(400)
         for buffer, journal in zip((compact, plain), journals, strict=True):
@@ -194,9 +203,9 @@ def test_a_journal_writes_each_frame_once(tmp_path: Path):
 def test_a_journal_of_other_stacks_is_refused(tmp_path: Path):
     compact = make(1, 20, STACKS)
     compact.extend(Source(1, 5, "same").steps(10))
-    parts = ReplayJournal(compact, tmp_path).save()
+    parts = IncrementalReplay(compact, tmp_path).save()
     with pytest.raises(ValueError, match="take the same frame_stacks"):
-        ReplayJournal(make(1, 20, None), tmp_path).load(parts)
+        IncrementalReplay(make(1, 20, None), tmp_path).load(parts)
 
 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
@@ -215,7 +224,7 @@ def test_saving_as_a_whole(tmp_path: Path, how, written, storage):
         restored.loads(tmp_path / "buffer")
     else:
         restored.load_state_dict(compact.state_dict())
-    plain.close_episodes()
+    plain.truncate_open_episodes()
     source.lanes = [source.start() for _ in range(2)]
     for count in (0, 1, 7, 20):
         if count:

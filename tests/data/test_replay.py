@@ -297,7 +297,7 @@ def test_rollouts_one_after_the_other_are_not_joined(recwarn):
 def test_close_episodes_says_that_a_rollout_begins_anew(recwarn):
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     for first in (0, 100, 200):
-        buffer.close_episodes()
+        buffer.truncate_open_episodes()
         buffer.extend(steps(torch.arange(first, first + 5), torch.zeros(5, dtype=torch.bool)))
     buffer.empty()
     buffer.extend(steps(torch.arange(5), torch.zeros(5, dtype=torch.bool)))
@@ -641,12 +641,12 @@ def test_restoring_a_state_dict_keeps_the_seam_and_closes_the_episode(num_envs):
 
 def test_closing_episodes_truncates_the_newest_step_alone():
     buffer = make_replay_buffer(20, batch_size=20, num_envs=2, seed=0)
-    buffer.close_episodes()  # nothing stored, nothing to close
+    buffer.truncate_open_episodes()  # nothing stored, nothing to close
     ids = torch.tensor([[0, 1, 2], [10, 11, 12]])
     done = ids == 12
     buffer.extend(steps(ids, done))
     buffer.sample()  # fills TorchRL's cache of the episodes' ends
-    buffer.close_episodes()
+    buffer.truncate_open_episodes()
     stored = buffer[:]["next"]  # [num_envs, time]
     assert stored["done"].squeeze(-1).tolist() == [[False, False, True], [False, False, True]]
     assert stored["terminated"].squeeze(-1).tolist() == [[False] * 3, [False, False, True]]

@@ -15,7 +15,7 @@ from torchrl.envs.utils import check_env_specs
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env, random_states, set_random_states
-from alm_torchrl.training import EnvironmentFailedError, Experience
+from alm_torchrl.training import EnvironmentFailedError, ExperienceStream
 from tests.data.counting import CountingEnv
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -347,7 +347,7 @@ def test_what_fails_as_it_is_made_or_closed_says_so_in_one_line():
     with pytest.raises(EnvironmentFailedError, match="RuntimeError: the motor is stuck"):
         make_env(Broken, where="closed", num_envs=2)
     env = make_env(Broken, where="closed")
-    experience = Experience(make_collector(env, None), None, total_steps=1)
+    experience = ExperienceStream(make_collector(env, None), None, total_steps=1)
     with pytest.warns(UserWarning, match="failed as it was closed: RuntimeError: the motor is"):
         experience.shutdown()
 

@@ -16,8 +16,8 @@ from alm_torchrl.evaluation import (
     UnknownReturnsError,
     monte_carlo_returns,
     normalized_bias,
+    rollout_for_bias,
     value_bias,
-    visit,
 )
 from alm_torchrl.modules import Actor, GaussianLatentModule, NoiseSchedule
 from alm_torchrl.objectives import ALMLoss
@@ -174,7 +174,7 @@ def test_bias_is_normalized_by_the_mean_return() -> None:
 def test_exact_estimates_have_no_bias(envs: int) -> None:
     env = Line() if envs == 1 else SerialEnv(envs, Line)
     loss = exact_loss(true_values(), REWARDS)
-    rollout = visit(loss, env, 4 * LENGTH)
+    rollout = rollout_for_bias(loss, env, 4 * LENGTH)
     assert rollout.shape == (envs, 4 * LENGTH)
     bias = value_bias(loss, rollout)
     assert bias.states == envs * 4 * LENGTH
@@ -186,7 +186,7 @@ def test_exact_estimates_have_no_bias(envs: int) -> None:
 def test_a_bias_is_what_was_added() -> None:
     mean = true_values().mean().item()
     loss = exact_loss(true_values(), REWARDS, offset=0.6, wrong=0.2)
-    bias = value_bias(loss, visit(loss, Line(), 2 * LENGTH))
+    bias = value_bias(loss, rollout_for_bias(loss, Line(), 2 * LENGTH))
     assert bias.value.item() == pytest.approx(0.6 / mean, rel=1e-4)
     assert abs(bias.value_std.item()) < 1e-5
     added = 0.2 * (1 + GAMMA + GAMMA**2) + 0.6 * GAMMA**3
@@ -195,7 +195,7 @@ def test_a_bias_is_what_was_added() -> None:
     values = true_values()
     values[2] += 3.0
     loss = exact_loss(values, REWARDS)
-    bias = value_bias(loss, visit(loss, Line(), 2 * LENGTH))
+    bias = value_bias(loss, rollout_for_bias(loss, Line(), 2 * LENGTH))
     errors = torch.zeros(LENGTH)
     errors[2] = 3.0 / mean
     assert bias.value.item() == pytest.approx(errors.mean().item(), rel=1e-4)
@@ -206,11 +206,11 @@ def test_a_time_limit_is_no_end_of_the_return() -> None:
     """One for ever is worth 10, also where episodes are cut at 40 steps."""
     env = TransformedEnv(Line(endless=True), StepCounter(max_steps=40))
     loss = exact_loss(torch.full((60,), 10.0), torch.ones(60))
-    bias = value_bias(loss, visit(loss, env, 80), tail=0.03)
+    bias = value_bias(loss, rollout_for_bias(loss, env, 80), tail=0.03)
     assert bias.states == 2 * 7
     assert 0 < bias.value.item() < 0.03
     with pytest.raises(UnknownReturnsError, match="visit more steps, or raise `tail`"):
-        value_bias(loss, visit(loss, env, 20), tail=0.03)
+        value_bias(loss, rollout_for_bias(loss, env, 20), tail=0.03)
 
 
 def test_the_policy_is_that_of_the_losses() -> None:
@@ -220,7 +220,7 @@ def test_the_policy_is_that_of_the_losses() -> None:
     with torch.no_grad():
         for parameter in loss.actor_params.parameters():
             parameter.zero_()
-    visit(loss, env, 60)
+    rollout_for_bias(loss, env, 60)
     actions = torch.tensor(env.actions)
     assert len(actions) == 60
     assert actions.abs().max().item() == pytest.approx(0.1, abs=1e-6)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from alm_torchrl.evaluation import (
     calibration,
     classifier_calibration,
-    cut_windows,
     effective_rank,
     model_error,
     rollout_error,
+    split_into_windows,
 )
-from tests.evaluation.test_bias import REWARDS, Line, exact_loss, true_values, visit
+from tests.evaluation.test_bias import REWARDS, Line, exact_loss, rollout_for_bias, true_values
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -96,19 +96,19 @@ def test_a_calibrated_probability_has_no_error() -> None:
 
 def test_windows_lie_side_by_side() -> None:
     rollout = torch.arange(20).reshape(2, 10)
-    assert cut_windows(rollout, 4).tolist() == [
+    assert split_into_windows(rollout, 4).tolist() == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [10, 11, 12, 13],
         [14, 15, 16, 17],
     ]
     with pytest.raises(ValueError, match="a rollout of 10 steps holds no window of 11"):
-        cut_windows(rollout, 11)
+        split_into_windows(rollout, 11)
 
 
 def test_the_error_of_a_model_that_knows_is_nought_and_episodes_are_not_joined() -> None:
     loss = exact_loss(true_values(), REWARDS)
-    windows = cut_windows(visit(loss, Line(), 60), 4)
+    windows = split_into_windows(rollout_for_bias(loss, Line(), 60), 4)
     assert windows["next", "done"][:, :-1].any()
     errors = model_error(loss, windows)
     assert errors.shape == (4,)
@@ -127,7 +127,7 @@ def test_the_error_of_a_model_that_knows_is_nought_and_episodes_are_not_joined()
 def test_the_classifier_is_shown_both_kinds() -> None:
     """One that cannot tell is calibrated; one that is sure of class 1 is wrong half the time."""
     loss = exact_loss(true_values(), REWARDS)
-    transitions = visit(loss, Line(), 30).reshape(-1)
+    transitions = rollout_for_bias(loss, Line(), 30).reshape(-1)
     found = classifier_calibration(loss, transitions)
     assert found.error == 0
     assert found.sizes.sum() == 60
@@ -150,7 +150,7 @@ def test_label_one_is_the_encoded_latent() -> None:
         return torch.cat([-away, away], -1)
 
     loss.classifier.module.forward = moved
-    transitions = visit(loss, Line(), 30).reshape(-1)
+    transitions = rollout_for_bias(loss, Line(), 30).reshape(-1)
     found = classifier_calibration(loss, transitions)
     assert found.error.item() < 1e-6
     assert found.frequency[9] == 1.0

@@ -14,13 +14,13 @@ from alm_torchrl.modules import (
     Actor,
     GaussianLatentModule,
     LatentDynamics,
+    LayerNormMLP,
     MLPEncoder,
     QValueEnsemble,
     RewardModel,
     TransitionClassifier,
-    TrunkMLP,
+    mlp,
     orthogonal_init,
-    plain_mlp,
 )
 
 PLAIN = ["Linear", "ELU", "Linear", "ELU", "Linear"]
@@ -133,7 +133,7 @@ def test_default_sizes_are_the_papers() -> None:
 def test_dynamics_reads_latent_then_action() -> None:
     dynamics = LatentDynamics(LATENT, ACT, MODEL_HIDDEN)
     td = batch(3)
-    raw = plain_mlp(LATENT + ACT, 2 * LATENT, MODEL_HIDDEN)
+    raw = mlp(LATENT + ACT, 2 * LATENT, MODEL_HIDDEN)
     raw.load_state_dict(dynamics[0].module.state_dict())
     loc, scale = BoundedNormalParamExtractor()(raw(torch.cat([td["latent"], td["action"]], -1)))
     dist = dynamics.get_dist(td)
@@ -233,7 +233,7 @@ def test_heads_answer_in_full_precision_under_autocast(name: str) -> None:
 def test_large_values_keep_their_differences_under_autocast() -> None:
     """In bfloat16, 400 has neighbors at 398 and 402."""
     torch.manual_seed(0)
-    trunk, x = TrunkMLP(5, 1, HIDDEN), torch.randn(64, 5)
+    trunk, x = LayerNormMLP(5, 1, HIDDEN), torch.randn(64, 5)
     with torch.no_grad():
         trunk[-1].bias.fill_(400.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -243,13 +243,13 @@ def test_large_values_keep_their_differences_under_autocast() -> None:
 
 
 def test_trunk_runs_where_there_is_no_autocast() -> None:
-    trunk = TrunkMLP(5, 2, HIDDEN).to("meta")
+    trunk = LayerNormMLP(5, 2, HIDDEN).to("meta")
     assert trunk(torch.randn(3, 5, device="meta")).shape == (3, 2)
 
 
 def test_trunk_concatenates_its_inputs() -> None:
     torch.manual_seed(0)
-    trunk = TrunkMLP(5, 2, HIDDEN)
+    trunk = LayerNormMLP(5, 2, HIDDEN)
     a, b = torch.randn(3, 2), torch.randn(3, 3)
     torch.testing.assert_close(trunk(a, b), trunk(torch.cat([a, b], -1)))
     assert not torch.allclose(trunk(a, b), trunk(torch.cat([b, a], -1)))

@@ -49,7 +49,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "online target": {"latent_target": "online"},
     "bound": {"actor_objective": "bound"},
     "value": {"actor_objective": "value"},
-    "multiplier": {"consistency_target": 2.0},
+    "multiplier": {"consistency_level": 2.0},
 }
 TERMS = ["loss_world_model", "loss_reward", "loss_classifier", "loss_value", "loss_actor"]
 OWN = {
@@ -309,7 +309,7 @@ def test_horizons_of_the_world_model(steps: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 def test_a_learnt_weight(kind: str, beta: float) -> None:
-    loss, reference = build(consistency=kind, consistency_target=2.0), Reference()
+    loss, reference = build(consistency=kind, consistency_level=2.0), Reference()
     with torch.no_grad():
         loss.log_multiplier.fill_(np.log(beta))
     consistency, reward, value = reference.along(WINDOWS, kind)
@@ -331,7 +331,7 @@ def test_the_weight_counts_the_steps_that_the_world_model_counts() -> None:
     excess = consistency - 2.0
     excess[0, 1:] = excess[3, 2:] = 0.0
     for short_windows, rows in (("mask", [0, 1, 2, 3, 4, 5]), ("drop", [1, 2, 4, 5])):
-        loss = build(consistency_target=2.0, short_windows=short_windows)
+        loss = build(consistency_level=2.0, short_windows=short_windows)
         (gradient,) = torch.autograd.grad(loss.multiplier_loss(td)[0], loss.log_multiplier)
         assert_exact(gradient, -excess[rows].sum(1).mean())
 
@@ -383,11 +383,11 @@ def test_a_loss_trains_its_own_networks_alone(
     make_loss: Make, make_windows: Make, options: dict[str, Any]
 ) -> None:
     loss, td = make_loss(deterministic=False, **options), make_windows()
-    if "consistency_target" in options:
+    if "consistency_level" in options:
         with torch.no_grad():
             loss.log_multiplier.fill_(0.5)  # at zero, what leaks is multiplied by nothing
     assert set(loss.out_keys) == set(TERMS) | (
-        {"loss_multiplier"} if "consistency_target" in options else set()
+        {"loss_multiplier"} if "consistency_level" in options else set()
     )
     out = loss(td)
     trained = {}
@@ -404,7 +404,7 @@ def test_a_loss_trains_its_own_networks_alone(
     groups = loss.parameter_groups()
     ids = [id(p) for group in groups.values() for p in group]
     assert sorted(ids) == sorted(map(id, loss.parameters()))
-    assert ("multiplier" in groups) == ("consistency_target" in options)
+    assert ("multiplier" in groups) == ("consistency_level" in options)
 
 
 @pytest.mark.parametrize("options", SWITCHES.values(), ids=SWITCHES)
@@ -445,8 +445,8 @@ def test_bfloat16_stays_close(make_loss: Make, make_windows: Make, options: dict
     [
         ("world_model", {"consistency": "forward_kl", "latent_target": "online"}),
         ("world_model", {"consistency": "squared_distance", "latent_target": "stop_gradient"}),
-        ("world_model", {"consistency": "classifier", "consistency_target": 1.0}),
-        ("multiplier", {"consistency_target": 1.0, "reward_term": False, "value_term": False}),
+        ("world_model", {"consistency": "classifier", "consistency_level": 1.0}),
+        ("multiplier", {"consistency_level": 1.0, "reward_term": False, "value_term": False}),
         ("actor", {"actor_objective": "bound"}),
         ("actor", {"actor_objective": "value", "latent_target": "stop_gradient"}),
     ],
@@ -475,8 +475,8 @@ def test_compiled_terms_equal_eager_ones(
         ({"consistency": "kl"}, "consistency='kl' is none of reverse_kl, forward_kl"),
         ({"latent_target": "none"}, "latent_target='none' is none of moving_average"),
         ({"actor_objective": "q"}, "actor_objective='q' is none of lambda_returns"),
-        ({"consistency_target": 0.0}, "consistency_target must be a positive finite number"),
-        ({"consistency_target": float("nan")}, "consistency_target must be a positive finite"),
+        ({"consistency_level": 0.0}, "consistency_level must be a positive finite number"),
+        ({"consistency_level": float("nan")}, "consistency_level must be a positive finite"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -487,7 +487,7 @@ def test_bad_settings_are_refused(
 
 
 def test_there_is_no_multiplier_unless_it_is_asked_for(make_loss: Make, make_windows: Make) -> None:
-    with pytest.raises(ValueError, match="give ALMLoss a consistency_target"):
+    with pytest.raises(ValueError, match="give ALMLoss a consistency_level"):
         make_loss().multiplier_loss(make_windows())
 
 

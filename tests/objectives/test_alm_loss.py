@@ -27,7 +27,7 @@ from alm_torchrl.modules import (
     RewardModel,
     TransitionClassifier,
 )
-from alm_torchrl.modules.networks import TrunkMLP
+from alm_torchrl.modules.networks import LayerNormMLP
 from alm_torchrl.objectives import ALMLoss
 
 NETWORKS = {"encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor"}
@@ -998,13 +998,13 @@ def test_a_wrong_size_is_named(
     [
         (
             "reward_model",
-            TensorDictModule(TrunkMLP(6, 2, 8), ["latent", "action"], ["r"]),
+            TensorDictModule(LayerNormMLP(6, 2, 8), ["latent", "action"], ["r"]),
             r"reward_model wrote entry 'r' of shape \(6, 3, 2\); wanted \(6, 3, 1\)",
         ),
         (
             "classifier",
             TensorDictModule(
-                TrunkMLP(10, 1, 8), ["latent", "action", ("next", "latent")], ["logits"]
+                LayerNormMLP(10, 1, 8), ["latent", "action", ("next", "latent")], ["logits"]
             ),
             r"classifier wrote entry 'logits' of shape \(6, 1\); wanted \(6, 2\)",
         ),
@@ -1016,7 +1016,7 @@ def test_a_wrong_size_is_named(
         (
             "dynamics",
             GaussianLatentModule(
-                TrunkMLP(6, 2, 8), ["latent", "action"], latent_key=("next", "latent")
+                LayerNormMLP(6, 2, 8), ["latent", "action"], latent_key=("next", "latent")
             ),
             r"the dynamics writes latents of shape \(6, 1, 1\), the encoder of shape \(6, 1, 4\)",
         ),
@@ -1035,7 +1035,7 @@ def test_networks_of_other_sizes_are_named(
 def test_an_error_of_a_network_itself_is_passed_on(
     make_networks: Make, make_loss: Make, make_windows: Make
 ) -> None:
-    class Broken(TrunkMLP):
+    class Broken(LayerNormMLP):
         def forward(self, *inputs: Tensor) -> Tensor:
             raise RuntimeError("out of luck")
 

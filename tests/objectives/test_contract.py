@@ -26,7 +26,7 @@ from alm_torchrl.modules import (
     MLPEncoder,
     RecurrentEncoder,
 )
-from alm_torchrl.objectives import Encoder, check_encoder
+from alm_torchrl.objectives import EncoderProtocol, check_encoder
 
 SPEC = Composite(observation=Unbounded(3), image=Unbounded((1, 4, 4)))
 ACTION = Unbounded(2)
@@ -237,7 +237,7 @@ def test_a_right_encoder_is_left_as_it_was() -> None:
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    assert isinstance(encoder, Encoder)
+    assert isinstance(encoder, EncoderProtocol)
 
 
 def test_the_dynamics_is_checked_too() -> None:

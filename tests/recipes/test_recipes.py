@@ -114,7 +114,7 @@ ABLATIONS = {
     "online_target": {"latent_target": "online"},
     "no_model": {"actor_objective": "value"},
     "self_prediction": {"actor_objective": "value", "reward_term": False, "value_term": False},
-    "learnt_weight": {"consistency_target": 1.0},
+    "learnt_weight": {"consistency_level": 1.0},
 }
 
 

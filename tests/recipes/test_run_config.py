@@ -42,7 +42,7 @@ def test_every_option_says_whether_a_run_may_change_it() -> None:
         ("ablation=horizon_5", "objective.horizon=3 and cannot go on with 5"),
         ("ablation=squared_distance", "objective.consistency=reverse_kl and cannot go on with squ"),
         ("ablation=online_target", "objective.latent_target=moving_average and cannot go on with"),
-        ("ablation=learnt_weight", "objective.consistency_target=None and cannot go on with 1.0"),
+        ("ablation=learnt_weight", "objective.consistency_level=None and cannot go on with 1.0"),
         ("ablation=no_reward_term", "objective.reward_term=True and cannot go on with False"),
         ("ablation=no_consistency_reward", "objective.consistency_coeff=0.1 and cannot go on with"),
         ("objective.short_windows=drop", "objective.short_windows=mask and cannot go on with drop"),

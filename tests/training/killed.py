@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from alm_torchrl.training import find_checkpoint, make_trainer, quiet_notices
+from alm_torchrl.training import find_checkpoint, make_trainer, silence_library_warnings
 from tests.training.tiny import make_module
 
 
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quiet_notices()
+    silence_library_warnings()
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             status = 1

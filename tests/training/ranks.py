@@ -19,7 +19,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
-from alm_torchrl.training import ALMModule, find_checkpoint, make_trainer, quiet_notices
+from alm_torchrl.training import ALMModule, find_checkpoint, make_trainer, silence_library_warnings
 from tests.training import tiny
 
 
@@ -30,7 +30,7 @@ class GivenBatches:
         self.batches = batches
         self.updates = self.frames = self.steps = self.warmup_updates = 0
         self.episode_returns: list[float] = []
-        self.policy_age = None
+        self.policy_staleness = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -112,5 +112,5 @@ def observations(module: ALMModule) -> TensorDict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quiet_notices()
+    silence_library_warnings()
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

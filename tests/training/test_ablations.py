@@ -81,11 +81,11 @@ def test_updates_of_several_seeds_are_those_of_each(monkeypatch, options: dict[s
 @pytest.mark.filterwarnings("ignore:No target network updater")
 def test_the_multiplier_moves_towards_its_target() -> None:
     """Up while the term is above, down while it is below."""
-    loss = make_loss(0, consistency_target=2.0)
+    loss = make_loss(0, consistency_level=2.0)
     batch = make_windows(6, 3)
     kl = loss(batch)["kl"].item()
     for target, up in ((kl / 2, True), (kl * 2, False)):
-        other = make_loss(0, consistency_target=target)
+        other = make_loss(0, consistency_level=target)
         update = make_update(other)
         update(batch)
         assert (other.log_multiplier.item() > 0) == up
@@ -95,7 +95,7 @@ def test_the_multiplier_moves_towards_its_target() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_a_run_with_a_multiplier_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     def fit(start: Checkpoint | None = None) -> list[float]:
-        module = make_module(objective={"consistency_target": 2.0}, learning_rates=1e-2)
+        module = make_module(objective={"consistency_level": 2.0}, learning_rates=1e-2)
         trainer = make_trainer(
             tmp_path,
             seed=0,

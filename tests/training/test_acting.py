@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from alm_torchrl.training import PolicyCopy, SentPolicy, StampedPolicy, make_trainer
+from alm_torchrl.training import CPUPolicy, PolicyPublisher, VersionedPolicy, make_trainer
 from tests.synchronization import HostReads
 
 
@@ -31,7 +31,7 @@ def make_policy() -> tuple[Constant, TensorDictModule]:
     return network, TensorDictModule(network, in_keys=["observation"], out_keys=["action"])
 
 
-def act(policy: PolicyCopy) -> float:
+def act(policy: CPUPolicy) -> float:
     return policy(TensorDict(observation=torch.ones(1)))["action"].item()
 
 
@@ -43,7 +43,7 @@ def learn(network: Constant) -> None:
 
 def test_without_lag_the_newest_weights_act() -> None:
     network, policy = make_policy()
-    copied = PolicyCopy(policy)
+    copied = CPUPolicy(policy)
     for update in range(4):
         assert act(copied) == 11 * update
         learn(network)
@@ -53,7 +53,7 @@ def test_without_lag_the_newest_weights_act() -> None:
 def test_with_lag_the_weights_before_act() -> None:
     """Before an update is published, with what the update started from; then one behind."""
     network, policy = make_policy()
-    copied = PolicyCopy(policy, lag=1)
+    copied = CPUPolicy(policy, lag=1)
     acted = []
     for update in range(5):
         acted.append(act(copied))
@@ -66,7 +66,7 @@ def test_with_lag_the_weights_before_act() -> None:
 
 def test_publishing_asks_the_device_nothing() -> None:
     _, policy = make_policy()
-    copied = PolicyCopy(policy, lag=1)
+    copied = CPUPolicy(policy, lag=1)
     with HostReads() as reads:
         copied.publish(1)
         copied(TensorDict(observation=torch.ones(1)))
@@ -83,14 +83,14 @@ def test_a_copy_is_waited_for_where_there_is_no_event(monkeypatch) -> None:
         copy(to, source)
 
     monkeypatch.setattr(torch, "_foreach_copy_", note)
-    PolicyCopy(make_policy()[1], lag=1).publish(1)
+    CPUPolicy(make_policy()[1], lag=1).publish(1)
     assert waits
     assert all(waits)
 
 
 def test_another_lag_is_refused() -> None:
     with pytest.raises(ValueError, match="0 or 1 updates behind, not 2"):
-        PolicyCopy(make_policy()[1], lag=2)
+        CPUPolicy(make_policy()[1], lag=2)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
@@ -107,7 +107,7 @@ def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path:
 
     def publish(update: int) -> None:
         history.append(source.detach().clone())
-        PolicyCopy.publish(copied, update)
+        CPUPolicy.publish(copied, update)
 
     copied.policy.register_forward_hook(look)
     copied.publish = publish
@@ -125,4 +125,4 @@ def test_the_age_without_workers_is_the_lag(make_module, tmp_path: Path, lag) ->
 
 def test_weights_that_are_never_sent_are_refused() -> None:
     with pytest.raises(ValueError, match="every 1 or more updates, not 0"):
-        SentPolicy(StampedPolicy(make_policy()[1]), None, every=0)
+        PolicyPublisher(VersionedPolicy(make_policy()[1]), None, every=0)

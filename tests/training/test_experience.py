@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 
 from alm_torchrl.modules import NoiseSchedule
-from alm_torchrl.training import Experience
+from alm_torchrl.training import ExperienceStream
 
 
 class Recorder:
@@ -37,8 +37,8 @@ class Recorder:
         self.events.append("sample")
         return "batch"
 
-    def run(self, **options) -> Experience:
-        experience = Experience(self, self, noise=self.noise, **options)
+    def run(self, **options) -> ExperienceStream:
+        experience = ExperienceStream(self, self, noise=self.noise, **options)
         for batch in experience:
             assert batch == "batch"
             self.events.append(f"update at {float(self.noise.scale):.1f}")
@@ -77,7 +77,7 @@ def test_what_observes_sees_every_batch_once_it_is_stored() -> None:
     recorder.run(
         total_steps=2,
         warmup_steps=2,
-        observe=lambda data: recorder.events.append(f"observe {len(data)}"),
+        on_batch=lambda data: recorder.events.append(f"observe {len(data)}"),
     )
     assert recorder.events[:4] == ["step", "store", "observe 2", "step"]
     assert recorder.events.count("observe 2") == recorder.events.count("store") == 2
@@ -100,7 +100,7 @@ def test_the_length_is_the_number_of_batches() -> None:
     recorder = Recorder()
     recorder.run(total_steps=7, warmup_steps=0, updates_per_step=0.4)
     assert recorder.events.count("sample") == 2
-    assert len(Experience(recorder, recorder, total_steps=7, updates_per_step=0.4)) == 2
+    assert len(ExperienceStream(recorder, recorder, total_steps=7, updates_per_step=0.4)) == 2
 
 
 def test_returns_of_finished_episodes_are_kept() -> None:
@@ -122,4 +122,4 @@ def test_returns_of_finished_episodes_are_kept() -> None:
 )
 def test_numbers_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=r"expected total_steps|give no update|warmup_updates="):
-        Experience(Recorder(), Recorder(), **options)
+        ExperienceStream(Recorder(), Recorder(), **options)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from alm_torchrl.envs import make_env
-from alm_torchrl.evaluation import effective_rank, value_bias, visit
+from alm_torchrl.evaluation import effective_rank, rollout_for_bias, value_bias
 from alm_torchrl.training import (
     ALMModule,
     Diagnostics,
@@ -37,8 +37,8 @@ def fit(folder: Path, module: ALMModule, *callbacks: Measurement, **options) -> 
 
 
 class Brief(Diagnostics):
-    def __init__(self, folder: Path, *, seed: int, row: int = 0) -> None:
-        super().__init__(folder, seed=seed, steps=10, row=row)
+    def __init__(self, folder: Path, *, seed: int, seed_index: int = 0) -> None:
+        super().__init__(folder, seed=seed, steps=10, seed_index=seed_index)
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -82,7 +82,7 @@ def test_files_loggers_and_checkpoints_hold_the_numbers(tmp_path: Path) -> None:
 
 def test_the_numbers_are_those_of_the_functions(tmp_path: Path) -> None:
     module = make_module(env=Line(), eval_env=Line())
-    rollout = visit(module.loss, module.eval_env, 32)  # the last two steps are cut off
+    rollout = rollout_for_bias(module.loss, module.eval_env, 32)  # the last two steps are cut off
     torch.manual_seed(0)
     expected = value_bias(module.loss, rollout, tail=1.0)
     torch.manual_seed(0)

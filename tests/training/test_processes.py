@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 from tensordict import TensorDict
 
-from alm_torchrl.training import find_checkpoint, make_trainer, quiet_notices
+from alm_torchrl.training import find_checkpoint, make_trainer, silence_library_warnings
 from alm_torchrl.training.processes import is_lost_process
 from tests.patience import patience
 from tests.training import ranks as script
@@ -188,7 +188,7 @@ def test_lightning_says_why_it_kills_the_processes_of_a_run(
     for name in ("lightning.fabric", "lightning.pytorch", "torchrl", subprocess_script.__name__):
         logger = logging.getLogger(name)
         monkeypatch.setattr(logger, "level", logger.level)
-    quiet_notices()
+    silence_library_warnings()
     told, killed = [], []
     handler = logging.Handler()
     handler.emit = lambda record: told.append((record.getMessage(), list(killed)))

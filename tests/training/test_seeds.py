@@ -19,7 +19,7 @@ from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
-    Experience,
+    ExperienceStream,
     StackedAgent,
     StackedLoss,
     Update,
@@ -228,7 +228,7 @@ def make_module(total_steps: int = 12, **options) -> ALMModule:
     agent, loss = stack_seeds(agents, [ALMLoss(**a.networks()) for a in agents])
     collector = make_collector(env, agent.policy(), frames_per_batch=2, init_random_frames=16)
     replay = make_replay_buffer(200, batch_size=6, num_envs=2, per_env=True)
-    experience = Experience(
+    experience = ExperienceStream(
         collector,
         replay,
         total_steps=total_steps,

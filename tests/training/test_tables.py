@@ -132,8 +132,8 @@ def test_small_returns_are_written_as_they_are(tmp_path: Path, value, written) -
 
 def test_a_measurement_that_fails_leaves_the_other_tables_whole(tmp_path: Path) -> None:
     class Brief(ValueBias):
-        def __init__(self, folder: Path, *, seed: int, row: int = 0) -> None:
-            super().__init__(folder, seed=seed, steps=20, row=row, tail=1.0)
+        def __init__(self, folder: Path, *, seed: int, seed_index: int = 0) -> None:
+            super().__init__(folder, seed=seed, steps=20, seed_index=seed_index, tail=1.0)
 
     class Failing(Brief):
         name = "second"

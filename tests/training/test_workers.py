@@ -30,9 +30,9 @@ from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
     EnvironmentFailedError,
-    Experience,
-    SentPolicy,
-    StampedPolicy,
+    ExperienceStream,
+    PolicyPublisher,
+    VersionedPolicy,
     find_checkpoint,
     make_trainer,
 )
@@ -96,19 +96,19 @@ def make_module(kind, overlap=False, every=1, env=CountingEnv, **options) -> ALM
     torch.manual_seed(0)
     agent = ALMAgent.from_env(CountingEnv(), latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
     loss = ALMLoss(**agent.networks())
-    policy = StampedPolicy(agent.policy())
+    policy = VersionedPolicy(agent.policy())
     collector = make_collector(
         env, copy.deepcopy(policy), kind=kind, num_workers=2, frames_per_batch=20,
         init_random_frames=40, overlap=overlap, seed=3, timeout=patience(), **options,
     )  # fmt: skip
-    experience = Experience(
+    experience = ExperienceStream(
         collector,
         make_replay_buffer(400, batch_size=6, num_envs=1 if overlap else 2),
         total_steps=200,
         warmup_steps=40,
         updates_per_step=0.5,
         noise=agent.noise,
-        policy=SentPolicy(policy, collector, every),
+        policy=PolicyPublisher(policy, collector, every),
     )
     return ALMModule(agent, loss, experience, CountingEnv(), eval_episodes=1, log_every=10)
 
@@ -144,7 +144,7 @@ def fit(module: ALMModule, folder: Path, *callbacks: L.Callback, start=None) -> 
 
 def ages(folder: Path) -> list[float]:
     rows = csv.DictReader((folder / "logs/csv/metrics.csv").read_text().splitlines())
-    return [float(row["train/policy_age"]) for row in rows]
+    return [float(row["train/policy_staleness"]) for row in rows]
 
 
 def check_windows(module: ALMModule) -> None:
@@ -221,7 +221,7 @@ def test_overlap_is_seen_in_the_age_of_the_policy(kind, tmp_path) -> None:
     fit(module, tmp_path)
     experience = module.experience
     assert (experience.frames, experience.updates) == (240, 100)
-    assert 0 < experience.policy_age < 100
+    assert 0 < experience.policy_staleness < 100
     check_windows(module)
     stored = experience.replay.read(0, 240)
     worker = stored["observation"][:, 0]  # a second batch may come before the other's first
@@ -234,7 +234,7 @@ def test_weights_sent_less_often_are_older(tmp_path) -> None:
     fit(module, tmp_path)
     # Ten updates follow a batch, so every other one is acted with weights ten updates old.
     assert list(module.experience._ages) == [0.0, 10.0] * 5
-    assert module.experience.policy_age == 5.0
+    assert module.experience.policy_staleness == 5.0
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_ray_actor_that_keeps_dying_ends_the_run() -> None:
     collector = make_collector(
         dying_env, None, kind="ray", num_workers=2, frames_per_batch=20, max_restarts=1
     )
-    experience = Experience(
+    experience = ExperienceStream(
         collector, make_replay_buffer(100, batch_size=6, num_envs=2), total_steps=20
     )
     says = "loss 2 within an hour: look for what ends the workers"

@@ -11,7 +11,7 @@ from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import ALMModule, Experience, PolicyCopy
+from alm_torchrl.training import ALMModule, CPUPolicy, ExperienceStream
 
 
 def make_env() -> TransformedEnv:
@@ -35,8 +35,8 @@ def make_module(
     agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
     loss = ALMLoss(**agent.networks(), **(objective or {}))
     num_envs = env.batch_size.numel()
-    policy = PolicyCopy(agent.policy(), lag=policy_lag)
-    experience = Experience(
+    policy = CPUPolicy(agent.policy(), lag=policy_lag)
+    experience = ExperienceStream(
         make_collector(env, policy, init_random_frames=8 // num_processes),
         make_replay_buffer(100 - 100 % num_envs, batch_size=6 // num_processes, num_envs=num_envs),
         total_steps=total_steps,

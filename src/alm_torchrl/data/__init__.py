@@ -2,14 +2,14 @@
 
 from alm_torchrl.data.collectors import make_collector
 from alm_torchrl.data.frames import FrameStore
-from alm_torchrl.data.journal import JournalPart, ReplayJournal
+from alm_torchrl.data.incremental import IncrementalReplay, ReplayChunk
 from alm_torchrl.data.replay import WindowReplayBuffer, bytes_per_transition, make_replay_buffer
 from alm_torchrl.data.workers import WorkersLostError
 
 __all__ = [
     "FrameStore",
-    "JournalPart",
-    "ReplayJournal",
+    "IncrementalReplay",
+    "ReplayChunk",
     "WindowReplayBuffer",
     "WorkersLostError",
     "bytes_per_transition",

@@ -43,8 +43,8 @@ def make_collector(
     A worker process that dies, or does not answer, ends the collection with a
     :class:`WorkersLostError`. A Ray actor is replaced, with a warning. The next batch then does not
     follow the last one: ``collector.restarts`` has grown, and
-    :meth:`WindowReplayBuffer.close_episodes` says so to the buffer (``Experience`` does). What an
-    environment raises in a worker is raised here.
+    :meth:`WindowReplayBuffer.truncate_open_episodes` says so to the buffer (``ExperienceStream``
+    does). What an environment raises in a worker is raised here.
 
     Args:
         create_env: a function without arguments that makes the environment (picklable for the

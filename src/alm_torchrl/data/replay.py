@@ -2,8 +2,8 @@
 
 The parts are TorchRL's: a :class:`~torchrl.data.ReplayBuffer` on a memory or memory-mapped storage,
 a :class:`~torchrl.data.RandomSampler` that draws every stored transition with the same probability,
-and a sample unit, :class:`Windows`, that turns each draw into the window that starts there. What is
-added here is small: which keys are stored, windows that are computed without host synchronization
+and a sample unit, :class:`EpisodeWindows`, that turns each draw into the window that starts there.
+What is added here is small: which keys are stored, windows without host synchronization
 (:class:`~torchrl.data.Sequence` waits for a GPU), the ``[B, T]`` shape of a sample with its mask,
 stacked frames that are stored once, and the end of an episode where a restored buffer goes on.
 """
@@ -84,7 +84,7 @@ def observation_keys(keys: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]
     return [key for key in keys if ("next", *key) in keys and key[-1] not in BOOKKEEPING_KEYS]
 
 
-class Windows(SampleUnit):
+class EpisodeWindows(SampleUnit):
     """Expands every drawn transition into the window that starts there.
 
     A window ends where its episode does, or with the newest transition. What would lie beyond is
@@ -130,7 +130,7 @@ class Windows(SampleUnit):
         return (flat if lanes else flat[0]), info
 
 
-class EveryLane(RandomSampler):
+class PerEnvSampler(RandomSampler):
     """Draws as many transitions from each environment's lane, lane after lane."""
 
     def sample(self, storage: TensorStorage, batch_size: int) -> tuple[Any, dict[str, Any]]:
@@ -161,7 +161,7 @@ class WindowReplayBuffer(ReplayBuffer):
         per_env: draw a batch from every lane, rather than one from all.
         frames: for each stacked observation, by its key, what keeps its frames.
         **kwargs: as for :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be
-            :class:`Windows`.
+            :class:`EpisodeWindows`.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class WindowReplayBuffer(ReplayBuffer):
         True, all of which are stored as ``"done"``. Where an observation is not the next
         observation of the transition stored before it, and no episode ends, that transition is
         marked truncated with a warning, so that no window joins the two. Call
-        :meth:`close_episodes` where the next batch begins a new rollout.
+        :meth:`truncate_open_episodes` where the next batch begins a new rollout.
 
         Args:
             data: a collector's batch. With one environment ``[T]`` or ``[1, T]``. With several
@@ -258,7 +258,7 @@ class WindowReplayBuffer(ReplayBuffer):
             windows = windows.to(self.sample_device, non_blocking=True)
         return (windows, info) if return_info else windows
 
-    def close_episodes(self) -> None:
+    def truncate_open_episodes(self) -> None:
         """Marks the newest transition of every lane as the end of its episode (truncated).
 
         For when the next transition stored will not follow it: the environments are reset, or the
@@ -404,9 +404,9 @@ class WindowReplayBuffer(ReplayBuffer):
                 f"{int(seams.sum())} of {seams.numel()} transitions of a batch do not follow those "
                 "stored before them: no episode ends there, and an observation is not the next "
                 "observation before it. Each is stored as the begin of another episode, so that no "
-                "window joins the two. Call close_episodes() before a rollout that begins anew, "
-                "and give data of several environments as [num_envs, T] to a buffer made with "
-                "num_envs",
+                "window joins the two. Call truncate_open_episodes() before a rollout that begins "
+                "anew, and give data of several environments as [num_envs, T] to a buffer made "
+                "with num_envs",
                 stacklevel=3,
             )
         self._close(seams[..., 0])
@@ -433,7 +433,7 @@ class WindowReplayBuffer(ReplayBuffer):
 
     def _go_on(self) -> None:
         """Makes a restored buffer ready for transitions that do not follow those in it."""
-        self.close_episodes()
+        self.truncate_open_episodes()
         if len(self):
             rows = torch.arange(self.storage.shape[0], device=self.storage.device)
             for key, store in self.frames.items():
@@ -601,9 +601,9 @@ def make_replay_buffer(
         )
     buffer = WindowReplayBuffer(
         storage=store,
-        sampler=EveryLane() if per_env and num_envs > 1 else RandomSampler(),
+        sampler=PerEnvSampler() if per_env and num_envs > 1 else RandomSampler(),
         writer=writer,
-        sample_unit=Windows(window_length, writer),
+        sample_unit=EpisodeWindows(window_length, writer),
         batch_size=batch_size,
         dim_extend=ndim - 1,
         generator=_generator(seed, store.device),

@@ -19,7 +19,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiCollector, MultiSyncCollector
 
-from alm_torchrl.spawned import GUARD_HINT, end_with_parent
+from alm_torchrl.spawned import GUARD_HINT, exit_with_parent
 
 __all__ = ["AsyncWorkers", "SyncWorkers", "WorkersLostError"]
 
@@ -231,7 +231,7 @@ class Worker(Collector):
         # update and makes a checkpoint then, and ends the workers itself.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        end_with_parent()
+        exit_with_parent()
         self._reports = reports
         with self._reporting():
             super().__init__(*args, **options)

@@ -5,18 +5,18 @@ from alm_torchrl.evaluation.bias import (
     UnknownReturnsError,
     monte_carlo_returns,
     normalized_bias,
+    rollout_for_bias,
     value_bias,
-    visit,
 )
 from alm_torchrl.evaluation.bound import lower_bound
 from alm_torchrl.evaluation.diagnostics import (
     Calibration,
     calibration,
     classifier_calibration,
-    cut_windows,
     effective_rank,
     model_error,
     rollout_error,
+    split_into_windows,
 )
 from alm_torchrl.evaluation.returns import evaluate_policy
 
@@ -26,7 +26,6 @@ __all__ = [
     "UnknownReturnsError",
     "calibration",
     "classifier_calibration",
-    "cut_windows",
     "effective_rank",
     "evaluate_policy",
     "lower_bound",
@@ -34,6 +33,7 @@ __all__ = [
     "monte_carlo_returns",
     "normalized_bias",
     "rollout_error",
+    "rollout_for_bias",
+    "split_into_windows",
     "value_bias",
-    "visit",
 ]

@@ -21,8 +21,8 @@ __all__ = [
     "UnknownReturnsError",
     "monte_carlo_returns",
     "normalized_bias",
+    "rollout_for_bias",
     "value_bias",
-    "visit",
 ]
 
 
@@ -48,7 +48,7 @@ class Bias(NamedTuple):
 
 
 @torch.no_grad()
-def visit(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDictBase:
+def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDictBase:
     """Plays with the policy that the loss's values are about: its actor, with its clipped noise.
 
     Args:
@@ -124,7 +124,7 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
 
     Args:
         loss: the objective, whose discount is used.
-        rollout: what :func:`visit` returns, ``[N, T]``.
+        rollout: what :func:`rollout_for_bias` returns, ``[N, T]``.
         tail: largest share of an endless return that may lie beyond a time limit; see
             :func:`monte_carlo_returns`.
 

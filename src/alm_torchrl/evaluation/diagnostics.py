@@ -16,10 +16,10 @@ __all__ = [
     "Calibration",
     "calibration",
     "classifier_calibration",
-    "cut_windows",
     "effective_rank",
     "model_error",
     "rollout_error",
+    "split_into_windows",
 ]
 
 
@@ -118,7 +118,7 @@ def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibrati
     return Calibration(error, confidence / count, frequency / count, count)
 
 
-def cut_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
+def split_into_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
     """Cuts a rollout into windows, without overlap.
 
     Args:

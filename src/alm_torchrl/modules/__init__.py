@@ -32,7 +32,7 @@ from alm_torchrl.modules.heads import (
     SimplicialHead,
 )
 from alm_torchrl.modules.latent import GaussianLatentModule, LatentModule
-from alm_torchrl.modules.networks import TrunkMLP, orthogonal_init, plain_mlp
+from alm_torchrl.modules.networks import LayerNormMLP, mlp, orthogonal_init
 from alm_torchrl.modules.value import QValueEnsemble
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "LatentHead",
     "LatentModule",
     "LayerNormHead",
+    "LayerNormMLP",
     "LinearEncoder",
     "MLPEncoder",
     "MultiInputEncoder",
@@ -63,11 +64,10 @@ __all__ = [
     "RunningNorm",
     "SimplicialHead",
     "TransitionClassifier",
-    "TrunkMLP",
     "WindowEncoder",
     "describe",
+    "mlp",
     "orthogonal_init",
-    "plain_mlp",
     "plain_numbers",
     "rebuild",
     "state_primer",

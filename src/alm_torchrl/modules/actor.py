@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alm_torchrl.distributions import ClampedNormal, full_precision
 from alm_torchrl.modules.latent import suffix_key
-from alm_torchrl.modules.networks import plain_mlp
+from alm_torchrl.modules.networks import mlp
 
 __all__ = ["Actor", "NoiseSchedule"]
 
@@ -137,7 +137,7 @@ class Actor(ProbabilisticTensorDictSequential):
         half = (upper - lower) / 2 if scale_to_range else torch.ones_like(upper)
         middle = (upper + lower) / 2 if scale_to_range else torch.zeros_like(upper)
         network = _ActorNetwork(
-            plain_mlp(latent_dim, len(lower), hidden_dim),
+            mlp(latent_dim, len(lower), hidden_dim),
             NoiseSchedule() if noise is None else noise,
             middle,
             half,

@@ -8,7 +8,7 @@ from tensordict.utils import NestedKey
 from alm_torchrl.modules.described import described
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule, next_key
-from alm_torchrl.modules.networks import TrunkMLP, plain_mlp
+from alm_torchrl.modules.networks import LayerNormMLP, mlp
 
 __all__ = ["ContinuationModel", "LatentDynamics", "RewardModel", "TransitionClassifier"]
 
@@ -49,7 +49,7 @@ class LatentDynamics(LatentModule):
     ) -> None:
         head = GaussianHead() if head is None else head
         super().__init__(
-            plain_mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim),
+            mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim),
             [latent_key, action_key],
             head=head,
             latent_key=next_latent_key or next_key(latent_key),
@@ -87,7 +87,7 @@ class RewardModel(TensorDictModule):
         reward_key: NestedKey = "predicted_reward",
     ) -> None:
         super().__init__(
-            TrunkMLP(latent_dim + action_dim, 1, hidden_dim),
+            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim),
             in_keys=[latent_key, action_key],
             out_keys=[reward_key],
         )
@@ -124,7 +124,7 @@ class ContinuationModel(TensorDictModule):
         logit_key: NestedKey = "continuation_logit",
     ) -> None:
         super().__init__(
-            TrunkMLP(latent_dim + action_dim, 1, hidden_dim),
+            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim),
             in_keys=[latent_key, action_key],
             out_keys=[logit_key],
         )
@@ -168,7 +168,7 @@ class TransitionClassifier(TensorDictModule):
         logits_key: NestedKey = "transition_logits",
     ) -> None:
         super().__init__(
-            TrunkMLP(2 * latent_dim + action_dim, 2, hidden_dim),
+            LayerNormMLP(2 * latent_dim + action_dim, 2, hidden_dim),
             in_keys=[latent_key, action_key, next_latent_key or next_key(latent_key)],
             out_keys=[logits_key],
         )

@@ -8,7 +8,7 @@ from torchrl.modules import MLP
 
 from alm_torchrl.distributions import full_precision
 
-__all__ = ["FullPrecisionLinear", "TrunkMLP", "orthogonal_init", "plain_mlp"]
+__all__ = ["FullPrecisionLinear", "LayerNormMLP", "mlp", "orthogonal_init"]
 
 
 class FullPrecisionLinear(nn.Linear):
@@ -50,7 +50,7 @@ def orthogonal_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def plain_mlp(in_features: int, out_features: int, hidden_dim: int) -> nn.Module:
+def mlp(in_features: int, out_features: int, hidden_dim: int) -> nn.Module:
     """Linear-ELU-Linear-ELU-Linear, the network of encoder, latent dynamics and actor.
 
     Args:
@@ -61,16 +61,16 @@ def plain_mlp(in_features: int, out_features: int, hidden_dim: int) -> nn.Module
     Returns:
         A module from one or several ``[..., D_i]`` tensors to ``[..., out_features]``.
     """
-    mlp = MLP(
+    network = MLP(
         in_features=in_features,
         out_features=out_features,
         num_cells=[hidden_dim, hidden_dim],
         activation_class=nn.ELU,
     )
-    return orthogonal_init(mlp)
+    return orthogonal_init(network)
 
 
-class TrunkMLP(nn.Sequential):
+class LayerNormMLP(nn.Sequential):
     """Linear-LayerNorm-Tanh-Linear-ELU-Linear, the network of reward, classifier and values.
 
     The normalized and squashed first layer keeps these heads stable on latents that reach +-30.

@@ -6,7 +6,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, cat, nn
 
-from alm_torchrl.modules.networks import TrunkMLP
+from alm_torchrl.modules.networks import LayerNormMLP
 
 __all__ = ["QValueEnsemble"]
 
@@ -44,7 +44,9 @@ class QValueEnsemble(TensorDictModule):
         action_key: NestedKey = "action",
         value_key: NestedKey = "state_action_value",
     ) -> None:
-        networks = [TrunkMLP(latent_dim + action_dim, 1, hidden_dim) for _ in range(num_networks)]
+        networks = [
+            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim) for _ in range(num_networks)
+        ]
         super().__init__(
             _SideBySide(networks), in_keys=[latent_key, action_key], out_keys=[value_key]
         )

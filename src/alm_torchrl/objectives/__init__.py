@@ -2,6 +2,6 @@
 
 from alm_torchrl.objectives import functional
 from alm_torchrl.objectives.alm import ALMLoss
-from alm_torchrl.objectives.contract import Encoder, check_encoder
+from alm_torchrl.objectives.contract import EncoderProtocol, check_encoder
 
-__all__ = ["ALMLoss", "Encoder", "check_encoder", "functional"]
+__all__ = ["ALMLoss", "EncoderProtocol", "check_encoder", "functional"]

@@ -98,7 +98,7 @@ class ALMLoss(RolloutLoss):
             :math:`e`: ``"reverse_kl"`` :math:`KL(m \| e)`, ``"forward_kl"`` :math:`KL(e \| m)`,
             ``"squared_distance"`` of the two means, or ``"classifier"``, the negated log-ratio of
             the latents drawn from :math:`m`.
-        consistency_target (float): if given, this term gets a learnt weight in place of 1, a
+        consistency_level (float): if given, this term gets a learnt weight in place of 1, a
             Lagrange multiplier that holds its mean over steps at this level (nats, or squared
             latent units); it brings ``loss_multiplier`` and a parameter group ``multiplier``.
         latent_target (str): which encoder the dynamics is held against, and latents of the other
@@ -197,7 +197,7 @@ class ALMLoss(RolloutLoss):
         reward_term: bool = True,
         value_term: bool = True,
         consistency: Consistency = "reverse_kl",
-        consistency_target: float | None = None,
+        consistency_level: float | None = None,
         latent_target: LatentTarget = "moving_average",
         actor_objective: ActorObjective = "lambda_returns",
         value_expansion: bool = False,
@@ -230,10 +230,10 @@ class ALMLoss(RolloutLoss):
         self.actor_objective = actor_objective
         self.value_expansion = value_expansion
         self.start_steps = check_whole("start_steps", start_steps, at_least=0)
-        self.consistency_target = consistency_target
+        self.consistency_level = consistency_level
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
-        if consistency_target is not None:
-            check_positive("consistency_target", consistency_target)
+        if consistency_level is not None:
+            check_positive("consistency_level", consistency_level)
             like = next(self.parameters())
             self.log_multiplier = nn.Parameter(like.new_zeros(()))
         self.set_keys(action=self._action_key)
@@ -254,7 +254,7 @@ class ALMLoss(RolloutLoss):
         keys = list(LOSS_KEYS)
         if self.continuation_model is not None:
             keys.append("loss_continuation")
-        if self.consistency_target is not None:
+        if self.consistency_level is not None:
             keys.append("loss_multiplier")
         return keys
 
@@ -313,7 +313,7 @@ class ALMLoss(RolloutLoss):
 
         Returns:
             ``world_model`` (encoder and dynamics), ``reward`` (reward model and classifier),
-            ``value`` and ``actor``; with a ``consistency_target`` also ``multiplier``.
+            ``value`` and ``actor``; with a ``consistency_level`` also ``multiplier``.
         """
         members = {
             "world_model": (self.encoder_params, self.dynamics_params),
@@ -327,7 +327,7 @@ class ALMLoss(RolloutLoss):
             name: [p for params in group for p in params.parameters() if p.requires_grad]
             for name, group in members.items()
         }
-        if self.consistency_target is not None:
+        if self.consistency_level is not None:
             groups["multiplier"] = [self.log_multiplier]
         return groups
 
@@ -362,7 +362,7 @@ class ALMLoss(RolloutLoss):
         }
         if self.continuation_model is not None:
             terms["loss_continuation"] = self._continuation_term(batch)
-        if self.consistency_target is not None:
+        if self.consistency_level is not None:
             terms["loss_multiplier"] = self._multiplier_term(batch, rollout)
         out: dict[str, Tensor] = {}
         for name, (loss, metrics) in terms.items():
@@ -461,10 +461,10 @@ class ALMLoss(RolloutLoss):
             The loss and its metrics.
 
         Raises:
-            ValueError: if the loss was built without a ``consistency_target``.
+            ValueError: if the loss was built without a ``consistency_level``.
         """
-        if self.consistency_target is None:
-            raise ValueError("there is no multiplier to learn: give ALMLoss a consistency_target")
+        if self.consistency_level is None:
+            raise ValueError("there is no multiplier to learn: give ALMLoss a consistency_level")
         batch = self._prepare(tensordict, steps=self.horizon)
         return self._multiplier_term(batch, self._world_model_rollout(batch))
 
@@ -472,7 +472,7 @@ class ALMLoss(RolloutLoss):
         self, batch: Batch, rollout: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
         steps = rollout["consistency"]
-        if self.consistency_target is not None:
+        if self.consistency_level is not None:
             steps = self.log_multiplier.detach().exp() * steps
         if self.reward_term:
             steps = steps - rollout["reward"]
@@ -492,7 +492,7 @@ class ALMLoss(RolloutLoss):
     def _multiplier_term(
         self, batch: Batch, rollout: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        excess = rollout["consistency"].detach() - self.consistency_target
+        excess = rollout["consistency"].detach() - self.consistency_level
         loss = -self.log_multiplier * (excess.squeeze(-1) * batch.mask).sum(-1)
         metrics = {"multiplier": self.log_multiplier.exp()}
         return self._reduce(loss, self._counted(batch)), _detached(metrics)

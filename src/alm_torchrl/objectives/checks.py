@@ -18,7 +18,6 @@ from torch import distributions as D
 from alm_torchrl.data.columns import as_column, as_flag
 
 __all__ = [
-    "blank",
     "check_choice",
     "check_latents",
     "check_networks",
@@ -26,6 +25,7 @@ __all__ = [
     "check_positive",
     "check_whole",
     "explained",
+    "mask_invalid",
     "read_windows",
 ]
 
@@ -135,7 +135,7 @@ def _check_shape(key: NestedKey, value: Tensor, wanted: Sequence[int | str]) -> 
         )
 
 
-def blank(value: Tensor, mask: Tensor) -> Tensor:
+def mask_invalid(value: Tensor, mask: Tensor) -> Tensor:
     """Floating-point values with zeros where the mask is false."""
     if not value.is_floating_point():
         return value

@@ -18,7 +18,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.objectives.functional import kl_divergence
 
-__all__ = ["Encoder", "check_encoder"]
+__all__ = ["EncoderProtocol", "check_encoder"]
 
 #: Batch dimensions that an encoder is tried on: one environment, transitions, windows.
 _BATCHES = ((), (4,), (4, 3))
@@ -32,7 +32,7 @@ _FAILURES = (
 
 
 @runtime_checkable
-class Encoder(Protocol):
+class EncoderProtocol(Protocol):
     r"""What ``ALMLoss`` and ``ALMAgent`` ask of an encoder, :math:`e(z \mid s)`.
 
     Every ``ProbabilisticTensorDictSequential`` has these members, and so has every
@@ -89,7 +89,7 @@ def check_encoder(
     action_spec: TensorSpec | None = None,
     latent_dim: int | None = None,
 ) -> int:
-    """Checks that an encoder is what :class:`Encoder` says, and names all that is missing at once.
+    """Checks an encoder against :class:`EncoderProtocol`; names all that is missing at once.
 
     It works on a copy and on random observations; neither the encoder nor the global random state
     changes.

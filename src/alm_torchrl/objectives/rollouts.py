@@ -10,7 +10,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torch import distributions as D
 
-from alm_torchrl.objectives.checks import blank, check_latents, read_windows
+from alm_torchrl.objectives.checks import check_latents, mask_invalid, read_windows
 from alm_torchrl.objectives.components import ComponentLoss
 from alm_torchrl.objectives.functional import (
     episode_mask,
@@ -60,7 +60,7 @@ class RolloutLoss(ComponentLoss):
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
         # What lies past the episode's end may be anything, NaN included, which no product with a
         # mask would take out of the gradient.
-        windows = windows.apply(lambda value: blank(value, mask))
+        windows = windows.apply(lambda value: mask_invalid(value, mask))
         observations = self.encoder.in_keys
         current = windows[:, :1].select(*observations)
         following = windows.get("next").select(*observations)

@@ -11,10 +11,10 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import BaseCollector
 
-__all__ = ["PolicyCopy", "SentPolicy", "StampedPolicy"]
+__all__ = ["CPUPolicy", "PolicyPublisher", "VersionedPolicy"]
 
 
-class StampedPolicy(TensorDictModuleBase):
+class VersionedPolicy(TensorDictModuleBase):
     """A policy that notes with every action how many updates its weights have seen.
 
     The number is a buffer beside the weights, so that it goes wherever they go: it says what was
@@ -26,7 +26,7 @@ class StampedPolicy(TensorDictModuleBase):
     Examples:
         >>> from tensordict.nn import TensorDictModule
         >>> layer = torch.nn.Linear(3, 2)
-        >>> policy = StampedPolicy(TensorDictModule(layer, ["observation"], ["action"]))
+        >>> policy = VersionedPolicy(TensorDictModule(layer, ["observation"], ["action"]))
         >>> policy.update.fill_(7)
         tensor(7)
         >>> policy(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))["policy_update"]
@@ -49,7 +49,7 @@ class StampedPolicy(TensorDictModuleBase):
         return tensordict.set("policy_update", self.update.expand(tensordict.shape).clone())
 
 
-class SentPolicy:
+class PolicyPublisher:
     """Sends the weights that are learnt to the workers of a collector.
 
     Args:
@@ -62,7 +62,7 @@ class SentPolicy:
         ValueError: if ``every`` is less than 1.
     """
 
-    def __init__(self, policy: StampedPolicy, collector: BaseCollector, every: int = 1) -> None:
+    def __init__(self, policy: VersionedPolicy, collector: BaseCollector, every: int = 1) -> None:
         if every < 1:
             raise ValueError(f"weights can be sent every 1 or more updates, not {every}")
         self._policy, self._collector, self._every = policy, collector, every
@@ -82,7 +82,7 @@ class SentPolicy:
         self._sent = update
 
 
-class PolicyCopy(TensorDictModuleBase):
+class CPUPolicy(TensorDictModuleBase):
     """A policy that acts on the CPU with weights published after an update.
 
     On a single observation, small networks are faster on the CPU than the launches of a GPU. The
@@ -105,7 +105,7 @@ class PolicyCopy(TensorDictModuleBase):
         super().__init__()
         if lag not in (0, 1):
             raise ValueError(f"the policy may lag 0 or 1 updates behind, not {lag}")
-        stamped = StampedPolicy(policy)
+        stamped = VersionedPolicy(policy)
         self.in_keys, self.out_keys = stamped.in_keys, stamped.out_keys
         self._source, self._update = _tensors(stamped), stamped.update
         self._shares = lag == 0 and all(value.device.type == "cpu" for value in self._source)

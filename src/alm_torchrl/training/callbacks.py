@@ -16,10 +16,10 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.envs.failures import failing_as
-from alm_torchrl.files import replacing
+from alm_torchrl.files import atomic_write
 from alm_torchrl.training.checkpoints import Checkpoints, validates_next
 from alm_torchrl.training.module import ALMModule
-from alm_torchrl.training.processes import agree
+from alm_torchrl.training.processes import any_rank
 from alm_torchrl.training.tables import check_table, significant, write_table
 
 __all__ = ["EvaluationSchedule", "LearningCurve", "SaveAgent", "StopOnSignal", "Video"]
@@ -60,16 +60,18 @@ class LearningCurve(L.Callback):
         folder: where the two files go.
         seed: the seed to note in the curve.
         title: the title of the plot.
-        row: which of several seeds trained at once this is.
+        seed_index: which of several seeds trained at once this is.
     """
 
     FIELDS = ("step", "seed", "return", "return_std", "frames", "seconds")
 
-    def __init__(self, folder: str | Path, *, seed: int, title: str = "", row: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, *, seed: int, title: str = "", seed_index: int = 0
+    ) -> None:
         self.folder = Path(folder)
         self.seed = int(seed)  # of Python's own, which a checkpoint can hold
         self.title = title
-        self.row = row
+        self.seed_index = seed_index
         self.rows: list[dict[str, float]] = []
         self._goes_on = False
         self._before = 0.0
@@ -78,7 +80,7 @@ class LearningCurve(L.Callback):
     @property
     def state_key(self) -> str:
         """Where a checkpoint keeps the curve of this seed."""
-        return self._generate_state_key(row=self.row)
+        return self._generate_state_key(seed_index=self.seed_index)
 
     def state_dict(self) -> dict[str, Any]:
         """The curve so far, and the seconds that it took."""
@@ -104,7 +106,7 @@ class LearningCurve(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
         """Adds the evaluation to both files."""
-        experience, returns = pl_module.experience, outputs[self.row]
+        experience, returns = pl_module.experience, outputs[self.seed_index]
         self.rows.append(
             {
                 "step": experience.steps,
@@ -130,7 +132,7 @@ class LearningCurve(L.Callback):
 
     def _write(self) -> None:
         write_table(self.folder / "curve.csv", self.FIELDS, self.rows)
-        with replacing(self.folder / "curve.png") as file:
+        with atomic_write(self.folder / "curve.png") as file:
             self._draw(file)
 
     def _draw(self, file: BinaryIO) -> None:
@@ -156,18 +158,18 @@ class SaveAgent(L.Callback):
 
     Args:
         folder: where the files go; see :meth:`alm_torchrl.agent.ALMAgent.load`.
-        row: which of several seeds trained at once this is.
+        seed_index: which of several seeds trained at once this is.
     """
 
-    def __init__(self, folder: str | Path, *, row: int = 0) -> None:
+    def __init__(self, folder: str | Path, *, seed_index: int = 0) -> None:
         self.folder = Path(folder)
-        self.row = row
+        self.seed_index = seed_index
         self.best = float("-inf")
 
     @property
     def state_key(self) -> str:
         """Where a checkpoint keeps the best return of this seed."""
-        return self._generate_state_key(row=self.row)
+        return self._generate_state_key(seed_index=self.seed_index)
 
     def state_dict(self) -> dict[str, Any]:
         """The best return so far."""
@@ -182,7 +184,10 @@ class SaveAgent(L.Callback):
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
         """Saves the agent after an evaluation."""
-        agent, mean = pl_module.evaluated_agents[self.row], outputs[self.row].mean().item()
+        agent, mean = (
+            pl_module.evaluated_agents[self.seed_index],
+            outputs[self.seed_index].mean().item(),
+        )
         agent.save(self.folder / "agent_last.pt")
         if mean > self.best:
             self.best = mean
@@ -194,7 +199,7 @@ class SaveAgent(L.Callback):
     ) -> None:
         """Saves the agent when a run is interrupted, if anything was learnt."""
         if pl_module.restored and pl_module.experience.updates:
-            pl_module.evaluated_agents[self.row].save(self.folder / "agent_last.pt")
+            pl_module.evaluated_agents[self.seed_index].save(self.folder / "agent_last.pt")
 
 
 class StopOnSignal(L.Callback):
@@ -235,7 +240,7 @@ class StopOnSignal(L.Callback):
     ) -> None:
         """Has the processes of a run agree on whether this update is the last."""
         asks = pl_module.device.type == "cpu" or batch_idx % pl_module.log_every == 0
-        if trainer.world_size > 1 and asks and agree(trainer, self.signal is not None):
+        if trainer.world_size > 1 and asks and any_rank(trainer, self.signal is not None):
             self._stop_next()
 
     def on_train_batch_end(

@@ -22,9 +22,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from alm_torchrl.data import JournalPart, ReplayJournal
+from alm_torchrl.data import IncrementalReplay, ReplayChunk
 from alm_torchrl.envs import random_states, set_random_states
-from alm_torchrl.files import load_tensors, replacing, save_tensors, set_aside, sha256, sync
+from alm_torchrl.files import atomic_write, load_tensors, save_tensors, set_aside, sha256, sync
 from alm_torchrl.training.experience import EnvironmentFailedError
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.processes import gather
@@ -55,7 +55,7 @@ class Checkpoint:
     folder: Path
     update: int
     step: int
-    replay: tuple[tuple[JournalPart, ...], ...]
+    replay: tuple[tuple[ReplayChunk, ...], ...]
 
     @property
     def state(self) -> Path:
@@ -132,9 +132,9 @@ def _read(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
     return checkpoint, versions
 
 
-def _part(entry: dict[str, Any]) -> JournalPart:
+def _part(entry: dict[str, Any]) -> ReplayChunk:
     """A part as a manifest describes it, which may be anybody's."""
-    part = JournalPart(**entry)
+    part = ReplayChunk(**entry)
     if not re.fullmatch(r"[\w-]+\.pt", part.file) or not 0 <= part.start < part.stop:
         raise ValueError
     return part
@@ -226,7 +226,7 @@ class Checkpoints(L.Callback):
             return
         self._envs = [pl_module.experience.env, pl_module.eval_env]
         replay, rank = pl_module.experience.replay, trainer.global_rank
-        self._journal = ReplayJournal(replay, _replay_folder(self.folder, rank))
+        self._journal = IncrementalReplay(replay, _replay_folder(self.folder, rank))
         if self.start is not None:
             check_processes(self.start, trainer.world_size)
             self._journal.load(self.start.replay[rank])
@@ -342,7 +342,7 @@ class Checkpoints(L.Callback):
             raise
         trainer.strategy.barrier()
 
-    def _check_shared(self, replay: tuple[tuple[JournalPart, ...], ...]) -> None:
+    def _check_shared(self, replay: tuple[tuple[ReplayChunk, ...], ...]) -> None:
         """Raises if what other processes have written is not to be seen from here."""
         for rank, parts in enumerate(replay):
             folder = _replay_folder(self.folder, rank)
@@ -445,7 +445,7 @@ def _write_manifest(folder: Path, checkpoint: Checkpoint, frames: int) -> None:
         "replay": [[asdict(part) for part in parts] for parts in checkpoint.replay],
     }
     manifest["sha256"] = _digest(manifest)
-    with replacing(folder / _MANIFEST) as file:
+    with atomic_write(folder / _MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
 

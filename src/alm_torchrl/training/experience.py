@@ -1,4 +1,4 @@
-"""Experience as a data source: environment steps and the batches that follow them."""
+"""Environment steps and the training batches that follow them, as a data source."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchrl.envs import EnvBase
 from alm_torchrl.envs.failures import EnvironmentFailedError, failing_as
 from alm_torchrl.files import one_line
 from alm_torchrl.modules import NoiseSchedule, plain_numbers
-from alm_torchrl.training.acting import PolicyCopy, SentPolicy
+from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher
 from alm_torchrl.training.seeds import StackedNoise
 
-__all__ = ["EnvironmentFailedError", "Experience"]
+__all__ = ["EnvironmentFailedError", "ExperienceStream"]
 
 
-class Experience:
+class ExperienceStream:
     """Steps the environment, stores what happened, and yields the batches to learn from.
 
     Warm-up frames are stored without an update, and then learnt from by ``warmup_updates``, before
@@ -43,7 +43,7 @@ class Experience:
         noise: the schedule to advance with every environment step.
         policy: what has to be told when there are new weights: the collector's policy, or what
             sends them to its workers.
-        observe: what is to see every collected batch once it is stored, such as
+        on_batch: what is to see every collected batch once it is stored, such as
             :meth:`ALMAgent.update_statistics`.
         num_seeds: seeds trained at once, between which the collector's environments are divided;
             steps, frames and updates are then those of one seed.
@@ -64,8 +64,8 @@ class Experience:
         warmup_updates: int = 0,
         updates_per_step: float = 1.0,
         noise: NoiseSchedule | StackedNoise | None = None,
-        policy: PolicyCopy | SentPolicy | None = None,
-        observe: Callable[[TensorDictBase], None] | None = None,
+        policy: CPUPolicy | PolicyPublisher | None = None,
+        on_batch: Callable[[TensorDictBase], None] | None = None,
         num_seeds: int = 1,
         num_processes: int = 1,
     ) -> None:
@@ -90,7 +90,7 @@ class Experience:
         self.updates_per_step = updates_per_step
         self.noise = noise
         self.policy = policy
-        self.observe = observe
+        self.on_batch = on_batch
         self.num_seeds = num_seeds
         self.num_processes = num_processes
         self.frames = 0
@@ -117,11 +117,11 @@ class Experience:
         return getattr(self.collector, "env", self.collector)
 
     @property
-    def policy_age(self) -> float | None:
+    def policy_staleness(self) -> float | None:
         """Updates between the weights acted with and the newest, when a batch arrives.
 
         The mean over the last 100 batches, by what the policy noted with its actions (see
-        :class:`~alm_torchrl.training.StampedPolicy`); None before the first such batch.
+        :class:`~alm_torchrl.training.VersionedPolicy`); None before the first such batch.
         """
         return sum(self._ages) / len(self._ages) if self._ages else None
 
@@ -220,13 +220,13 @@ class Experience:
         restarts = getattr(self.collector, "restarts", 0)
         if restarts != self._restarts:
             self._restarts = restarts
-            self.replay.close_episodes()
+            self.replay.truncate_open_episodes()
         acted_with = data.get("policy_update", None)
         if acted_with is not None and self.frames >= self.warmup_steps:
             self._ages.append(self.updates - acted_with.float().mean().item())
         self.replay.extend(data)
-        if self.observe is not None:
-            self.observe(data)
+        if self.on_batch is not None:
+            self.on_batch(data)
         self._batches += 1
         self._last_frames = data.numel() * self.num_processes // self.num_seeds
         self.frames += self._last_frames

@@ -18,13 +18,13 @@ from alm_torchrl.evaluation import (
     Bias,
     UnknownReturnsError,
     classifier_calibration,
-    cut_windows,
     effective_rank,
     model_error,
+    rollout_for_bias,
+    split_into_windows,
     value_bias,
-    visit,
 )
-from alm_torchrl.files import replacing
+from alm_torchrl.files import atomic_write
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.seeds import StackedLoss
@@ -45,24 +45,26 @@ class Measurement(L.Callback):
         folder: where the files go.
         seed: the seed to note.
         steps: steps played in each environment.
-        row: which of several seeds trained at once this is.
+        seed_index: which of several seeds trained at once this is.
     """
 
     #: What both files are called.
     name: str
 
-    def __init__(self, folder: str | Path, *, seed: int, steps: int = 1000, row: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, *, seed: int, steps: int = 1000, seed_index: int = 0
+    ) -> None:
         self.folder = Path(folder)
         self.seed = int(seed)  # of Python's own, which a checkpoint can hold
         self.steps = steps
-        self.row = row
+        self.seed_index = seed_index
         self.rows: list[dict[str, float]] = []
         self._goes_on = False
 
     @property
     def state_key(self) -> str:
         """Where a checkpoint keeps the numbers of this seed."""
-        return self._generate_state_key(row=self.row)
+        return self._generate_state_key(seed_index=self.seed_index)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers so far."""
@@ -85,19 +87,19 @@ class Measurement(L.Callback):
     ) -> None:
         """Plays, measures, and rewrites both files."""
         loss, device, env = pl_module.loss, pl_module.device, pl_module.eval_env
-        one = loss.losses[self.row] if isinstance(loss, StackedLoss) else loss
+        one = loss.losses[self.seed_index] if isinstance(loss, StackedLoss) else loss
         devices = [device] if device.type == "cuda" else []
         states = random_states(env)
         failing = failing_as(f"playing in {env_name(env)} for the {self.name} failed")
         with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
             with failing:
-                rollout = visit(cast("ALMLoss", one), env, self.steps).to(device)
+                rollout = rollout_for_bias(cast("ALMLoss", one), env, self.steps).to(device)
             found = self.measure(cast("ALMLoss", one), rollout)
         if states:
             set_random_states(env, states)
         numbers = {name: significant(float(value)) for name, value in found.items()}
         self.rows.append({"step": pl_module.experience.steps, "seed": self.seed, **numbers})
-        if self.row == 0:
+        if self.seed_index == 0:
             for logger in trainer.loggers:
                 metrics = {f"eval/{name}": value for name, value in numbers.items()}
                 logger.log_metrics(metrics, step=pl_module.experience.steps)
@@ -118,7 +120,7 @@ class Measurement(L.Callback):
 
     def _write(self) -> None:
         write_table(self.folder / f"{self.name}.csv", list(self.rows[0]), self.rows)
-        with replacing(self.folder / f"{self.name}.png") as file:
+        with atomic_write(self.folder / f"{self.name}.png") as file:
             self._render(file)
 
     def _render(self, file: BinaryIO) -> None:
@@ -144,7 +146,7 @@ class ValueBias(Measurement):
         folder: where the files go.
         seed: the seed to note.
         steps: steps played in each environment.
-        row: which of several seeds trained at once this is.
+        seed_index: which of several seeds trained at once this is.
         tail: largest share of an endless return that a time limit may hide.
     """
 
@@ -156,10 +158,10 @@ class ValueBias(Measurement):
         *,
         seed: int,
         steps: int = 1000,
-        row: int = 0,
+        seed_index: int = 0,
         tail: float = 0.03,
     ) -> None:
-        super().__init__(folder, seed=seed, steps=steps, row=row)
+        super().__init__(folder, seed=seed, steps=steps, seed_index=seed_index)
         self.tail = tail
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
@@ -195,7 +197,7 @@ class Diagnostics(Measurement):
         folder: where the files go.
         seed: the seed to note.
         steps: steps played in each environment.
-        row: which of several seeds trained at once this is.
+        seed_index: which of several seeds trained at once this is.
         length: steps of the model's longest rollout.
     """
 
@@ -207,17 +209,17 @@ class Diagnostics(Measurement):
         *,
         seed: int,
         steps: int = 1000,
-        row: int = 0,
+        seed_index: int = 0,
         length: int = 20,
     ) -> None:
-        super().__init__(folder, seed=seed, steps=steps, row=row)
+        super().__init__(folder, seed=seed, steps=steps, seed_index=seed_index)
         self.length = length
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
         """The numbers of all three."""
         flat = rollout.reshape(-1)
         bins = classifier_calibration(loss, flat)
-        errors = model_error(loss, cut_windows(rollout, min(self.length, rollout.shape[1])))
+        errors = model_error(loss, split_into_windows(rollout, min(self.length, rollout.shape[1])))
         return {
             "effective_rank": effective_rank(loss.encoding(flat).mean),
             "calibration_error": bins.error,

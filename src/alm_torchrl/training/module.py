@@ -23,7 +23,7 @@ from alm_torchrl.modules import plain_numbers
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.compilation import worth_compiling
-from alm_torchrl.training.experience import Experience
+from alm_torchrl.training.experience import ExperienceStream
 from alm_torchrl.training.processes import rank_seed
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
@@ -77,7 +77,7 @@ class ALMModule(L.LightningModule):
         self,
         agent: ALMAgent | StackedAgent,
         loss: ALMLoss | StackedLoss,
-        experience: Experience,
+        experience: ExperienceStream,
         eval_env: EnvBase,
         *,
         learning_rates: float | Mapping[str, float] = 1e-4,
@@ -138,7 +138,7 @@ class ALMModule(L.LightningModule):
         """Adam over the four parameter groups."""
         return make_optimizer(self.loss, self.learning_rates)
 
-    def train_dataloader(self) -> Experience:
+    def train_dataloader(self) -> ExperienceStream:
         """The experience, which is iterated in this process."""
         return self.experience
 
@@ -264,8 +264,8 @@ class ALMModule(L.LightningModule):
         if self.experience.episode_returns:
             recent = list(self.experience.episode_returns)[-10:]
             values["train/episode_return"] = sum(recent) / len(recent)
-        if self.experience.policy_age is not None:
-            values["train/policy_age"] = self.experience.policy_age
+        if self.experience.policy_staleness is not None:
+            values["train/policy_staleness"] = self.experience.policy_staleness
         for logger in self.loggers:
             logger.log_metrics(values, step=self.experience.steps)
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 
-__all__ = ["agree", "end_with_parent", "gather", "is_lost_process", "rank_seed"]
+__all__ = ["any_rank", "exit_with_parent", "gather", "is_lost_process", "rank_seed"]
 
 #: Far from one process to the next, since runs take seeds that follow each other.
 _STRIDE = 1_000_003
@@ -47,7 +47,7 @@ def gather(trainer: L.Trainer, value: Any) -> list[Any]:
     return values
 
 
-def agree(trainer: L.Trainer, decision: bool) -> bool:
+def any_rank(trainer: L.Trainer, decision: bool) -> bool:
     """Whether any process of a run has decided so; all of them must call.
 
     Args:
@@ -66,7 +66,7 @@ def is_lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def end_with_parent(trainer: L.Trainer) -> None:
+def exit_with_parent(trainer: L.Trainer) -> None:
     """Has a process end when the one that started it is gone.
 
     Lightning's launcher ends the processes that it started when one of them fails. If it is killed

@@ -11,7 +11,7 @@ import lightning as L  # noqa: N812 - Lightning's own convention
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-__all__ = ["ProgressBar", "quiet_notices"]
+__all__ = ["ProgressBar", "silence_library_warnings"]
 
 
 class ProgressBar(TQDMProgressBar):
@@ -58,7 +58,7 @@ class ProgressBar(TQDMProgressBar):
         return {"steps/s": f"{self._rate:.1f}", **metrics}
 
 
-def quiet_notices() -> None:
+def silence_library_warnings() -> None:
     """Silences what the libraries say about themselves, and leaves their warnings about a run."""
     for name in ("lightning.pytorch", "lightning.fabric", "torchrl"):
         logging.getLogger(name).setLevel(logging.WARNING)

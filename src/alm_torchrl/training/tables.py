@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from alm_torchrl.files import replacing, set_aside
+from alm_torchrl.files import atomic_write, set_aside
 
 __all__ = ["check_table", "significant", "write_table"]
 
@@ -37,7 +37,7 @@ def write_table(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
         fields: the columns.
         rows: the numbers of each row by column.
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(_text(fields, rows).encode())
 
 

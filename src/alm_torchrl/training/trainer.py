@@ -31,7 +31,7 @@ from alm_torchrl.training.callbacks import (
 from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, TensorFiles, check_processes
 from alm_torchrl.training.measurements import Measurement
 from alm_torchrl.training.precision import choose_precision
-from alm_torchrl.training.processes import end_with_parent
+from alm_torchrl.training.processes import exit_with_parent
 from alm_torchrl.training.progress import ProgressBar
 
 __all__ = ["make_trainer"]
@@ -85,7 +85,7 @@ def make_trainer(
         video_env: an environment with frames to record an episode in at the end.
 
     Returns:
-        The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.Experience`.
+        The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.ExperienceStream`.
 
     Raises:
         ValueError: for an unknown precision, or one that several processes may not agree on, and
@@ -130,7 +130,7 @@ def make_trainer(
         enable_model_summary=False,
         inference_mode=False,
     )
-    end_with_parent(trainer)
+    exit_with_parent(trainer)
     return trainer
 
 
@@ -186,7 +186,7 @@ def _keep_by_seed(
         if num_seeds > 1:
             own, title_of_seed = folder / f"seed{number}", f"{title}, seed {number}"
             own.mkdir(exist_ok=True)
-        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, row=row))
-        callbacks.append(SaveAgent(own, row=row))
-        callbacks += [measure(own, seed=number, row=row) for measure in measurements]
+        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, seed_index=row))
+        callbacks.append(SaveAgent(own, seed_index=row))
+        callbacks += [measure(own, seed=number, seed_index=row) for measure in measurements]
     return callbacks

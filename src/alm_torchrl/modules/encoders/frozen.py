@@ -14,7 +14,7 @@ from torchrl.data import Composite
 from alm_torchrl.modules.encoders.specs import observation_shapes
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
-from alm_torchrl.modules.networks import plain_mlp
+from alm_torchrl.modules.networks import mlp
 
 __all__ = ["FrozenEncoder"]
 
@@ -69,8 +69,8 @@ class FrozenEncoder(LatentModule):
             raise ValueError(
                 f"the module cannot read a batch of observations {(1, *shape)}: {error}"
             ) from error
-        mlp = plain_mlp(features, head.network_size(latent_dim), hidden_dim).to(first.device)
-        super().__init__(nn.Sequential(frozen, mlp), in_keys, head=head, latent_key=latent_key)
+        top = mlp(features, head.network_size(latent_dim), hidden_dim).to(first.device)
+        super().__init__(nn.Sequential(frozen, top), in_keys, head=head, latent_key=latent_key)
         self.latent_dim = latent_dim
 
     @classmethod

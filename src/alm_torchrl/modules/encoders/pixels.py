@@ -19,7 +19,7 @@ from alm_torchrl.modules.encoders.normalization import (
 from alm_torchrl.modules.encoders.specs import joined, observation_shapes
 from alm_torchrl.modules.heads import GaussianHead, LatentHead
 from alm_torchrl.modules.latent import LatentModule
-from alm_torchrl.modules.networks import orthogonal_init, plain_mlp
+from alm_torchrl.modules.networks import mlp, orthogonal_init
 
 __all__ = ["ConvNet", "MultiInputEncoder", "PixelEncoder"]
 
@@ -130,7 +130,7 @@ class MultiInputEncoder(LatentModule):
                 ConvNet(shape, feature_dim, channels) if image else nn.Identity()
                 for shape, image in zip(shapes.values(), images, strict=True)
             ],
-            plain_mlp(
+            mlp(
                 sum(
                     feature_dim if image else shape[0]
                     for shape, image in zip(shapes.values(), images, strict=True)

@@ -238,7 +238,7 @@ class IdentityEncoder(_VectorEncoder):
 
 
 class _ObservationMLP(MLP):
-    """The network of :func:`plain_mlp`, on vectors of any numbers."""
+    """The network of :func:`mlp`, on vectors of any numbers."""
 
     def __init__(self, in_features: int, out_features: int, hidden_dim: int) -> None:
         cells = [hidden_dim, hidden_dim]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from alm_torchrl.data import ReplayJournal, WindowReplayBuffer, make_replay_buffer
+from alm_torchrl.data import IncrementalReplay, WindowReplayBuffer, make_replay_buffer
 
 
 def batch(first: int, steps: int, lanes: int) -> TensorDict:
@@ -36,7 +36,7 @@ def test_what_was_saved_is_put_back_where_it_was(
     tmp_path: Path, lanes: int, storage: str, total: int
 ) -> None:
     replay = buffer(lanes, storage=storage)
-    journal = ReplayJournal(replay, tmp_path)
+    journal = IncrementalReplay(replay, tmp_path)
     for first in range(0, total, 5):
         replay.extend(batch(first, min(5, total - first), lanes))
         if first % 3 == 0 or first + 5 >= total:
@@ -44,8 +44,8 @@ def test_what_was_saved_is_put_back_where_it_was(
     assert replay.steps_written == total
 
     fresh = buffer(lanes, storage=storage)
-    ReplayJournal(fresh, tmp_path).load(parts)
-    replay.close_episodes()
+    IncrementalReplay(fresh, tmp_path).load(parts)
+    replay.truncate_open_episodes()
     for more in (0, 4):
         if more:
             replay.extend(batch(total, more, lanes))
@@ -60,7 +60,7 @@ def test_what_was_saved_is_put_back_where_it_was(
 
 def test_a_step_is_written_once_and_forgotten_when_it_is_overwritten(tmp_path: Path) -> None:
     replay = buffer()
-    journal = ReplayJournal(replay, tmp_path)
+    journal = IncrementalReplay(replay, tmp_path)
     assert journal.save() == []
     spans = []
     for first in range(0, 60, 10):
@@ -83,7 +83,7 @@ def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link:
     if through_link:
         folder.symlink_to(other)
     replay = buffer()
-    for journal in (ReplayJournal(buffer(), folder), ReplayJournal(replay, folder)):
+    for journal in (IncrementalReplay(buffer(), folder), IncrementalReplay(replay, folder)):
         journal.replay.extend(batch(0, 10, 1))
         journal.save()  # the parts of two runs, in one folder
     theirs = {path.name for path in folder.iterdir()} - {part.file for part in journal.parts}
@@ -95,7 +95,7 @@ def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link:
     stale = folder / f"{journal.parts[0].file}.partial"
     stale.write_bytes(b"torn")
 
-    resumed = ReplayJournal(buffer(), folder)
+    resumed = IncrementalReplay(buffer(), folder)
     resumed.load(journal.parts)
     resumed.replay.extend(batch(10, 5, 1))
     parts = resumed.save()
@@ -107,11 +107,11 @@ def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Pa
     replay = buffer()
     replay.extend(batch(0, 10, 1))
     for expected in ([9], [9, 14], [9, 14, 19]):
-        journal = ReplayJournal(replay, tmp_path)
+        journal = IncrementalReplay(replay, tmp_path)
         if replay.steps_written == 10:
             parts = journal.save()
         replay = buffer()
-        journal = ReplayJournal(replay, tmp_path)
+        journal = IncrementalReplay(replay, tmp_path)
         journal.load(parts)
         closed = everything(replay)["next", "truncated"].flatten().nonzero().flatten()
         assert closed.tolist() == expected
@@ -121,11 +121,11 @@ def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Pa
 
 def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
     replay = buffer(lanes=3)
-    journal = ReplayJournal(replay, tmp_path)
+    journal = IncrementalReplay(replay, tmp_path)
     replay.extend(batch(0, 10, 3))
     parts = journal.save()
     with pytest.raises(ValueError, match="num_envs=2"):
-        ReplayJournal(buffer(lanes=2), tmp_path).load(parts)
+        IncrementalReplay(buffer(lanes=2), tmp_path).load(parts)
     with pytest.raises(ValueError, match="empty"):
         journal.load(parts)
     with pytest.raises(ValueError, match="time steps 0 to 10 .* lacking"):
@@ -136,10 +136,10 @@ def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_a_buffer_of_another_capacity_takes_what_fits(tmp_path: Path) -> None:
     replay = buffer()
-    journal = ReplayJournal(replay, tmp_path)
+    journal = IncrementalReplay(replay, tmp_path)
     for first in range(0, 40, 5):
         replay.extend(batch(first, 5, 1))
         parts = journal.save()
     small = buffer(steps=20)
-    ReplayJournal(small, tmp_path).load(parts)
+    IncrementalReplay(small, tmp_path).load(parts)
     assert sorted(everything(small)["action"].flatten().tolist()) == list(range(20, 40))

@@ -15,15 +15,15 @@ from tensordict import TensorDict, TensorDictBase
 from alm_torchrl.data.replay import WindowReplayBuffer
 from alm_torchrl.files import load_tensors, save_tensors, sha256
 
-__all__ = ["JournalPart", "ReplayJournal"]
+__all__ = ["IncrementalReplay", "ReplayChunk"]
 
 _NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and whose they are
 _FRAMES = "frames:"  # before the names of entries that are not time steps
 
 
 @dataclass(frozen=True)
-class JournalPart:
-    """A file of a :class:`ReplayJournal`.
+class ReplayChunk:
+    """A file of a :class:`IncrementalReplay`.
 
     Attributes:
         file: its name.
@@ -46,7 +46,7 @@ class JournalPart:
             raise OSError(f"{path} is not as it was written")
 
 
-class ReplayJournal:
+class IncrementalReplay:
     """Writes what has been stored since it was last asked, so that saving takes as long as that.
 
     TorchRL's ``dumps`` writes a buffer as a whole, gigabytes of it every time. Here each time step
@@ -63,11 +63,11 @@ class ReplayJournal:
     def __init__(self, replay: WindowReplayBuffer, folder: str | Path) -> None:
         self.replay = replay
         self.folder = Path(folder)
-        self.parts: list[JournalPart] = []
+        self.parts: list[ReplayChunk] = []
         self._owner = secrets.token_hex(4)
         self._loaded: set[str] = set()
 
-    def save(self) -> list[JournalPart]:
+    def save(self) -> list[ReplayChunk]:
         """Writes a part with what is new, and waits until it is on the disk.
 
         Returns:
@@ -85,7 +85,7 @@ class ReplayJournal:
         self.parts = [part for part in self.parts if part.stop > oldest]
         return list(self.parts)
 
-    def load(self, parts: Iterable[JournalPart]) -> None:
+    def load(self, parts: Iterable[ReplayChunk]) -> None:
         """Fills the buffer, which is empty, and closes the episodes that were running.
 
         Args:
@@ -103,7 +103,7 @@ class ReplayJournal:
                 self._owner = named[1]
             self.replay.restore(self._read(), self.parts[-1].stop)
 
-    def remove_all_but(self, parts: Iterable[JournalPart]) -> None:
+    def remove_all_but(self, parts: Iterable[ReplayChunk]) -> None:
         """Removes the parts that this run has written, in any session, and that are none of these.
 
         Nothing else is touched that lies in the folder, which may be a link to another.
@@ -114,14 +114,14 @@ class ReplayJournal:
             if name in self._loaded or _NAME.fullmatch(name.removesuffix(".partial")):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _write(self, start: int, stop: int) -> JournalPart:
+    def _write(self, start: int, stop: int) -> ReplayChunk:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{start:012d}-{stop:012d}-{self._owner}.pt"
         content = {"/".join(key): leaf for key, leaf in _leaves(self.replay.read(start, stop))}
         for key, frames in self.replay.read_frames(start, stop).items():
             content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in frames.items()}
         save_tensors(content, path)
-        return JournalPart(path.name, start, stop, sha256(path))
+        return ReplayChunk(path.name, start, stop, sha256(path))
 
     def _read(self) -> Iterator[tuple[Any, ...]]:
         lanes = [] if self.replay.num_envs == 1 else [self.replay.num_envs]

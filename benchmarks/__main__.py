@@ -1,8 +1,7 @@
 """Measures speed: ``python -m benchmarks update terms --task humanoid --out results/benchmarks``.
 
-Every suite times its cases in turn, round by round, in one process and prints medians, quartiles
-and ratios. ``memory``, ``loop`` and ``saving`` are one long run each. Let nothing else run on the
-machine meanwhile.
+Each suite times its cases in alternating rounds in one process and prints medians, quartiles and
+ratios. ``memory``, ``loop`` and ``saving`` are one long run each. Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import torch
 
 from alm_torchrl.training import silence_library_warnings
 from benchmarks.long import loop, memory
-from benchmarks.measure import alternate, machine, peak_memory
+from benchmarks.measure import alternate, peak_memory
 from benchmarks.report import table, write, write_record
 from benchmarks.saving import saving
 from benchmarks.suites import SUITES
 from benchmarks.workloads import TASKS
+from experiments.machine import describe_machine
 
 CHOICES = (*SUITES, "memory", "loop", "saving")
 
@@ -59,7 +59,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     task, device = arguments.task, torch.device(arguments.device)
-    facts = machine(device)
+    facts = describe_machine(device)
     print("  ".join(f"{name}: {value}" for name, value in facts.items()))
     for name in arguments.suites:
         torch.manual_seed(0)

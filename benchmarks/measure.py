@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
@@ -97,31 +96,12 @@ def copy_case(device: torch.device, mebibytes: int = 128) -> Case:
     return Case(f"peak: copy of {mebibytes} MiB", lambda: target.copy_(source))
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """The machine in words."""
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def peak_memory(device: torch.device) -> int:
     """The most memory held so far, in bytes: the device's, or the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def synchronize() -> None:

@@ -20,7 +20,7 @@ from alm_torchrl.modules import PixelEncoder
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import CapturedUpdate, Update, make_optimizer, stack_seeds
 from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
-from recipes.sac import make_loss
+from experiments.sac import make_loss
 
 
 @dataclass(frozen=True)

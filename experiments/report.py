@@ -1,28 +1,24 @@
-"""Draws the kept curves and writes docs/results.md from them: ``python tools/report.py``.
+"""Draws the kept curves and writes docs/results.md: ``python -m experiments.report``.
 
-It reads ``results/*.csv``, ``results/runs.json`` (what made each of them) and
-``results/authors.csv`` (the published scores), and nothing else, so that anyone can draw the page
-anew.
+The inputs are ``results/*.csv``, ``results/runs.json`` (how each curve was made) and
+``results/authors.csv`` (the published scores).
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recipes.plot import summarize
+from experiments.plot import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (1_000, 2_000, 3_000, 6_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000)
@@ -30,31 +26,39 @@ RETURNS = (1000, 2000, 3000, 4000, 6000, 8000, 10_000)
 TASKS = (
     "halfcheetah", "walker2d", "hopper", "ant", "humanoid", "ant_truncated", "humanoid_truncated"
 )  # fmt: skip
-#: Seeds that the paper's own curves have.
+#: Curves in the figure of the README and the landing page.
+OVERVIEW = ("fast", "paper", "sac")
+#: Seeds per task in the paper.
 PAPER_SEEDS = 5
 INTRODUCTION = """# Results
 
-This page is generated from the raw curves in `results` by `python tools/report.py`, and these by
-`python recipes/reproduce.py`. Returns are means of five episodes with the mean action; steps are
-counted after the random warm-up, as the authors count. Over several seeds: the interquartile mean,
-and the interval that 95 % of bootstrap samples of the seeds fall into. "Published" are the authors'
-scores, mean and standard deviation over five seeds, in an older version of the environments.
+`python -m experiments.report` generates this page from the raw curves in `results`;
+`python -m experiments.reproduce` trains them. A return is the mean of five episodes with the mean
+action. Steps exclude the random warm-up, as in the authors' curves. Several seeds are summarized by
+their interquartile mean and a 95 % bootstrap interval. "Published" are the authors' scores: mean and
+standard deviation over five seeds, in an older version of the environments.
 
-`halfcheetah-distractors` has 64 dimensions of noise in its observation, `halfcheetah-masked` no
-velocities, `inverted_pendulum` is observed as 32x32 images alone (random actions return 5 +- 3).
+`halfcheetah-distractors` adds 64 dimensions of noise to the observation, `halfcheetah-masked` hides
+the velocities, and `inverted_pendulum` is observed as 32x32 images (random actions return 5 +- 3).
 
-`paper`, `quickstart` and `fast` are presets of `recipes/mujoco.py`, `pixels` of
-`recipes/pixels.py`; `fast` was chosen by the sweeps `fast` and `fast_refined`, on seeds 0 and 4,
-and changed after trials on 14 and 15, which the sweep `fast_warmup` repeats. `-earlier` behind it
-stands for the preset before that (until commit 7c68998: no updates on the warm-up, noise from 1.0,
-the newest weights evaluated; the other sweeps' too), `-bf16` for `run.precision=bf16-mixed`,
-`-window` for `encoder=window`, `-first` for the project's first run, `-1e-3` for these learning
-rates and a batch of 64; `sac` and `redq` are TorchRL's, by `recipes/sac.py`.
+| label | meaning |
+|---|---|
+| `paper`, `quickstart`, `fast` | presets of `recipes/mujoco.py` |
+| `pixels` | preset of `recipes/pixels.py` |
+| `sac`, `redq` | TorchRL's algorithms, trained by `experiments/sac.py` |
+| `-earlier` | `fast` before commit 7c68998: no warm-up updates, noise from 1.0, no averaged weights |
+| `-bf16` | `run.precision=bf16-mixed` |
+| `-window` | `encoder=window` |
+| `-first` | the first run of the project |
+| `-1e-3` | learning rates of 1e-3 and a batch of 64 |
+
+`fast` was chosen by the sweeps `fast` and `fast_refined` on seeds 0 and 4. It was changed after
+trials on seeds 14 and 15, which the sweep `fast_warmup` repeats. All sweeps but `fast_warmup` used
+the earlier preset.
 """
 REACHING = (
-    "Steps until a return is first reached, median over seeds, and the median time of those seeds "
-    "beside which nothing else ran (minutes of one kind of machine can be compared; the last table "
-    "names it):"
+    "Steps until a return is first reached (median over seeds), and minutes (median over the seeds "
+    "that ran alone on their machine). Compare minutes only between runs on the same machine."
 )
 Rows = list[dict[str, float]]
 #: By task, by what was trained, by seed.
@@ -62,7 +66,7 @@ Curves = dict[str, dict[str, dict[int, Rows]]]
 
 
 def read(results: Path) -> tuple[Curves, dict[str, dict[str, Any]], Curves]:
-    """All curves, what made them, and those whose seconds are a measure."""
+    """Reads all curves, the index of runs, and the curves of runs with valid times."""
     runs = json.loads((results / "runs.json").read_text())
     curves: Curves = defaultdict(lambda: defaultdict(dict))
     timed: Curves = defaultdict(lambda: defaultdict(dict))
@@ -77,12 +81,12 @@ def read(results: Path) -> tuple[Curves, dict[str, dict[str, Any]], Curves]:
 
 
 def summary(curves: dict[int, Rows]) -> list[tuple[int, int, float, float, float]]:
-    """Interquartile means over seeds, with their intervals."""
+    """Returns interquartile means over seeds, with their intervals."""
     return summarize({s: {int(r["step"]): r["return"] for r in rows} for s, rows in curves.items()})
 
 
 def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Path) -> None:
-    """One task's curves beside the published ones."""
+    """Draws the curves of a task and the published scores as an SVG file."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -98,11 +102,12 @@ def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Pat
     axes.set(xlabel="environment steps after the warm-up", ylabel="return", title=task)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    with rc_context({"svg.hashsalt": task, "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """A Markdown table."""
+    """Yields the lines of a Markdown table."""
     yield "| " + " | ".join(header) + " |"
     yield "|" + "---|" * len(header)
     for row in rows:
@@ -111,7 +116,7 @@ def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
 
 
 def returns_table(curves: dict[str, dict[int, Rows]], authors: Rows) -> Iterator[str]:
-    """Returns after given numbers of steps."""
+    """Yields a table of returns after given numbers of steps."""
     means = {what: {row[0]: row[1:] for row in summary(s)} for what, s in sorted(curves.items())}
     steps = [s for s in STEPS if any(s in known for known in means.values())]
     published = {int(row["step"]): f"{row['mean']:.0f} +- {row['std']:.0f}" for row in authors}
@@ -130,14 +135,14 @@ def returns_table(curves: dict[str, dict[int, Rows]], authors: Rows) -> Iterator
 
 
 def first_reaching(rows: Rows, wanted: float) -> dict[str, float] | None:
-    """The first evaluation with a return of at least so much."""
+    """Returns the first evaluation with at least the wanted return."""
     return next((row for row in rows if row["return"] >= wanted), None)
 
 
 def reaching_table(
     curves: dict[str, dict[int, Rows]], timed: dict[str, dict[int, Rows]]
 ) -> Iterator[str]:
-    """Median steps of all seeds, and minutes of the timed ones, until a return is first reached."""
+    """Yields a table of median steps, and minutes of the timed runs, to given returns."""
     rows = []
     for what, seeds in sorted(curves.items()):
         cells = []
@@ -158,7 +163,7 @@ def reaching_table(
 
 
 def missing(curves: Curves) -> Iterator[str]:
-    """What has not been run yet."""
+    """Yields the published curves that have not been reproduced."""
     for task in TASKS:
         seeds = curves.get(task, {}).get("paper", {})
         longest = max((rows[-1]["step"] for rows in seeds.values()), default=0)
@@ -167,43 +172,51 @@ def missing(curves: Curves) -> Iterator[str]:
             yield f"- `{task}`, preset `paper`: {done if seeds else 'no run'}"
 
 
-def made(runs: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What made each of the curves."""
-    rows = [
-        [f"`{name}`", f"`{run['command']}`", run["commit"], run["machine"]]
-        for name, run in runs.items()
-    ]
-    yield from table(["file", "command", "commit", "machine"], rows)
+def runs_table(runs: dict[str, dict[str, Any]], curves: Curves) -> Iterator[str]:
+    """Yields a table of the command, commit, machine and time of each run."""
+    rows = []
+    for name, run in runs.items():
+        seed = int(name.rpartition("seed")[2].removesuffix(".csv"))
+        last = curves[run["task"]][run["what"]][seed][-1]
+        minutes = f"{last['seconds'] / 60:.0f}{'' if run['timed'] else ' *'}"
+        made = [f"`{run['command']}`", run["commit"], run["machine"]]
+        rows.append([f"`{name}`", f"{last['step']:,.0f}", minutes, *made])
+    yield from table(["file", "steps", "minutes", "command", "commit", "machine"], rows)
 
 
 def sweep_section(folder: Path) -> Iterator[str]:
-    """What a sweep has tried, and what it gave."""
+    """Yields the section of a sweep."""
     curves, runs, _ = read(folder)
     yield f"## Sweep `{folder.name}`"
     yield ""
-    yield f"`python recipes/sweep.py recipes/sweeps/{folder.name}.yaml`; returns on the way:"
+    yield f"`python -m experiments.sweep experiments/sweeps/{folder.name}.yaml`"
     yield ""
     for task in sorted(curves):
         yield f"{task}:"
         yield ""
         yield from returns_table(curves[task], [])
-    yield from made(runs)
+    yield from runs_table(runs, curves)
 
 
 def page(results: Path, figures: Path) -> str:
-    """Draws every task's figure, and returns the page."""
+    """Draws the figure of every task and returns the page."""
     curves, runs, timed = read(results)
     with (results / "authors.csv").open(newline="") as file:
         authors = [(row.pop("task"), row) for row in csv.DictReader(file)]
     lines = [INTRODUCTION]
     for task in sorted(curves, key=lambda task: (task not in TASKS, task)):
         published = [{k: float(v) for k, v in row.items()} for name, row in authors if name == task]
-        draw(task, curves[task], published, figures / f"results-{task}.png")
-        lines += [f"## {task}", "", f"![Learning curves](_static/results-{task}.png)", ""]
-        lines += ["Return after so many steps:", "", *returns_table(curves[task], published)]
+        draw(task, curves[task], published, figures / f"results-{task}.svg")
+        lines += [f"## {task}", "", f"![Learning curves](_static/results-{task}.svg)", ""]
+        lines += ["Return by steps:", "", *returns_table(curves[task], published)]
         lines += reaching_table(curves[task], timed[task])
-    lines += ["## What has not been run", "", *missing(curves), "", "## What made the curves", ""]
-    lines += made(runs)
+    published = [{k: float(v) for k, v in row.items()} for name, row in authors if name == TASKS[0]]
+    overview = {what: seeds for what, seeds in curves[TASKS[0]].items() if what in OVERVIEW}
+    if overview:
+        draw("HalfCheetah-v5", overview, published, figures / "results-overview.svg")
+    lines += ["## Not reproduced yet", "", *missing(curves), "", "## Runs", ""]
+    lines += ["Minutes marked * were measured while other programs ran on the machine.", ""]
+    lines += runs_table(runs, curves)
     for sweep in sorted((results / "sweeps").glob("*")):
         lines += sweep_section(sweep)
     return "\n".join(lines)

@@ -1,8 +1,7 @@
-"""Draws learning curves over seeds: ``python recipes/plot.py runs/halfcheetah-paper-* ...``.
+"""Draws learning curves over seeds: ``python experiments/plot.py runs/halfcheetah-paper-* ...``.
 
-Runs that differ in their seed (and the time of their start) alone become one curve: the
-interquartile mean over seeds, with the interval that 95 % of bootstrap samples of the seeds fall
-into. The numbers go to a CSV file beside the picture.
+Runs that differ only in seed and start time form one curve: the interquartile mean over seeds with
+a 95 % bootstrap interval. A CSV file beside the figure holds the numbers.
 """
 
 from __future__ import annotations
@@ -14,30 +13,27 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.pop(0)  # the folder of this file, where mujoco.py would pass for the simulator
-
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-#: What follows the name that runs of several seeds share.
+#: Suffix that distinguishes the seeds of one curve.
 SEED = re.compile(r"-seed\d+(-\d{8}-\d{6})?$")
 Curves = dict[str, dict[int, dict[int, float]]]
 
 
 def read(folders: list[Path]) -> Curves:
-    """The returns by name, seed and step. Of two runs of one seed, the one with more steps counts.
+    """Reads returns by name, seed and step. The longest run of a seed is used.
 
     Raises:
-        FileNotFoundError: if there is no curve in a folder.
+        FileNotFoundError: if a folder holds no curve.
     """
     curves: Curves = defaultdict(dict)
     for folder in folders:
         found = sorted({*folder.glob("curve.csv"), *folder.glob("seed*/curve.csv")})
         if not found:
-            raise FileNotFoundError(f"{folder} holds no curve.csv, nor do folders seed<n> in it")
+            raise FileNotFoundError(f"{folder} holds no curve.csv or seed*/curve.csv")
         for path in found:
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["return"]]
@@ -47,7 +43,7 @@ def read(folders: list[Path]) -> Curves:
             curve = {int(row["step"]): float(row["return"]) for row in rows}
             known = curves[name].get(seed, {})
             if known:
-                print(f"{name}: several runs of seed {seed}; the longest counts", file=sys.stderr)
+                print(f"{name}: several runs of seed {seed}; using the longest", file=sys.stderr)
             curves[name][seed] = max(known, curve, key=len)
     return dict(curves)
 
@@ -55,15 +51,15 @@ def read(folders: list[Path]) -> Curves:
 def summarize(
     curves: dict[int, dict[int, float]], samples: int = 2000
 ) -> list[tuple[int, int, float, float, float]]:
-    """Interquartile mean and bootstrap interval at every step.
+    """Computes the interquartile mean and its bootstrap interval at every step.
 
     Args:
         curves: return by seed and step.
-        samples: of the bootstrap.
+        samples: number of bootstrap samples.
 
     Returns:
-        For every step that at least half of the seeds have: step, seeds, interquartile mean, and
-        the ends of the interval (both the mean itself with one seed).
+        For every step that at least half of the seeds reach: step, number of seeds, interquartile
+        mean, and both ends of the interval (equal to the mean for one seed).
     """
     rows = []
     for step in sorted({step for curve in curves.values() for step in curve}):
@@ -85,9 +81,9 @@ def summarize(
 
 
 def main() -> None:
-    """Reads, draws and writes."""
+    """Draws the figure and writes the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of runs")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
     try:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.plot import read, summarize
+from experiments.plot import read, summarize
 
-SCRIPT = Path(__file__).resolve().parents[2] / "recipes/plot.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments/plot.py"
 
 
 def write(folder: Path, seed: int, returns: dict[int, float]) -> Path:
@@ -77,5 +77,5 @@ def test_the_script_draws_and_writes(tmp_path: Path, monkeypatch, capsys) -> Non
         ("a", "2", "4", "3.0"),
     ]
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds no curve.csv"):
+    with pytest.raises(SystemExit, match="holds no curve.csv or seed"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,9 +1,8 @@
-"""Runs tasks and seeds one after the other, and keeps their raw curves with what made them.
+"""Trains presets and baselines on tasks and seeds, and keeps each curve with its command.
 
-``python recipes/reproduce.py --what paper sac --tasks halfcheetah --seeds 0 1 --steps 20000``
-trains ALM in a preset's settings and TorchRL's SAC in the same environments. Runs that are done are
-passed over, and one of ALM that was interrupted goes on. Then ``python tools/report.py`` draws what
-is kept.
+``python -m experiments.reproduce --what paper sac --tasks halfcheetah --seeds 0 1 --steps 20000``
+trains ALM with the preset ``paper`` and TorchRL's SAC in the same environments. Finished runs are
+skipped; interrupted runs of ALM are resumed. ``python -m experiments.report`` draws the kept curves.
 """
 
 from __future__ import annotations
@@ -19,32 +18,28 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # mujoco.py here is no simulator
-
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks import measure
+from experiments.machine import describe_machine
 from recipes.run_name import override_name
 
-RECIPES = Path(__file__).resolve().parent
-ROOT = RECIPES.parent
+ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("sac", "redq")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and the curve that it leaves.
+    """One training run.
 
     Attributes:
         what: a preset of recipes/mujoco.py, or one of TorchRL's algorithms.
-        task: as the recipe's ``task`` names it.
-        seed: of the run.
-        steps: after the warm-up.
+        task: name of the task, as in recipes/conf/task.
+        seed: random seed.
+        steps: environment steps after the warm-up.
         every: steps between two evaluations.
-        options: further ones of the recipe.
-        suffix: what its name adds to the preset's, where the options make it another.
+        options: further options of the recipe.
+        suffix: appended to the preset in the run's name, to tell options apart.
     """
 
     what: str
@@ -57,17 +52,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the run's folder and curve are called."""
+        """Name of the run's folder and curve."""
         return f"{self.task}-{self.what}{self.suffix}-seed{self.seed}"
 
     def command(self, folder: str) -> list[str]:
-        """What trains, without the interpreter."""
+        """Returns the training command, without the interpreter."""
         if self.what in PEERS:
-            options = OmegaConf.load(RECIPES / "conf/task" / f"{self.task}.yaml")
+            options = OmegaConf.load(ROOT / "recipes/conf/task" / f"{self.task}.yaml")
             if options.kwargs:
-                raise ValueError(f"recipes/sac.py cannot pass {self.task}'s arguments on")
+                raise ValueError(f"experiments/sac.py does not support task {self.task}")
             return [
-                *("recipes/sac.py", "--algorithm", self.what, "--task", options.id),
+                *("experiments/sac.py", "--algorithm", self.what, "--task", options.id),
                 *("--seed", str(self.seed), "--steps", str(self.steps)),
                 *("--eval-every", str(self.every), "--folder", folder),
             ]
@@ -79,7 +74,7 @@ class Run:
 
 
 def is_done(curve: Path, steps: int) -> bool:
-    """Whether a curve goes as far as was asked for."""
+    """Returns whether a curve reaches the given number of steps."""
     if not curve.is_file():
         return False
     with curve.open(newline="") as file:
@@ -87,59 +82,61 @@ def is_done(curve: Path, steps: int) -> bool:
     return bool(rows) and int(rows[-1]["step"]) >= steps
 
 
-def machine() -> str:
-    """The kind of machine: what figures of time depend on."""
-    here = measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return f"{here['device']}, {here['threads']} threads"
-
-
 def keep(run: Run, command: list[str], curve: Path, results: Path, timed: bool) -> None:
-    """Copies a curve to the results, and notes what made it in ``runs.json``."""
+    """Copies a curve to the results and records how it was made in ``runs.json``."""
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     results.mkdir(parents=True, exist_ok=True)
     shutil.copy(curve, results / f"{run.name}.csv")
     index = results / "runs.json"
     known = json.loads(index.read_text()) if index.is_file() else {}
+    machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     known[f"{run.name}.csv"] = {
         "task": run.task,
         "what": run.what + run.suffix,
         "command": shlex.join(["python", *command]),
         "commit": commit.strip(),
-        "machine": machine(),
+        "machine": f"{machine['device']}, {machine['threads']} threads",
         "timed": timed,
     }
     index.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 def train(run: Run, runs: Path, results: Path, timed: bool) -> bool:
-    """Trains a run if it is not done, and keeps its curve; returns whether it is done now."""
+    """Trains an unfinished run and keeps its curve; returns whether the run is finished."""
     folder = runs.resolve() / run.name
     if not is_done(folder / "curve.csv", run.steps):
         print(run.name, flush=True)
         subprocess.run([sys.executable, *run.command(str(folder))], cwd=ROOT, check=False)
-    if done := is_done(folder / "curve.csv", run.steps):
+    done = is_done(folder / "curve.csv", run.steps)
+    if done:
         keep(run, run.command(f"runs/{run.name}"), folder / "curve.csv", results, timed)
     return done
 
 
 def main() -> int:
-    """Trains what is not done yet; returns how many runs have failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Trains the unfinished runs and returns the number of failures."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__)
     parser.add_argument("--what", nargs="+", default=["paper", "sac"], help="presets, sac, redq")
     parser.add_argument("--tasks", nargs="+", default=["halfcheetah"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--eval-every", type=int, default=1_000)
-    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="of the curves")
-    parser.add_argument("--option", action="append", default=[], help="of recipes/mujoco.py")
-    parser.add_argument("--suffix", default="", help="of the name; else the options")
     parser.add_argument(
-        "--timed", action="store_true", help="nothing else runs here: the seconds are a measure"
+        "--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "results", help="folder of the kept curves"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], help="option of recipes/mujoco.py; repeatable"
+    )
+    parser.add_argument("--suffix", default="", help="appended to the name (default: the options)")
+    parser.add_argument(
+        "--timed", action="store_true", help="nothing else runs on this machine, so times are valid"
     )
     args = parser.parse_args()
-    suffix = args.suffix or override_name(args.option)  # or other options' curves would pass for it
+    suffix = args.suffix or override_name(args.option)  # options must not share a name
     settings = args.steps, args.eval_every, tuple(args.option), suffix
     runs = [Run(w, t, s, *settings) for t, w, s in product(args.tasks, args.what, args.seeds)]
     return sum(not train(run, args.runs, args.results, args.timed) for run in runs)

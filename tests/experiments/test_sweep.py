@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import sweep
-from tests.recipes.test_reproduce import trained  # noqa: F401 - a fixture
+from experiments import sweep
+from tests.experiments.test_reproduce import trained  # noqa: F401 - a fixture
 
 SWEEP = """
 preset: quickstart
@@ -47,16 +47,18 @@ def test_every_candidate_is_run_once_and_kept(tmp_path: Path, monkeypatch, train
 
 
 def test_a_mistake_is_named(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(SystemExit, match=r"no candidates \['fast'\], but \['plain', 'slow'\]"):
+    with pytest.raises(
+        SystemExit, match=r"no candidates \['fast'\]; choose from \['plain', 'slow'\]"
+    ):
         main(tmp_path, monkeypatch, "--only", "fast")
     monkeypatch.setattr(sys, "argv", ["sweep.py", str(tmp_path / "nowhere.yaml")])
     with pytest.raises(SystemExit, match=r"No such file .*nowhere\.yaml"):
         sweep.main()
     (tmp_path / "short.yaml").write_text("preset: quickstart\ntasks: {}\nseeds: [0]\noptions: []\n")
-    with pytest.raises(ValueError, match="does not say evaluate_every, candidates"):
-        sweep.planned(tmp_path / "short.yaml")
+    with pytest.raises(ValueError, match="lacks evaluate_every, candidates"):
+        sweep.plan(tmp_path / "short.yaml")
 
 
 def test_the_sweep_of_the_fast_preset_can_be_planned() -> None:
-    runs = sweep.planned(sweep.ROOT / "recipes/sweeps/fast.yaml")
+    runs = sweep.plan(sweep.ROOT / "experiments/sweeps/fast.yaml")
     assert len({run.name for run in runs}) == len(runs) > 2

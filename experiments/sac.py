@@ -1,21 +1,15 @@
-"""TorchRL's SAC (or REDQ) on the same tasks as ALM, to hold its curves against.
+"""TorchRL's SAC and REDQ as baselines: ``python experiments/sac.py --task HalfCheetah-v5``.
 
-``python recipes/sac.py --task HalfCheetah-v5 --steps 20000`` collects, stores and evaluates with
-what recipes/mujoco.py uses, so that the algorithm is all that differs, and leaves a ``curve.csv``
-of the same columns.
+Environments, collector and evaluation are those of recipes/mujoco.py, and ``curve.csv`` has the
+same columns, so that only the algorithm differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__":
-    # The project's root rather than this folder, where mujoco.py would pass for the simulator.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from tensordict.nn import InteractionType, TensorDictModule
@@ -28,7 +22,7 @@ from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env
 from alm_torchrl.evaluation import evaluate_policy
 
-#: The loss, and the updates for each environment step that it was published with.
+#: Loss and published number of updates per environment step.
 ALGORITHMS = {"sac": (SACLoss, 1), "redq": (REDQLoss, 20)}
 FIELDS = ("step", "seed", "return", "return_std", "frames", "seconds")
 
@@ -39,16 +33,13 @@ def make_loss(
     spec: Bounded,
     device: torch.device | str = "cpu",
 ) -> tuple[ProbabilisticActor, SACLoss | REDQLoss]:
-    """The networks and the objective in the settings of TorchRL's recipes: two layers of 256.
+    """Builds actor and loss with the settings of TorchRL's recipes: two layers of 256 units.
 
     Args:
-        kind: the objective; REDQ has ten critics.
+        kind: class of the loss; REDQ has ten critics.
         observations: size of the observation.
-        spec: of the action.
-        device: where.
-
-    Returns:
-        The actor, and the loss on it.
+        spec: spec of the action.
+        device: device of the parameters.
     """
     actions = spec.shape[-1]
 
@@ -71,13 +62,15 @@ def make_loss(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What may be chosen."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="sac")
     parser.add_argument("--task", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20_000, help="after the warm-up")
-    parser.add_argument("--warmup", type=int, default=5_000, help="uniformly random steps")
+    parser.add_argument(
+        "--steps", type=int, default=20_000, help="environment steps after the warm-up"
+    )
+    parser.add_argument("--warmup", type=int, default=5_000, help="random steps at the start")
     parser.add_argument("--eval-every", type=int, default=1_000)
     parser.add_argument("--folder", type=Path, default=Path("runs/sac"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Environment, agent, loss, data, training."""
+    """Trains and evaluates the baseline."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     env = make_env(args.task, seed=args.seed)

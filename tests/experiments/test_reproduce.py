@@ -1,4 +1,4 @@
-"""Runs that are kept with what made them, and the page that is drawn from them."""
+"""Kept runs, and the results page that is generated from them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import reproduce
-from tools import report
+from experiments import report, reproduce
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["step", "seed", "return", "return_std", "frames", "seconds"]
@@ -51,7 +50,7 @@ def curve(path: Path, seed: int, steps: range) -> None:
 
 def main(tmp_path: Path, monkeypatch, *arguments: str) -> int:
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *folders, "--eval-every", "10", *arguments])
+    monkeypatch.setattr(sys, "argv", ["reproduce", *folders, "--eval-every", "10", *arguments])
     return reproduce.main()
 
 
@@ -62,7 +61,7 @@ def test_what_is_done_is_passed_over_and_what_is_short_goes_on(
     assert main(tmp_path, monkeypatch, *asked, "--steps", "20") == 0
     assert len(trained) == 4
     assert "resume=auto" in trained[0]
-    assert trained[2][:3] == ["recipes/sac.py", "--algorithm", "sac"]
+    assert trained[2][:3] == ["experiments/sac.py", "--algorithm", "sac"]
     assert main(tmp_path, monkeypatch, *asked, "--steps", "20") == 0
     assert len(trained) == 4
     assert main(tmp_path, monkeypatch, "--what", "paper", "--seeds", "1", "--steps", "30") == 0
@@ -113,7 +112,7 @@ def test_the_page_tells_returns_steps_and_minutes(tmp_path: Path, monkeypatch, t
     assert "| `sac` | 2002 (2000 to 2004), n=2 | 4002 (4000 to 4004), n=2 |" in page
     assert "| `sac` | 10, 1.0 min | 20, 2.0 min | 30, 3.0 min | 40, 4.0 min |  |  |  |" in page
     assert "- `halfcheetah`, preset `paper`: no run" in page
-    assert (tmp_path / "results-halfcheetah.png").stat().st_size > 0
+    assert (tmp_path / "results-halfcheetah.svg").stat().st_size > 0
 
 
 def _made(folder: Path) -> Path:
@@ -124,8 +123,8 @@ def _made(folder: Path) -> Path:
 def test_the_page_in_the_documentation_is_that_of_the_kept_curves(tmp_path: Path) -> None:
     page = report.page(ROOT / "results", tmp_path)
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {path.name for path in (ROOT / "docs/_static").glob("results-*.png")}
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name for path in (ROOT / "docs/_static").glob("results-*.svg")}
 
 
 def test_every_kept_curve_is_on_the_page() -> None:

@@ -1,0 +1,1 @@
+"""Comparisons, sweeps and the results page: ``python -m experiments.reproduce --help``."""

@@ -59,11 +59,11 @@ def stack(session: nox.Session) -> None:
 
 @nox.session(venv_backend="venv", reuse_venv=True)
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, the floors between modules and the length limits (no torch)."""
+    """Check style, formatting, imports between modules and length limits (needs no torch)."""
     session.install("-c", str(CONSTRAINTS), *LINTERS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("lint-imports", env={"PYTHONPATH": "src"})
+    session.run("lint-imports", env={"PYTHONPATH": f"src{os.pathsep}."})
     session.run("python", "tools/check_lengths.py")
 
 

@@ -35,8 +35,8 @@ INTRODUCTION = """# Results
 `python -m experiments.report` generates this page from the raw curves in `results`;
 `python -m experiments.reproduce` trains them. A return is the mean of five episodes with the mean
 action. Steps exclude the random warm-up, as in the authors' curves. Several seeds are summarized by
-their interquartile mean and a 95 % bootstrap interval. "Published" are the authors' scores: mean and
-standard deviation over five seeds, in an older version of the environments.
+their interquartile mean and a 95 % bootstrap interval. "Published" are the authors' scores: mean
+and standard deviation over five seeds, in an older version of the environments.
 
 `halfcheetah-distractors` adds 64 dimensions of noise to the observation, `halfcheetah-masked` hides
 the velocities, and `inverted_pendulum` is observed as 32x32 images (random actions return 5 +- 3).
@@ -46,7 +46,7 @@ the velocities, and `inverted_pendulum` is observed as 32x32 images (random acti
 | `paper`, `quickstart`, `fast` | presets of `recipes/mujoco.py` |
 | `pixels` | preset of `recipes/pixels.py` |
 | `sac`, `redq` | TorchRL's algorithms, trained by `experiments/sac.py` |
-| `-earlier` | `fast` before commit 7c68998: no warm-up updates, noise from 1.0, no averaged weights |
+| `-earlier` | `fast` before 7c68998: noise from 1.0, no warm-up updates, no averaged weights |
 | `-bf16` | `run.precision=bf16-mixed` |
 | `-window` | `encoder=window` |
 | `-first` | the first run of the project |

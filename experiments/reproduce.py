@@ -2,7 +2,7 @@
 
 ``python -m experiments.reproduce --what paper sac --tasks halfcheetah --seeds 0 1 --steps 20000``
 trains ALM with the preset ``paper`` and TorchRL's SAC in the same environments. Finished runs are
-skipped; interrupted runs of ALM are resumed. ``python -m experiments.report`` draws the kept curves.
+skipped; interrupted runs of ALM are resumed. ``python -m experiments.report`` draws the curves.
 """
 
 from __future__ import annotations

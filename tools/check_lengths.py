@@ -40,7 +40,8 @@ def check_file(path: Path, root: Path = ROOT) -> Iterator[str]:
             if ast.get_docstring(node) is not None:
                 lines -= _num_lines(node.body[0])
             if lines > FUNCTION_LINES:
-                yield f"{name}:{node.lineno}: {node.name} has {lines} lines (limit {FUNCTION_LINES})"
+                where = f"{name}:{node.lineno}: {node.name}"
+                yield f"{where} has {lines} lines (limit {FUNCTION_LINES})"
 
 
 def main() -> int:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import sys
-import tempfile
-from importlib.metadata import version as installed_version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sphinx.util.inspect import stringify_signature
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tools.examples import program
-
-#: Pages whose Python examples are run while they are built (the tests run those of every page).
-TUTORIALS = ("encoders.md",)
+import alm_torchrl
 
 project = "alm_torchrl"
 author = "alm_torchrl contributors"
 copyright = f"2026, {author}"
-release = version = installed_version("alm-torchrl")
+release = version = alm_torchrl.__version__
 
 extensions = [
     "myst_parser",
@@ -32,7 +26,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-# Links into the documentation of torch and Python need the network, which a build must not.
+# Links to the documentation of torch and Python need the network, so they are optional.
 if os.environ.get("DOCS_INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
@@ -48,7 +42,7 @@ myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# The API pages come from the docstrings alone; types come from the signatures.
+# The API pages are generated from docstrings, and types from signatures.
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -58,21 +52,24 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-# A reference to a public name of this package must resolve; names of other packages need not.
+# References to public names of this package must resolve; names of other packages need not.
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!alm_torchrl).*|.*\._.*")]
-# The parts that ALMLoss is put together from are documented as its own.
+# The methods of this base class are documented with ALMLoss.
 nitpick_ignore = [("py:class", "alm_torchrl.objectives.rollouts.RolloutLoss")]
 
 html_theme = "furo"
 html_title = "alm_torchrl"
-html_static_path = ["_static"]
+# MathJax is part of the site, so that the pages render without the network.
+_mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+html_static_path = ["_static", str(_mathjax / "tex-svg.js")]
+mathjax_path = "tex-svg.js"
 html_css_files = ["custom.css"]
 html_show_sphinx = False
 
 
 def _public_name(target: str) -> str | None:
-    """Find the documented name of an object that was named by the module that defines it."""
+    """Returns the documented name of an object that is referenced by its defining module."""
     package, _, name = target.rpartition(".")
     while package.count("."):
         package = package.rpartition(".")[0]
@@ -82,7 +79,7 @@ def _public_name(target: str) -> str | None:
 
 
 def _resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
-    """Resolve `alm_torchrl.modules.latent.X` to the `alm_torchrl.modules.X` that is documented."""
+    """Resolves `alm_torchrl.modules.latent.X` to the documented `alm_torchrl.modules.X`."""
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not target.startswith("alm_torchrl."):
         return None
@@ -98,7 +95,7 @@ def _resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 def _signature(
     app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
 ) -> tuple[str, str] | None:
-    """Show the constructor of a class whose metaclass takes `(*args, **kwargs)`."""
+    """Shows the constructor of a class whose metaclass takes `(*args, **kwargs)`."""
     if what != "class" or signature != "(*args, **kwargs)":
         return None
     parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
@@ -108,26 +105,12 @@ def _signature(
 def _no_inline_type(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """Keep napoleon from reading the words before a colon in a property's summary as its type."""
+    """Stops napoleon from reading the words before a colon in a summary as a type."""
     if what in ("property", "attribute"):
         lines[:0] = ["..", ""]
 
 
-def _run_tutorials(app: Any) -> None:
-    """Run the examples of the tutorials, so that no page is built whose code fails."""
-    for name in TUTORIALS:
-        page = Path(app.srcdir, name)
-        here, folder = Path.cwd(), tempfile.TemporaryDirectory()
-        try:
-            os.chdir(folder.name)
-            exec(compile(program(page), str(page), "exec"), {"__name__": "example"})
-        finally:
-            os.chdir(here)
-            folder.cleanup()
-
-
 def setup(app: Any) -> None:
-    app.connect("builder-inited", _run_tutorials)
     app.connect("autodoc-process-docstring", _no_inline_type, priority=400)
     app.connect("autodoc-process-signature", _signature)
     app.connect("missing-reference", _resolve)

@@ -27,7 +27,7 @@ TASKS = (
     "halfcheetah", "walker2d", "hopper", "ant", "humanoid", "ant_truncated", "humanoid_truncated"
 )  # fmt: skip
 #: Curves in the figure of the README and the landing page.
-OVERVIEW = ("fast", "paper", "sac")
+OVERVIEW = {"fast": "ALM, fast", "paper": "ALM, paper", "sac": "TorchRL's SAC"}
 #: Seeds per task in the paper.
 PAPER_SEEDS = 5
 INTRODUCTION = """# Results
@@ -87,7 +87,7 @@ def summary(curves: dict[int, Rows]) -> list[tuple[int, int, float, float, float
 
 def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Path) -> None:
     """Draws the curves of a task and the published scores as an SVG file."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     reach = max(row[0] for seeds in curves.values() for row in summary(seeds))
@@ -100,7 +100,7 @@ def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Pat
         x, y, error = (np.array([row[key] for row in published]) for key in ("step", "mean", "std"))
         axes.errorbar(x, y, error, fmt="k.", capsize=3, label="published, n=5, +- std")
     axes.set(xlabel="environment steps after the warm-up", ylabel="return", title=task)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     axes.grid(alpha=0.3)
     with rc_context({"svg.hashsalt": task, "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
@@ -211,7 +211,8 @@ def page(results: Path, figures: Path) -> str:
         lines += ["Return by steps:", "", *returns_table(curves[task], published)]
         lines += reaching_table(curves[task], timed[task])
     published = [{k: float(v) for k, v in row.items()} for name, row in authors if name == TASKS[0]]
-    overview = {what: seeds for what, seeds in curves[TASKS[0]].items() if what in OVERVIEW}
+    kept = curves[TASKS[0]]
+    overview = {label: kept[what] for what, label in OVERVIEW.items() if what in kept}
     if overview:
         draw("HalfCheetah-v5", overview, published, figures / "results-overview.svg")
     lines += ["## Not reproduced yet", "", *missing(curves), "", "## Runs", ""]

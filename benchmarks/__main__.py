@@ -25,27 +25,29 @@ CHOICES = (*SUITES, "memory", "loop", "saving")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What to measure, and how long."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(CHOICES))
     parser.add_argument("--task", choices=TASKS, default="halfcheetah")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of every case")
+    parser.add_argument("--rounds", type=int, default=15, help="samples per case")
     parser.add_argument("--updates", type=int, default=10_000, help="updates of `memory`")
     parser.add_argument("--steps", type=int, default=500, help="environment steps of a run")
-    parser.add_argument("--transitions", type=int, default=1_000_000, help="held in `saving`")
-    parser.add_argument("--short", action="store_true", help="quickstart sizes, three rounds")
-    parser.add_argument("--threads", type=int, help="threads of an operator; torch decides")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for a JSON file and a plot a suite")
     parser.add_argument(
-        "--option", action="append", default=[], help="of the recipe that `loop` runs; repeatable"
+        "--transitions", type=int, default=1_000_000, help="size of the replay buffer of `saving`"
+    )
+    parser.add_argument("--short", action="store_true", help="quickstart sizes, three rounds")
+    parser.add_argument("--threads", type=int, help="threads per operator (default: torch decides)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for a JSON file and a plot per suite")
+    parser.add_argument(
+        "--option", action="append", default=[], help="recipe option for `loop`; repeatable"
     )
     arguments = parser.parse_args()
     arguments.suites = arguments.suites or ["terms", "peers", "step"]
     if unknown := set(arguments.suites) - set(CHOICES):
         parser.error(f"no suite {', '.join(sorted(unknown))}; choose from {', '.join(CHOICES)}")
     if not arguments.short and arguments.rounds < 2:
-        parser.error("--rounds must be at least 2, to have a spread")
+        parser.error("--rounds must be at least 2 to measure the spread")
     if arguments.short:
         arguments.rounds, arguments.updates, arguments.steps = 3, 200, 100
         arguments.transitions = 20_000
@@ -53,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Runs the suites one after the other."""
+    """Runs the suites in order."""
     arguments = parse_arguments()
     silence_library_warnings()
     if arguments.threads:

@@ -1,4 +1,4 @@
-"""Measurements that take one long run rather than turns: memory, and the whole training loop."""
+"""Measurements that need one long run: memory, and the training loop."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from benchmarks.workloads import QUICKSTART, TASKS, ALMWork, windows
 from recipes.build import make_module
 
 CONFIG = Path(__file__).resolve().parents[1] / "recipes" / "conf"
-#: Updates in which the allocator finds what it needs.
+#: Updates before memory is measured, while the allocator warms up.
 SETTLING = 300
-#: Growth after them that is no leak, in bytes: the replay buffer fills, the allocator rounds.
+#: Tolerated growth in bytes: the replay buffer fills, and the allocator rounds.
 TOLERATED = 16 * 2**20
 
 
 def memory(task: str, device: torch.device, updates: int) -> tuple[str, dict[str, Any]]:
-    """Memory over many updates, each after a write into the replay buffer and a draw from it.
+    """Measures memory during updates, each with a write to the replay buffer and a sample from it.
 
     Args:
-        task: whose sizes are taken.
-        device: where; on a CPU the memory is the process's.
-        updates: how many after the first few hundred, at the quickstart's sizes.
+        task: task whose sizes are used.
+        device: device of the update; on a CPU the memory of the process is measured.
+        updates: number of updates after the warm-up, with the quickstart's sizes.
 
     Returns:
-        A line to print, and the record with ``"leaks"``.
+        A line to print, and a record with the entry ``"leaks"``.
     """
     work = ALMWork(TASKS[task], device, QUICKSTART, captured=device.type == "cuda")
     replay = make_replay_buffer(
@@ -59,7 +59,7 @@ def memory(task: str, device: torch.device, updates: int) -> tuple[str, dict[str
 
 
 def _held(device: torch.device) -> int:
-    """Bytes in use now."""
+    """Returns the bytes in use."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -67,7 +67,7 @@ def _held(device: torch.device) -> int:
 
 
 def recipe_config(task: str, device: torch.device, steps: int, options: list[str]) -> Any:
-    """The recipe's configuration for a run of so many steps, with one evaluation at its end."""
+    """Composes the recipe's options for a run with one evaluation at its end."""
     fixed = [
         f"task={task}", f"training.total_steps={steps}", f"evaluation.every={steps}",
         "evaluation.episodes=1", "training.warmup_steps=1000", "run.folder=unused",
@@ -81,16 +81,16 @@ def recipe_config(task: str, device: torch.device, steps: int, options: list[str
 def loop(
     task: str, device: torch.device, steps: int, options: list[str]
 ) -> tuple[str, dict[str, Any]]:
-    """A training run of the recipe without evaluations: its rate, and what collecting takes of it.
+    """Measures the speed of a training run without evaluations, and the share of collection.
 
     Args:
-        task: the recipe's task.
-        device: where.
-        steps: environment steps, a tenth of which pass before the clock is started.
-        options: of the recipe, as on its command line.
+        task: name of the recipe's task.
+        device: device of the training.
+        steps: environment steps; the first tenth is not timed.
+        options: options of the recipe, as on its command line.
 
     Returns:
-        A line to print, and the record.
+        A line to print, and a record.
     """
     config = recipe_config(task, device, steps, options)
     with TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def loop(
 
 
 class _Clock:
-    """Measures how long a run waits for its collector, from a given frame on."""
+    """Measures the time that a run waits for its collector, starting at a given frame."""
 
     def __init__(self, experience: ExperienceStream, start: int) -> None:
         self.experience = experience
@@ -127,7 +127,7 @@ class _Clock:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Has the experience iterate this clock in place of its collector."""
+        """Replaces the collector of the experience by a timed iterator."""
         collector = self.experience.collector
         self.experience.collector = self._timed(iter(collector))
         try:

@@ -1,4 +1,4 @@
-"""Alternating measurements in one process, beside what the machine itself can do."""
+"""Alternating time measurements in one process, and the peak speed of the machine."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ Work = Callable[[], object]
 
 @dataclass
 class Case:
-    """One thing to time.
+    """One function to time.
 
     Attributes:
-        name: how the tables call it.
-        work: what is timed; returns nothing of interest.
-        flops: arithmetic of one call by torch's own counter, for the floor; unknown if 0.
-        repeats: calls in one sample, for what is too short to time alone.
-        warmup: calls that are not counted, the first of which compiles and the last of which may
-            capture a CUDA graph.
-        seconds: time of one call, a sample a round.
-        first: seconds of the first call, compilation included.
+        name: name in tables.
+        work: function to time; its result is ignored.
+        flops: floating point operations of one call; 0 if unknown.
+        repeats: calls per sample, for short functions.
+        warmup: calls before timing starts, for compilation and capture of a CUDA graph.
+        seconds: time of one call, one sample per round.
+        first: seconds of the first call, including compilation.
     """
 
     name: str
@@ -45,13 +44,13 @@ class Case:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The quartiles."""
+        """Quartiles of the seconds of one call."""
         low, _, high = quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
 
 def timed(work: Work, repeats: int = 1) -> float:
-    """Seconds of one call, once the device has finished it."""
+    """Returns the seconds of one call, including the work on the device."""
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -61,9 +60,9 @@ def timed(work: Work, repeats: int = 1) -> float:
 
 
 def alternate(cases: list[Case], rounds: int) -> None:
-    """Times every case once a round, so that a busy moment of the machine meets all of them.
+    """Times every case once per round, so that other load affects all cases alike.
 
-    The first calls (compilation, caches) are not counted.
+    The first calls are excluded.
     """
     for case in cases:
         case.first = timed(case.work)
@@ -75,14 +74,14 @@ def alternate(cases: list[Case], rounds: int) -> None:
 
 
 def ratios(case: Case, reference: Case) -> tuple[float, float, float]:
-    """How many times faster than a reference, by the rounds they shared: quartiles and median."""
+    """Returns lower quartile, median and upper quartile of the speedup over a reference."""
     each = [r / c for r, c in zip(reference.seconds, case.seconds, strict=True)]
     low, _, high = quantiles(each, n=4, method="inclusive")
     return low, median(each), high
 
 
 def matmul_case(dtype: torch.dtype, device: torch.device, size: int = 2048) -> Case:
-    """A square matrix product: the machine's own peak for the arithmetic of a network."""
+    """Returns a case for a matrix product, the machine's peak for network arithmetic."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     name = f"peak: matmul {str(dtype).removeprefix('torch.')}"
@@ -90,14 +89,14 @@ def matmul_case(dtype: torch.dtype, device: torch.device, size: int = 2048) -> C
 
 
 def copy_case(device: torch.device, mebibytes: int = 128) -> Case:
-    """A copy that no cache holds; it reads and writes as many bytes as its name says, each."""
+    """Returns a case for a copy larger than the caches; it reads and writes the given size."""
     source = torch.randn(mebibytes * 2**18, device=device)
     target = torch.empty_like(source)
     return Case(f"peak: copy of {mebibytes} MiB", lambda: target.copy_(source))
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory held so far, in bytes: the device's, or the process's on a CPU."""
+    """Returns the peak memory in bytes, of the device or, on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if platform.system() == "Darwin" else 1024
@@ -105,6 +104,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def synchronize() -> None:
-    """Waits for the device, if there is one."""
+    """Waits for the GPU, if any."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What a run of the benchmarks leaves: a table, a JSON file and a plot."""
+"""Output of a suite: a table, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.suites import Suite
 
 
 def table(suite: Suite) -> str:
-    """The cases with their times, ratios and, where arithmetic was counted, its rate."""
+    """Formats the cases with times, ratios and, if known, floating point rates."""
     reference = next(case for case in suite.cases if case.name == suite.reference)
     peaks = {c.name.split()[-1]: c.flops / c.median for c in suite.cases if c.name[:5] == "peak:"}
     width = max(len(case.name) for case in suite.cases)
@@ -36,7 +36,7 @@ def table(suite: Suite) -> str:
 
 
 def _shares(suite: Suite) -> str:
-    """How a whole divides into its parts, by their medians."""
+    """Formats the share of each part of a step, by medians."""
     parts = {case.name: case.median for case in suite.cases if case.name in suite.parts}
     whole = sum(parts.values())
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
@@ -44,7 +44,7 @@ def _shares(suite: Suite) -> str:
 
 
 def record(suite: Suite) -> dict[str, object]:
-    """The raw measurements."""
+    """Returns the raw measurements."""
     return {
         "note": suite.note,
         "reference": suite.reference,

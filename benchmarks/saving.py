@@ -1,4 +1,4 @@
-"""What checkpoints cost: a full replay buffer saved at the recipe's interval."""
+"""Time of checkpoints with a full replay buffer."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from benchmarks.long import recipe_config
 from benchmarks.measure import synchronize
 from recipes.build import make_module
 
-#: Transitions put into the buffer at a time.
+#: Transitions written to the buffer at a time.
 CHUNK = 10_000
 
 
 def saving(
     task: str, device: torch.device, transitions: int, steps: int, interval: int = 5000
 ) -> tuple[str, dict[str, Any]]:
-    """Trains for a while in the paper's sizes, fills the buffer, and saves it again and again.
+    """Trains with the paper's sizes, fills the replay buffer, and times several checkpoints.
 
     Args:
-        task: the recipe's task.
-        device: where.
-        transitions: that the replay buffer holds; all of it is full.
-        steps: environment steps timed for comparison.
-        interval: environment steps between two checkpoints; the paper preset has 5,000.
+        task: name of the recipe's task.
+        device: device of the training.
+        transitions: size of the full replay buffer.
+        steps: environment steps that are timed for comparison.
+        interval: environment steps between checkpoints; 5,000 in the preset ``paper``.
 
     Returns:
-        A line to print, and the record.
+        A line to print, and a record.
     """
     options = ["preset=paper", f"training.replay_capacity={transitions}", "run.compile=never"]
     config = recipe_config(task, device, steps, options)
@@ -73,8 +73,8 @@ def saving(
     whole, *later = seconds
     share = median(later) / (median(later) + interval * ticks.step)
     line = (
-        f"{len(replay)} transitions ({sizes / 2**20:.0f} MiB): all at once {whole:.1f} s; what "
-        f"{interval} steps add {median(later):.2f} s, {share:.2%} of the time they train "
+        f"{len(replay)} transitions ({sizes / 2**20:.0f} MiB): all in {whole:.1f} s; those of "
+        f"{interval} steps in {median(later):.2f} s, {share:.2%} of their training time "
         f"({ticks.step * 1e3:.0f} ms each)"
     )
     record = {"seconds": seconds, "step": ticks.step, "interval": interval, "share": share}
@@ -82,18 +82,18 @@ def saving(
 
 
 class _Ticks(L.Callback):
-    """The median time of a training step, after the first few."""
+    """Measures the median time of a training step, without the first quarter."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Looks at the clock."""
+        """Records the time."""
         synchronize()
         self.times.append(time.perf_counter())
 
     @property
     def step(self) -> float:
-        """In seconds."""
+        """Median seconds of a step."""
         late = self.times[len(self.times) // 4 :]
         return median(b - a for a, b in pairwise(late))

@@ -1,4 +1,4 @@
-"""The suites: which cases are timed side by side, and against which of them the ratios are."""
+"""The suites: groups of cases that are timed in alternation, with a reference case."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SEEDS = 5
 
 @dataclass
 class Suite:
-    """Cases to time in turn.
+    """Cases to time in alternation.
 
     Attributes:
-        cases: what is timed.
-        reference: the name of the case that ratios are against.
-        note: what a reader should know.
-        parts: names of cases that together make a whole, whose shares are shown.
+        cases: the cases.
+        reference: name of the case that ratios refer to.
+        note: remark above the table.
+        parts: names of cases that make up a whole step; their shares are shown.
     """
 
     cases: list[Case]
@@ -44,13 +44,13 @@ class Suite:
 
 
 def update(task: str, device: torch.device, short: bool) -> Suite:
-    """One whole update in every precision and execution, beside the machine's peaks."""
+    """Times an update in every precision and execution mode, and the machine's peaks."""
     sizes = QUICKSTART if short else Sizes()
     make = partial(ALMWork, TASKS[task], device, sizes)
     native = choose_precision("auto", device) == "bf16-mixed"
     cases = [
         matmul_case(torch.float32, device),
-        # A processor without bfloat16 takes a minute for a product as large.
+        # A processor without bfloat16 needs a minute for the large product.
         matmul_case(torch.bfloat16, device, size=2048 if native else 256),
         copy_case(device),
     ]
@@ -63,22 +63,22 @@ def update(task: str, device: torch.device, short: bool) -> Suite:
         for precision in ("32-true", "bf16-mixed"):
             work = make(precision=precision, **options)
             cases.append(Case(f"update: {name} {precision}", work, flops=arithmetic, warmup=8))
-    note = f"{task}, {sizes}; on one batch, its draw excluded"
+    note = f"{task}, {sizes}; on one batch, without sampling"
     return Suite(cases, "update: eager 32-true", note)
 
 
 def terms(task: str, device: torch.device, short: bool) -> Suite:
-    """The five losses apart, each with its gradients."""
+    """Times each loss with its gradients."""
     sizes = QUICKSTART if short else Sizes()
     whole = ALMWork(TASKS[task], device, sizes)
     cases = [Case("whole update", whole), Case("all losses", whole.all_terms)]
     cases += [Case(name, work) for name, work in whole.terms().items()]
-    note = f"{task}, {sizes}; apart, every term encodes the batch anew"
+    note = f"{task}, {sizes}; each loss alone encodes the batch again"
     return Suite(cases, "whole update", note)
 
 
 def peers(task: str, device: torch.device, short: bool) -> Suite:
-    """What the updates of one environment step cost: ALM, and its peers in their own settings."""
+    """Times the updates of one environment step of ALM, SAC and REDQ."""
     sizes = TASKS[task]
     if sizes.pixels:
         raise SystemExit("peers: SAC and REDQ are measured on vectors; choose another --task")
@@ -99,9 +99,9 @@ def peers(task: str, device: torch.device, short: bool) -> Suite:
             Case("ALM, paper, bf16", ALMWork(sizes, device, precision="bf16-mixed")),
         ]
     note = (
-        f"{task}; eager; the peers with widths and batch 256. TorchRL's REDQLoss moves the actor "
+        f"{task}; eager; SAC and REDQ with widths and batch 256. TorchRL's REDQLoss updates the "
+        "actor with every update of the critics."
     )
-    note += "with every update of the values."
     if (baseline := stable_baselines_sac(sizes, device)) is not None:
         cases.append(Case("SAC of Stable-Baselines3, draw included", baseline))
     else:
@@ -110,7 +110,7 @@ def peers(task: str, device: torch.device, short: bool) -> Suite:
 
 
 def step(task: str, device: torch.device, short: bool) -> Suite:
-    """What a training step holds: acting and the environment, write and draw, the update."""
+    """Times the parts of a training step: collection, replay buffer and update."""
     sizes = QUICKSTART if short else Sizes()
     compiled = device.type == "cuda" and not short
     work = ALMWork(TASKS[task], device, sizes, compiled=compiled, captured=device.type == "cuda")
@@ -130,7 +130,9 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
     filled["next", "done"][-1] = True
     replay.extend(filled)
     following = next(iter(make_collector(make(), None, frames_per_batch=1)))
-    following["next"].update(following.select(*policy.in_keys))  # it follows itself
+    following["next"].update(
+        following.select(*policy.in_keys)
+    )  # a transition that can follow itself
     observation = filled[:1].select(*policy.in_keys).to(device)
 
     def act() -> None:
@@ -149,7 +151,7 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
 
 
 def seeds(task: str, device: torch.device, short: bool) -> Suite:
-    """The update of several seeds at once, beside that of one."""
+    """Times the joint update of several seeds."""
     sizes = QUICKSTART if short else Sizes()
     compiled, captured = not short, device.type == "cuda"
     make = partial(ALMWork, TASKS[task], device, sizes, compiled=compiled, captured=captured)
@@ -159,7 +161,7 @@ def seeds(task: str, device: torch.device, short: bool) -> Suite:
 
 
 def scaling(task: str, device: torch.device, short: bool) -> Suite:
-    """The cost of an update as batch, horizon and widths grow."""
+    """Times an update with larger batches, horizons and widths."""
     base = QUICKSTART if short else Sizes()
     variants = {"base": base}
     for factor in (2, 4):

@@ -1,4 +1,4 @@
-"""What is measured: updates of ALM, of its terms and of several seeds, and those of its peers."""
+"""The timed functions: updates of ALM, its losses, several seeds, SAC and REDQ."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from experiments.sac import make_loss
 
 @dataclass(frozen=True)
 class Task:
-    """The sizes of a task and its Gymnasium id."""
+    """Gymnasium id and sizes of a task."""
 
     id: str
     observations: int
     actions: int
     pixels: int = 0
-    """Height and width of the three stacked frames that are seen in place of the vector."""
+    """Height and width of three stacked frames; 0 for vectors."""
 
     def observe(self, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-        """Random observations, ``[*shape, ...]``."""
+        """Returns random observations ``[*shape, ...]``."""
         if self.pixels:
             size = (*shape, 9, self.pixels, self.pixels)
             return {"pixels": torch.randint(256, size, dtype=torch.uint8, device=device)}
         return {"observation": torch.randn(*shape, self.observations, device=device)}
 
     def encoder(self, hidden: int) -> dict[str, PixelEncoder]:
-        """What the agent is given where its default, an MLP, does not do."""
+        """Returns the encoder argument of the agent; empty for the default."""
         size = self.pixels
         return {"encoder": PixelEncoder((9, size, size), hidden_dim=hidden)} if size else {}
 
     def options(self) -> dict[str, Any]:
-        """Of :func:`~alm_torchrl.envs.make_env`."""
+        """Returns the options of :func:`~alm_torchrl.envs.make_env`."""
         return {"pixels": self.pixels} if self.pixels else {}
 
 
@@ -59,7 +59,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that an update's cost grows with; the paper's by default."""
+    """Sizes of batch, horizon and networks; the paper's by default."""
 
     batch: int = 512
     horizon: int = 3
@@ -71,7 +71,7 @@ QUICKSTART = Sizes(batch=256, hidden=256, dynamics=256)
 
 
 def windows(task: Task, shape: tuple[int, ...], device: torch.device) -> TensorDict:
-    """Random steps of episodes that do not end, of the task's sizes, ``[*shape]``."""
+    """Returns random steps ``[*shape]`` of episodes that do not end."""
     *lanes, steps = shape
     observed = task.observe((*lanes, steps + 1), device)
     flag = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
@@ -92,16 +92,16 @@ def windows(task: Task, shape: tuple[int, ...], device: torch.device) -> TensorD
 
 
 class ALMWork:
-    """A whole update of ALM on one batch: what a training run makes, but for the draw.
+    """An update of ALM on one batch, as in training but without sampling.
 
     Args:
-        task: its sizes.
-        device: where.
-        sizes: of networks and batch; the paper's by default.
-        seeds: trained at once.
-        precision: of the losses.
-        compiled: whether ``torch.compile`` traces them.
-        captured: whether the whole is a CUDA graph.
+        task: task with its sizes.
+        device: device of the update.
+        sizes: sizes of networks and batch; the paper's by default.
+        seeds: number of seeds trained together.
+        precision: precision of the losses.
+        compiled: whether the losses are compiled.
+        captured: whether the update is a CUDA graph.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class ALMWork:
         self.update = CapturedUpdate(update) if captured else update
 
     def __call__(self) -> None:
-        """One update."""
+        """Runs one update."""
         self.update(self.batch)
 
     def terms(self) -> dict[str, Callable[[], None]]:
-        """Each loss alone, with its gradients."""
+        """Returns a function for each loss with its gradients."""
 
         def make(name: str) -> Callable[[], None]:
             def term() -> None:
@@ -157,16 +157,16 @@ class ALMWork:
         return {name: make(name) for name in names}
 
     def all_terms(self) -> None:
-        """All losses with their gradients, and nothing else."""
+        """Computes all losses and their gradients."""
         losses = self.loss(self.batch)
         torch.stack([losses[key] for key in self.loss.out_keys]).sum().backward()
         self.loss.zero_grad()
 
 
 class Arithmetic(TorchDispatchMode):
-    """Adds up the arithmetic of matrix products by torch's own formulas.
+    """Counts the floating point operations of matrix products by torch's formulas.
 
-    Torch's ``FlopCounterMode`` also follows modules, and cannot follow a ``TensorDictParams``.
+    Torch's ``FlopCounterMode`` fails on modules with ``TensorDictParams``.
     """
 
     def __init__(self) -> None:
@@ -183,19 +183,19 @@ class Arithmetic(TorchDispatchMode):
 
 
 def flops(work: Callable[[], object]) -> int:
-    """The arithmetic of the matrix products of one call."""
+    """Returns the floating point operations of the matrix products of one call."""
     with Arithmetic() as counter:
         work()
     return counter.total
 
 
 class PeerWork:
-    """An update of TorchRL's SAC or REDQ in the settings of its recipes: widths and batch 256.
+    """An update of TorchRL's SAC or REDQ with the settings of its recipes: widths and batch 256.
 
     Args:
-        kind: the loss.
-        task: its sizes.
-        device: where.
+        kind: class of the loss.
+        task: task with its sizes.
+        device: device of the update.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class PeerWork:
         self.targets = SoftUpdate(self.loss, tau=0.005)
 
     def __call__(self) -> None:
-        """One update."""
+        """Runs one update."""
         losses = self.loss(self.batch)
         sum(v for k, v in losses.items() if k.startswith("loss_")).backward()
         self.optimizer.step()
@@ -218,7 +218,7 @@ class PeerWork:
 
 
 def stable_baselines_sac(task: Task, device: torch.device) -> Callable[[], None] | None:
-    """One gradient step of Stable-Baselines3's SAC, or nothing where that is not installed."""
+    """Returns an update of Stable-Baselines3's SAC, or None if it is not installed."""
     if find_spec("stable_baselines3") is None:
         return None
     import gymnasium
@@ -227,7 +227,7 @@ def stable_baselines_sac(task: Task, device: torch.device) -> Callable[[], None]
     from stable_baselines3.common.logger import Logger
 
     class Spaces(gymnasium.Env):
-        """Spaces of the right sizes, which is all that is asked of it."""
+        """An environment with spaces but without steps."""
 
         observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.observations,), np.float32)
         action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.actions,), np.float32)

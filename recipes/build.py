@@ -1,4 +1,4 @@
-"""What a recipe's configuration builds: environment, agent, loss and data, in this order."""
+"""Builds environment, agent, loss and data from the options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from recipes.config import Config, env_options, num_processes, pick
 def make_agent(
     config: Config, env: EnvBase, device: torch.device, seed: int
 ) -> tuple[ALMAgent, ALMLoss]:
-    """The networks of a seed and their objective."""
+    """Builds the networks of a seed and their loss."""
     torch.manual_seed(seed)
     options = dict(vars(config.agent))
     sizes = {"latent_dim": options.pop("latent_dim"), "hidden_dim": options["hidden_dim"]}
@@ -51,7 +51,7 @@ def make_agent(
 
 
 def env_factory(config: Config) -> Callable[..., EnvBase]:
-    """What makes the task's environments, with what the encoder needs of them."""
+    """Returns a function that makes the task's environments with the encoder's transforms."""
     transforms = [instantiate(transform) for transform in config.encoder.transforms]
     return partial(make_env, config.task.id, transforms=transforms, **env_options(config.task))
 
@@ -59,32 +59,31 @@ def env_factory(config: Config) -> Callable[..., EnvBase]:
 def make_experience_collector(
     config: Config, env: EnvBase, agent: ALMAgent | StackedAgent
 ) -> tuple[BaseCollector, CPUPolicy | PolicyPublisher]:
-    """What collects, in this process or in workers, and what is told of new weights."""
+    """Builds the collector, and the policy or publisher that receives new weights."""
     training, num_seeds = config.training, config.num_seeds
-    frames: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "kind": training.collector,
         "frames_per_batch": training.frames_per_batch * num_seeds,
         "init_random_frames": training.warmup_steps * num_seeds // num_processes(config),
+        **pick(training, "num_workers", "overlap"),
     }
     if training.collector == "sync":
         policy = CPUPolicy(agent.policy(), lag=training.policy_lag)
-        return make_collector(env, policy, **frames), policy
+        return make_collector(env, policy, **options), policy
     env.close(raise_if_closed=False)  # each worker makes its own
     stamped = VersionedPolicy(agent.policy())
     own_envs = training.num_envs // training.num_workers
     collector = make_collector(
         partial(env_factory(config), num_envs=own_envs),
         copy.deepcopy(stamped).to("cpu"),
-        kind=training.collector,  # type: ignore[arg-type]
-        num_workers=training.num_workers,
-        overlap=training.overlap,
         seed=config.seed,
-        **frames,
+        **options,
     )
     return collector, PolicyPublisher(stamped, collector, training.sync_every)
 
 
 def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModule:
-    """Environment, agent, loss and data, in this order, of one process of a run."""
+    """Builds environment, agent, loss and data for one process of a run."""
     training, num_seeds = config.training, config.num_seeds
     processes, num_envs = num_processes(config), training.num_envs * num_seeds
     first = rank_seed(config.seed, rank)
@@ -130,7 +129,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
 
 
 def make_measurements(config: Config) -> list[type[Measurement]]:
-    """What is measured at every evaluation."""
+    """Returns the measurements of every evaluation."""
     chosen: dict[type[Measurement], bool] = {
         ValueBias: config.evaluation.bias,
         Diagnostics: config.evaluation.diagnostics,

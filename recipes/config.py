@@ -1,4 +1,4 @@
-"""All options of recipes/mujoco.py, and those that say how it is trained. Values: conf/."""
+"""Options of recipes/mujoco.py for training, evaluation and the run. Presets are in conf/."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from recipes.options import Agent, Encoder, LearningRates, Objective, Task, fixe
 
 @dataclass
 class Training:
-    """How much is collected and learnt, over all processes."""
+    """Amount of data and updates, in total over all processes."""
 
     total_steps: int = noted(named=False)  # environment steps after the warm-up
-    warmup_steps: int = fixed()  # uniformly random steps before them
-    warmup_updates: int = fixed(before=0)  # updates on these alone, before the policy acts
-    num_envs: int = fixed()  # environments, altogether; of several run.devices, in each process
-    collector: str = fixed(before="sync")  # sync (in this process), multi (processes) or ray
-    num_workers: int = fixed(before=1)  # processes or Ray actors that share the environments
-    overlap: bool = fixed(before=False)  # workers collect on while the last batch is learnt from
+    warmup_steps: int = fixed()  # random steps at the start
+    warmup_updates: int = fixed(0)  # updates on the random steps, before the policy acts
+    num_envs: int = fixed()  # environments in each process
+    collector: str = fixed(before="sync")  # sync (this process), multi (worker processes) or ray
+    num_workers: int = fixed(before=1)  # worker processes or Ray actors
+    overlap: bool = fixed(before=False)  # collect while the last batch is learned from
     frames_per_batch: int = fixed(
         before="${training.num_envs}"
     )  # frames per batch, over all environments
-    sync_every: int = noted(before=1)  # updates between two times that workers get the weights
-    updates_per_step: float = fixed()  # updates for each environment step
-    batch_size: int = noted()  # windows in an update
-    policy_lag: int = noted(before=0)  # updates that acting is behind: 0 or 1
-    replay_capacity: int = fixed()  # transitions kept
-    max_grad_norm: float = noted()  # largest gradient norm of a parameter group
-    target_tau: float = noted()  # weight of the new value in the targets' moving average
+    sync_every: int = noted(before=1)  # updates between transfers of weights to workers
+    updates_per_step: float = fixed()  # updates per environment step
+    batch_size: int = noted()  # windows per update
+    policy_lag: int = noted(0)  # updates by which the acting policy lags: 0 or 1
+    replay_capacity: int = fixed()  # transitions in the replay buffer
+    max_grad_norm: float = noted()  # maximum gradient norm of each parameter group
+    target_tau: float = noted()  # rate of the moving average of target networks
 
 
 @dataclass
 class Evaluation:
-    """Evaluation in environments of its own."""
+    """Evaluation in separate environments."""
 
-    every: int = noted()  # steps between two evaluations
-    episodes: int = noted()  # episodes of each
-    max_steps: int | None = noted(before=None)  # longer episodes are cut; null: at 100,000 steps
-    ema_decay: float = fixed(before=0.0)  # decay of the averaged weights; 0 keeps none
-    video: bool = free()  # record an episode at the end
-    bias: bool = free()  # measure the bias of values and bound against the returns that follow
+    every: int = noted()  # environment steps between evaluations
+    episodes: int = noted()  # episodes per evaluation
+    max_steps: int | None = noted(before=None)  # maximum length of an episode; null: 100,000
+    ema_decay: float = fixed(0.0)  # EMA decay of the evaluated weights; 0 disables it
+    video: bool = free()  # record an episode after training
+    bias: bool = free()  # compare values and bound with Monte Carlo returns
     diagnostics: bool = free()  # measure latents, dynamics and classifier
 
 
 @dataclass
 class Checkpointing:
-    """What a run can go on from."""
+    """Checkpoints for resuming."""
 
-    every: int = free()  # steps between two checkpoints
-    keep: int = free()  # how many of the newest are kept
+    every: int = free()  # environment steps between checkpoints
+    keep: int = free()  # number of checkpoints kept
 
 
 @dataclass
 class Run:
-    """The machine, the folder and the loggers."""
+    """Hardware, folder and loggers."""
 
-    folder: str = free()  # where everything goes
+    folder: str = free()  # output folder
     accelerator: str = noted()  # cpu, gpu, or auto
-    devices: int = noted(before=1)  # GPUs on each machine, or processes on a CPU
+    devices: int = noted(before=1)  # GPUs (or CPU processes) per machine
     num_nodes: int = noted(before=1)  # machines
-    precision: str = noted()  # of the losses: 32-true, bf16-mixed, or auto (bf16 where faster)
-    compile: str = noted()  # torch.compile for the losses: auto, always or never
+    precision: str = noted()  # of the losses: 32-true, bf16-mixed or auto (bf16 if faster)
+    compile: str = noted()  # torch.compile the losses: auto, always or never
     matmul_precision: str = noted()  # torch.set_float32_matmul_precision: highest, high or medium
-    log_every: int = free()  # updates between two log entries
+    log_every: int = free()  # updates between log entries
     tensorboard: bool = free()  # write TensorBoard logs
     wandb: bool = free()  # write to Weights & Biases (pip install wandb)
 
@@ -75,9 +75,9 @@ class Run:
 class Config:
     """All options."""
 
-    seed: int = fixed(named=False)  # of everything random
-    num_seeds: int = fixed()  # seeds trained at once: seed, seed + 1 and so on
-    resume: str = free()  # never, auto, or the folder of the run to go on with
+    seed: int = fixed(named=False)  # random seed
+    num_seeds: int = fixed()  # seeds trained together: seed, seed + 1, ...
+    resume: str = free()  # never, auto, or the folder of a run
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
     encoder: Encoder = field(default_factory=Encoder)
@@ -90,7 +90,7 @@ class Config:
 
 
 def declarations(group: type = Config, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """Every option by its name, such as ``training.batch_size``, with its declaration."""
+    """Yields the name of every option, such as ``training.batch_size``, and its field."""
     for option in fields(group):
         factory: Any = option.default_factory
         if isinstance(factory, type) and is_dataclass(factory):
@@ -100,17 +100,17 @@ def declarations(group: type = Config, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def pick(options: object, *names: str) -> dict[str, Any]:
-    """Some of the options, as arguments of the same names."""
+    """Returns the named options as keyword arguments."""
     return {name: getattr(options, name) for name in names}
 
 
 def num_processes(config: Config) -> int:
-    """Processes that train together; steps, batch size and replay are divided over them."""
+    """Returns the number of training processes, which share steps, batch and replay."""
     return config.run.devices * config.run.num_nodes
 
 
 def env_options(task: Task) -> dict[str, Any]:
-    """The arguments of make_env after the task's id."""
+    """Returns the keyword arguments of make_env."""
     others = {"name", "id", "kwargs", "replay_capacity", "paper_steps"}
     return {k: v for k, v in vars(task).items() if k not in others} | task.kwargs
 

@@ -1,8 +1,7 @@
-"""An encoder of your own, to copy: ``python recipes/custom_encoder.py [--task ...]``.
+"""Trains ALM with a custom encoder: ``python recipes/custom_encoder.py [--task ...]``.
 
-The network below is any torch module: here an MLP with a skip connection. It becomes ALM's
-representation by one line, is checked before it costs anything, and is trained by the same loop as
-any other. With recipes/mujoco.py instead of this loop:
+The network is an MLP with a skip connection; replace it by any torch module. The encoder is checked
+before training. To use it with recipes/mujoco.py:
 
     python recipes/mujoco.py encoder.build._target_=recipes.custom_encoder.make_encoder
 """
@@ -20,16 +19,13 @@ from torch import Tensor, nn
 from torchrl.data import Composite
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl.agent import ALMAgent
-from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl import ALMAgent, ALMLoss, make_collector, make_env, make_replay_buffer
 from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.modules import GaussianLatentModule
-from alm_torchrl.objectives import ALMLoss
 
 
 class Skip(nn.Module):
-    """From an observation ``[..., O]`` to location and raw scale ``[..., 2 * latent_dim]``."""
+    """Maps an observation ``[..., O]`` to location and raw scale ``[..., 2 * latent_dim]``."""
 
     def __init__(self, observation_dim: int, latent_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -39,14 +35,14 @@ class Skip(nn.Module):
         self.outer = nn.Linear(hidden_dim + observation_dim, 2 * latent_dim)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Any leading dimensions."""
+        """Accepts any leading dimensions."""
         return self.outer(torch.cat([self.inner(observation), observation], dim=-1))
 
 
 def make_encoder(
     observation_spec: Composite, latent_dim: int = 50, hidden_dim: int = 256
 ) -> GaussianLatentModule:
-    """What the network reads, and the distribution that its output becomes."""
+    """Builds the encoder for the vector ``"observation"``."""
     observation_dim = observation_spec["observation"].shape[-1]
     return GaussianLatentModule(
         Skip(observation_dim, latent_dim, hidden_dim), in_keys=["observation"]
@@ -54,25 +50,25 @@ def make_encoder(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6_000, help="after the warm-up")
-    parser.add_argument("--warmup", type=int, default=2_000, help="uniformly random steps")
+    parser.add_argument("--steps", type=int, default=6_000, help="steps after the warm-up")
+    parser.add_argument("--warmup", type=int, default=2_000, help="random steps at the start")
     parser.add_argument("--eval-every", type=int, default=1_000)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Environment, encoder, agent, loss, data, training."""
+    """Builds environment, encoder, agent, loss and data, and trains."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     env = make_env(args.task, seed=args.seed)
     eval_env = make_env(args.task, seed=args.seed + 1000, num_envs=5)
 
     encoder = make_encoder(env.observation_spec_unbatched)
-    # Every other component gets its sizes from here; what is wrong with the encoder is said here.
+    # Takes the sizes of the other networks from the encoder, and checks it.
     agent = ALMAgent.from_env(
         env, encoder=encoder, hidden_dim=256, dynamics_hidden_dim=256, noise_steps=6_000
     )
@@ -85,7 +81,7 @@ def main() -> None:
     collector = make_collector(env, agent.policy(), init_random_frames=args.warmup)
     for frame, data in enumerate(collector, start=1):
         replay.extend(data)
-        agent.update_statistics(data)  # for encoders that keep any, such as normalize=True
+        agent.update_statistics(data)  # used by encoders with normalize=True
         step = frame - args.warmup
         if step < 1:
             continue

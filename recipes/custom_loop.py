@@ -1,7 +1,7 @@
-"""ALM in a plain TorchRL loop, without Lightning: the example to copy from.
+"""Trains ALM in a plain TorchRL loop: ``python recipes/custom_loop.py [--task ...]``.
 
-``python recipes/custom_loop.py --task HalfCheetah-v5 --steps 6000`` trains the same small agent as
-``python recipes/mujoco.py`` and keeps it as ``agent.pt``.
+The agent is that of ``python recipes/mujoco.py``; it is saved as ``agent.pt``. Copy this file to
+write your own loop.
 """
 
 from __future__ import annotations
@@ -9,32 +9,29 @@ from __future__ import annotations
 import argparse
 import sys
 
-sys.path.pop(0)  # the folder of this file, where mujoco.py would pass for the simulator
+sys.path.pop(0)  # in this folder, mujoco.py would shadow the package mujoco
 
 import torch
 from torchrl.objectives import SoftUpdate
 
-from alm_torchrl.agent import ALMAgent
-from alm_torchrl.data import make_collector, make_replay_buffer
-from alm_torchrl.envs import make_env
+from alm_torchrl import ALMAgent, ALMLoss, make_collector, make_env, make_replay_buffer
 from alm_torchrl.evaluation import evaluate_policy
-from alm_torchrl.objectives import ALMLoss
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The few settings that one changes first."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="HalfCheetah-v5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6_000, help="after the warm-up")
-    parser.add_argument("--warmup", type=int, default=2_000, help="uniformly random steps")
+    parser.add_argument("--steps", type=int, default=6_000, help="steps after the warm-up")
+    parser.add_argument("--warmup", type=int, default=2_000, help="random steps at the start")
     parser.add_argument("--eval-every", type=int, default=1_000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Environment, agent, loss, data, training."""
+    """Builds environment, agent, loss and data, and trains."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     env = make_env(args.task, seed=args.seed)

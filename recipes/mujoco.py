@@ -1,7 +1,7 @@
 """Trains ALM on a MuJoCo task: ``python recipes/mujoco.py [preset=...] [task=...] [option=...]``.
 
-The options stand in conf/mujoco.yaml, the encoders to choose from in conf/encoder. A run leaves
-configuration, learning curve, metrics, checkpoints and agents in its folder.
+options.py and config.py list the options, conf/ the presets, tasks and encoders. The run's folder
+contains configuration, learning curve, metrics, checkpoints and agents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# The project's root rather than this folder, where this file would pass for the simulator.
+# Replace this folder by the project's root: this file would shadow the package mujoco.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 EXTRAS = ("gymnasium", "hydra", "lightning", "matplotlib", "mujoco", "tensorboard")
 if missing := [name for name in EXTRAS if find_spec(name) is None]:
@@ -42,20 +42,20 @@ from recipes.run_name import register_names
 
 
 def train(options: DictConfig) -> None:
-    """One run: its folder, then :func:`fit`."""
+    """Prepares the folder of a run and trains."""
     config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
     try:
         run = prepare(config)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:  # while it waits for another run
-        sys.exit("interrupted before it began")
+    except KeyboardInterrupt:  # while waiting for another run
+        sys.exit("interrupted before training")
     with run:
         fit(config, run)
 
 
 def fit(config: Config, run: Run) -> None:
-    """Environment, agent, loss, data, training."""
+    """Builds trainer and module, trains, and reports errors in one line."""
     folder, start = run.folder, run.start
     try:
         torch.set_float32_matmul_precision(config.run.matmul_precision)
@@ -82,15 +82,15 @@ def fit(config: Config, run: Run) -> None:
         *(EnvironmentFailedError, MisconfigurationException),
     ) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    say = rank_zero_only(print)  # of several processes, the first
-    begin = f"on from step {start.step}" if start else f"{training.warmup_steps} random steps"
-    say(f"{task.id}: {begin}, then learning; {folder}")
+    say = rank_zero_only(print)
+    begin = f"resuming at step {start.step}" if start else f"{training.warmup_steps} random steps"
+    say(f"{task.id}: {begin}, then training; {folder}")
     if module.compiles:
-        say("the first update compiles the losses, which takes minutes (run.compile=never: none)")
+        say("compiling the losses takes minutes (run.compile=never disables it)")
     try:
         trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
-    except SystemExit:  # how Lightning ends after Ctrl-C or SIGTERM
-        when = f"after {module.experience.steps} steps" if module.restored else "before it began"
+    except SystemExit:  # raised by Lightning after Ctrl-C or SIGTERM
+        when = f"after {module.experience.steps} steps" if module.restored else "before training"
         say(f"interrupted {when}; {_kept(folder)}", file=sys.stderr)
         sys.exit(1)
     except MisconfigurationException as error:
@@ -99,30 +99,29 @@ def fit(config: Config, run: Run) -> None:
         sys.exit(f"{type(error).__name__}: {error}; {_kept(folder)}")
     except Exception as error:
         if isinstance(error, RuntimeError) and is_lost_process(error):
-            sys.exit(f"another process of this run has ended, for its own reason; resume={folder}")
+            sys.exit(f"another process of the run exited; see its output; {_kept(folder)}")
         if start is None or module.restored:
             raise
-        what = f"does not fit this run, of which nothing was changed: {one_line(error)}"
-        sys.exit(f"{start.folder} {what}")
+        sys.exit(f"{start.folder} does not fit this run; nothing was changed: {one_line(error)}")
     finally:
         module.experience.shutdown()
     score = trainer.callback_metrics.get("return")
-    result = "nothing was left to do" if score is None else f"return {score:.0f}"
+    result = "already finished" if score is None else f"return {score:.0f}"
     say(f"{result}; curve, agent and checkpoints: {folder}")
 
 
 def _kept(folder: Path) -> str:
-    """How to go on, if there is something to go on from."""
+    """Tells how to continue the run."""
     if any((folder / "checkpoints").glob("update-*[0-9]")):
-        return f"resume={folder} goes on from what was kept"
-    return "nothing was kept yet, so that it begins anew"
+        return f"continue with resume={folder}"
+    return "no checkpoint was saved yet"
 
 
 def launch(config_name: str) -> None:
-    """Reads the command line and trains; a mistake costs one line."""
+    """Reads the command line and trains; an invalid option is reported in one line."""
     silence_library_warnings()
     register_names()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that an error in an option arrives here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raises errors in options instead of printing them
     options = {
         "config_path": str(Path(__file__).resolve().parent / "conf"),
         "config_name": config_name,

@@ -1,4 +1,4 @@
-"""The options of recipes/mujoco.py that say what is learnt. The values stand in conf/."""
+"""Options of recipes/mujoco.py for task, agent and objective. Presets are in conf/."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from omegaconf import MISSING
 
 
 def fixed(default: Any = MISSING, *, before: Any = MISSING, named: bool = True) -> Any:
-    """Declares an option that a run cannot change when it goes on.
+    """Declares an option that cannot change when a run is resumed.
 
     Args:
-        default: its value, where no file in conf/ gives one; a type is called for it.
-        before: its value in runs that are older than the option, such as ``"${seed}"`` for that of
-            another option; the default if there is one. Without, every config.yaml has the option.
-        named: whether the name of a run's folder carries the option when it is overridden.
+        default: value if conf/ sets none; a type is called to make it.
+        before: value in runs older than the option (``"${seed}"`` copies another option). The
+            default is ``default``; without both, every config.yaml must contain the option.
+        named: whether an overridden value becomes part of the run's folder name.
     """
     return _declare("fixed", default, before, named)
 
 
 def noted(default: Any = MISSING, *, before: Any = MISSING, named: bool = True) -> Any:
-    """Declares an option that may change when a run goes on: changes.jsonl then says at which step.
+    """Declares an option that may change when a run is resumed; changes.jsonl records the change.
 
     The arguments are those of :func:`fixed`.
     """
@@ -29,7 +29,7 @@ def noted(default: Any = MISSING, *, before: Any = MISSING, named: bool = True) 
 
 
 def free(default: Any = MISSING) -> Any:
-    """Declares an option that has no part in what is learnt, nor in the name of a run's folder."""
+    """Declares an option that affects neither learning nor the name of the run's folder."""
     return _declare("free", default, MISSING, named=False)
 
 
@@ -42,78 +42,82 @@ def _declare(kind: str, default: Any, before: Any, named: bool) -> Any:
 
 @dataclass
 class Task:
-    """A task, and what is observed of it (alm_torchrl.envs.make_env)."""
+    """Task and observations (alm_torchrl.envs.make_env)."""
 
-    name: str = fixed(named=False)  # how folders and plots call it
-    id: str = fixed()  # a Gymnasium id, dm_control/domain-task, or package.module:attribute
-    kwargs: dict[str, Any] = fixed(dict)  # further arguments of what makes it
-    pixels: Any = fixed(False)  # observe frames of this size, 84 or [height, width], not the vector
-    frame_stack: int = fixed(3)  # frames observed at once
-    proprioception: bool = fixed(False)  # keep the vector beside the pixels
-    action_repeat: int = fixed(1)  # simulator steps with each action; one environment step
-    mask_velocities: bool = fixed(False)  # leave the velocities out of the vector
-    distractors: int = fixed(0)  # dimensions of Gaussian noise appended to the vector
-    history: int = fixed(0)  # vectors in the entry "history", for encoders that read the past
-    history_actions: bool = fixed(False)  # with the action before each of them
-    replay_capacity: int = fixed()  # transitions that the authors keep for this task
-    paper_steps: int = noted(named=False)  # steps of the authors' curve, after the warm-up
+    name: str = fixed(named=False)  # name in folders and plots
+    id: str = fixed()  # Gymnasium id, dm_control/domain-task, or package.module:attribute
+    kwargs: dict[str, Any] = fixed(dict)  # further arguments of the environment
+    pixels: Any = fixed(False)  # size of observed images: 84 or [height, width]; false: vectors
+    frame_stack: int = fixed(3)  # number of stacked images
+    proprioception: bool = fixed(False)  # observe the vector in addition to images
+    action_repeat: int = fixed(1)  # simulator steps per environment step
+    mask_velocities: bool = fixed(False)  # remove velocities from the vector
+    distractors: int = fixed(0)  # dimensions of noise appended to the vector
+    history: int = fixed(0)  # past vectors in the entry "history"
+    history_actions: bool = fixed(False)  # include past actions in the history
+    replay_capacity: int = fixed()  # replay capacity of the authors
+    paper_steps: int = noted(named=False)  # steps of the authors' curve
 
 
 @dataclass
 class Agent:
-    """Sizes of the networks and the schedule of the noise (alm_torchrl.agent.AgentConfig)."""
+    """Network sizes and noise schedule (alm_torchrl.agent.AgentConfig)."""
 
-    latent_dim: int = fixed()  # size of the latent
-    hidden_dim: int = fixed()  # width of encoder, reward, classifier, values and actor
+    latent_dim: int = fixed()  # dimensions of the latent
+    hidden_dim: int = fixed()  # width of all networks but the dynamics
     dynamics_hidden_dim: int = fixed()  # width of the latent dynamics
-    scale_to_range: bool = fixed()  # the actor's mean spans the action range
-    noise_clip: float | None = fixed()  # largest action noise inside the losses
-    noise_start: float = fixed()  # scale of the noise at the first step
-    noise_end: float = fixed()  # scale of the noise after noise_steps
-    noise_steps: int = fixed()  # steps to anneal over
-    normalize_mean: bool = fixed(before=False)  # keep the actor's mean from saturating
-    continuation: bool = fixed(before=False)  # learn when episodes terminate, and imagine it
+    scale_to_range: bool = fixed()  # scale the mean action to the action range
+    noise_clip: float | None = fixed()  # clip of the action noise in the losses
+    noise_start: float = fixed()  # initial scale of the action noise
+    noise_end: float = fixed()  # final scale of the action noise
+    noise_steps: int = fixed()  # steps until the final scale
+    normalize_mean: bool = fixed(False)  # normalize the mean to avoid saturation
+    continuation: bool = fixed(False)  # learn and imagine terminations
 
 
-#: The encoder of runs that are older than the choice.
+#: Encoder of runs older than the option.
 _MLP = {"_target_": "alm_torchrl.modules.MLPEncoder.from_spec"}
 
 
 @dataclass
 class Encoder:
-    """The representation; a _target_ is an import path, called with the options beside it."""
+    """Encoder; ``_target_`` is an import path that is called with the other entries."""
 
-    transforms: list[Any] = fixed(before=[])  # of the environment, for the encoder
-    build: dict[str, Any] = fixed(before=_MLP)  # called with the specs and sizes as well
+    transforms: list[Any] = fixed(before=[])  # transforms of the environment
+    build: dict[str, Any] = fixed(before=_MLP)  # called with observation spec and sizes
 
 
 @dataclass
 class Objective:
-    """The losses (alm_torchrl.objectives.ALMLoss)."""
+    """Losses (alm_torchrl.objectives.ALMLoss)."""
 
-    horizon: int = fixed()  # imagined steps, and the length of the windows
+    horizon: int = fixed()  # imagined steps and window length
     gamma: float = fixed()  # discount
     lmbda: float = fixed()  # lambda of the imagined returns
     consistency_coeff: float = fixed()  # weight of the log-ratio in the actor's reward
-    bootstrap_terminated: bool = fixed()  # keep the value term after a terminal state
-    short_windows: str = fixed()  # windows cut short by an episode's end: mask or drop
+    bootstrap_terminated: bool = fixed()  # bootstrap after terminal states
+    short_windows: str = fixed()  # windows at the end of an episode: mask or drop
     reward_term: bool = fixed(before=True)  # rewards in the world-model loss
-    value_term: bool = fixed(before=True)  # the value at the window's end in the world-model loss
+    value_term: bool = fixed(before=True)  # final value in the world-model loss
     consistency: str = fixed(before="reverse_kl")  # or forward_kl, squared_distance, classifier
-    consistency_level: float | None = fixed(before=None)  # level that a learnt weight holds it at
+    consistency_level: float | None = fixed(
+        before=None
+    )  # level held by a learned weight; null: fixed weight
     latent_target: str = fixed(before="moving_average")  # or stop_gradient, online
     actor_objective: str = fixed(before="lambda_returns")  # or bound, value (without the model)
-    value_expansion: bool = fixed(before=False)  # value targets from imagined returns
-    start_steps: int = fixed(before=0)  # steps, at most, that the actor's starts are imagined on
+    value_expansion: bool = fixed(False)  # value targets from imagined returns
+    start_steps: int = fixed(0)  # maximum imagined steps before the actor's rollout
 
 
 @dataclass
 class LearningRates:
-    """Adam's learning rate for each parameter group."""
+    """Learning rate of each parameter group."""
 
     world_model: float = noted()  # encoder and latent dynamics
     reward: float = noted()  # reward model and classifier
-    value: float = noted()  # action values
+    value: float = noted()  # critics
     actor: float = noted()  # actor
-    continuation: float = noted(before="${learning_rates.reward}")  # continuation model, if any
-    multiplier: float = noted(before="${learning_rates.actor}")  # of a learnt weight
+    continuation: float = noted(before="${learning_rates.reward}")  # continuation model
+    multiplier: float = noted(
+        before="${learning_rates.actor}"
+    )  # learned weight of the consistency term

@@ -1,7 +1,7 @@
 """Trains ALM from rendered images: ``python recipes/pixels.py [task=...] [option=...]``.
 
-It is recipes/mujoco.py with the convolutional encoder and hyperparameters for images, which stand
-in conf/pixels.yaml. ``encoder=pixels_and_vector`` joins the images with the task's vector.
+This is recipes/mujoco.py with the convolutional encoder and the preset of conf/pixels.yaml.
+``encoder=pixels_and_vector`` adds the task's vector to the images.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# The project's root rather than this folder, where mujoco.py would pass for the simulator.
+# Replace this folder by the project's root: mujoco.py would shadow the package mujoco.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.mujoco import launch

@@ -1,4 +1,4 @@
-"""The config.yaml of a run: what a run that goes on may change of it, and what it has changed."""
+"""The config.yaml of a run, and changes of options when the run is resumed."""
 
 from __future__ import annotations
 
@@ -15,32 +15,24 @@ from omegaconf.errors import OmegaConfBaseException
 from alm_torchrl.files import atomic_write
 from recipes.config import Config, declarations
 
-#: What helps against files of a run that are not as they were.
-REMEDY = "restore it from a copy, or begin anew by resume=never in another run.folder"
-#: Bytes; that of a run has about 3,000.
-_LARGEST = 50_000
-#: Mappings and lists within each other.
-_DEEPEST = 20
+#: Remedy for damaged files of a run.
+REMEDY = "restore it from a copy, or start a new run with resume=never in another run.folder"
+#: Limits that bound the time to read a file; config.yaml has about 3,000 bytes.
+_MAX_BYTES = 50_000
+_MAX_DEPTH = 20
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes a run's config.yaml.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Writes config.yaml into a run's folder."""
     with atomic_write(folder / "config.yaml") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(vars(config))).encode())
 
 
 def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Compares the options with those that the run in a folder was trained with.
-
-    Returns:
-        The options that have changed, each with its name and both values.
+    """Returns the options that differ from config.yaml in a folder, with both values.
 
     Raises:
-        ValueError: if an option has changed that cannot, or config.yaml is not a run's.
+        ValueError: if a fixed option differs, or config.yaml is damaged.
         OSError: if config.yaml cannot be read.
     """
     old = dict(_flatten(_read(folder / "config.yaml")))
@@ -51,7 +43,7 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
         kind, before = option.metadata["kind"], option.metadata["before"]
         if kind == "free":
             continue
-        if isinstance(before, str) and before.startswith("${"):  # as another option was
+        if isinstance(before, str) and before.startswith("${"):  # copies another option
             before = old.get(before[2:-1])
         value = old.get(name, before)
         if value == "???":
@@ -60,44 +52,44 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
             continue
         if kind == "fixed":
             raise ValueError(
-                f"{folder} was trained with {name}={value} and cannot go on with {new[name]}"
+                f"{folder} was trained with {name}={value} and cannot continue with {new[name]}"
             )
         changes.append({"option": name, "from": value, "to": new[name]})
     return changes
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Reads a config.yaml, which may be anybody's, in bounded time; nothing in it is called."""
+    """Reads an untrusted config.yaml in bounded time, without resolving or calling anything."""
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {REMEDY}") from None
     try:
         text = content.decode()
-        if len(content) > _LARGEST or not _is_plain(text):
+        if len(content) > _MAX_BYTES or not _is_plain(text):
             raise ValueError
         config: Any = OmegaConf.to_container(OmegaConf.create(text))
     except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
         config = None
     if not isinstance(config, dict) or not config:
-        raise ValueError(f"{path} is not as a run writes it: {REMEDY}")
+        raise ValueError(f"{path} is damaged or not a run's configuration: {REMEDY}")
     return config
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a YAML file has no aliases and few levels, so that reading it takes no time."""
+    """Returns whether a YAML text has no aliases and few levels, so that parsing it is fast."""
     depth = 0
     for event in yaml.parse(text):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+        if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
             return False
     return True
 
 
 def _flatten(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The options of a configuration, by name."""
+    """Yields the name and value of every option in a configuration."""
     for name, _ in declarations():
         *groups, last = name.split(".")
         group: Any = config
@@ -108,14 +100,14 @@ def _flatten(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 class ConfigRecord(L.Callback):
-    """Writes what has changed of a run that goes on to its changes.jsonl and config.yaml.
+    """Records changed options of a resumed run in changes.jsonl and config.yaml.
 
-    It does so when training starts, so that a run which cannot be restored stays as it was.
+    The files are written when training starts, so that a run that cannot be restored is unchanged.
 
     Args:
-        folder: of the run.
-        config: its options now.
-        changes: what :func:`find_changes` returns.
+        folder: folder of the run.
+        config: new options.
+        changes: result of :func:`find_changes`.
         step: environment steps before the changes.
     """
 
@@ -128,7 +120,7 @@ class ConfigRecord(L.Callback):
         self.step = step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Writes both files, in the first process, if anything is left to do."""
+        """Writes both files in the first process, unless the run is finished."""
         experience = pl_module.experience
         if not trainer.is_global_zero or experience.updates >= len(experience):
             return

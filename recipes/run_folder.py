@@ -1,4 +1,4 @@
-"""Makes the folder of a run ready to train in."""
+"""Prepares the folder of a run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from recipes.run_config import ConfigRecord, find_changes, write_config
 from recipes.run_lock import RunLock
 from recipes.run_start import TIMESTAMP, choose_folder, find_start
 
-#: Where the first process tells those that it starts what the run's folder is called.
+#: Environment variable with the folder that the first process chose.
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 
 
 @dataclass
 class Run:
-    """A run that is about to train; its folder is locked until the ``with`` block ends.
+    """A prepared run; its folder is locked until the ``with`` block ends.
 
     Attributes:
-        folder: where everything goes.
-        start: the checkpoint in it to go on from, if the run is resumed.
-        changes: the options that are others than before, then.
-        lock: of the folder, in the first process.
+        folder: output folder.
+        start: checkpoint to resume from, if any.
+        changes: options that changed since that checkpoint.
+        lock: lock of the folder, in the first process.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Run:
     lock: RunLock | None
 
     def record(self, config: Config) -> list[Callback]:
-        """What notes the changes once the run has been restored."""
+        """Returns the callback that records changes once the run is restored."""
         if self.start is None:
             return []
         return [ConfigRecord(self.folder, config, self.changes, self.start.step)]
@@ -52,17 +52,15 @@ class Run:
 
 
 def prepare(config: Config) -> Run:
-    """Refuses values that contradict each other, and makes a new run's folder with config.yaml.
-
-    The files of a run that is resumed stay as they are.
+    """Checks the options and prepares the folder; a new run gets a config.yaml.
 
     Raises:
-        ValueError: naming the option and why its value will not do.
-        OSError: if the folder cannot be written or is in use, or no checkpoint in it can be read.
+        ValueError: if an option is invalid.
+        OSError: if the folder cannot be written or is in use, or no checkpoint can be read.
     """
     check_options(config)
     if num_processes(config) == 1:
-        # Whatever RANK or SLURM_PROCID say: they are of the cluster, and this is a run of its own.
+        # RANK and SLURM_PROCID of a cluster do not matter to a run of one process.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
     _share_folder(config)
     folder = choose_folder(config)
@@ -84,17 +82,17 @@ def prepare(config: Config) -> Run:
 
 
 def _check_sweep(folder: Path, changes: list[dict[str, Any]]) -> None:
-    """Refuses to go on with another run of the same sweep."""
+    """Raises if the folder belongs to another run of the same sweep."""
     named = {name for name, option in declarations() if option.metadata["named"]}
     if in_sweep() and (differ := [c["option"] for c in changes if c["option"] in named]):
         raise ValueError(
-            f"{folder} was trained with another {differ[0]}, and a sweep (-m) keeps its runs "
-            f"apart: leave run.folder out, or have it hold ${{{differ[0]}}}"
+            f"{folder} was trained with another {differ[0]}: omit run.folder in a sweep (-m), or "
+            f"include ${{{differ[0]}}} in it"
         )
 
 
 def _share_folder(config: Config) -> None:
-    """Has all processes of a run take the folder of the first, whose name may hold its start."""
+    """Makes all processes use the folder of the first, whose name may contain its start time."""
     if num_processes(config) == 1:
         return
     if _rank() > 0 and _FOLDER in os.environ:
@@ -103,11 +101,11 @@ def _share_folder(config: Config) -> None:
         config.run.folder
     ):
         raise ValueError(
-            "torchrun and srun start every process by itself, each of which would name the run "
-            "after its own time: give all of them the same run.folder=..."
+            "processes started by torchrun or srun would choose different folders: give all of "
+            "them the same run.folder=..."
         )
 
 
 def _rank() -> int:
-    """This process's number, 0 for the first."""
+    """Returns the rank of this process."""
     return int(getattr(rank_zero_only, "rank", 0))

@@ -1,4 +1,4 @@
-"""A lock that keeps a second run out of a run's folder, also from another machine."""
+"""A lock on a run's folder that works across processes and machines."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-#: Seconds between two signs of life of the run that holds a lock.
+#: Seconds between two updates of the lock file by its owner.
 _INTERVAL = 10.0
-#: Seconds without one after which a run on another machine has ended. A requeued job waits as long.
+#: Seconds without an update after which an owner on another machine counts as ended.
 _STALE = 60.0
 
 
 class RunLock:
-    """A folder's file ``run.lock``, which names the process that trains there.
+    """The file ``run.lock`` in a folder, which names the process that trains there.
 
-    A process of this machine that has ended without removing it is known by its number and start;
-    one of another machine by a file that has not been touched for a minute.
+    A stale lock is replaced: on this machine if its process has ended, and from another machine if
+    the file has not been updated for a minute.
 
     Args:
-        folder: of the run; it must exist.
+        folder: existing folder of the run.
 
     Raises:
-        OSError: if another run holds the lock, with its host and process.
+        OSError: if another run holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Removes the file, unless it has become another run's."""
+        """Removes the file, unless another run has replaced it."""
         self._released.set()
         self._thread.join()
         with suppress(OSError):
@@ -51,7 +51,8 @@ class RunLock:
                 self.path.unlink()
 
     def _acquire(self) -> None:
-        """Waits for a run that may have ended, and raises if it has not."""
+        """Creates the file; waits while it is unclear whether its owner is alive."""
+        # A requeued job starts while its predecessor may still be ending.
         patience = _STALE if "SLURM_RESTART_COUNT" in os.environ else 0.0
         begin = changed = time.monotonic()
         content, touched, beats = b"", -1, 0
@@ -61,7 +62,7 @@ class RunLock:
                 content, touched = self.path.read_bytes(), self.path.stat().st_mtime_ns
             except FileNotFoundError:
                 continue
-            if (content, touched) != before:  # clocks of machines differ: no time is compared
+            if (content, touched) != before:  # clocks of machines differ, so times are not compared
                 beats = beats + 1 if before[1] >= 0 and content == before[0] else 0
                 changed = now
             owner = _owner(content)
@@ -76,12 +77,11 @@ class RunLock:
                 )
             else:
                 if content != before[0]:
-                    whose = f"process {owner['pid']} on {owner['host']}"
-                    print(f"{self.path} is {whose}'s: waiting for its end", file=sys.stderr)
+                    print(f"waiting for the owner of {self.path} to end", file=sys.stderr)
                 time.sleep(min(1.0, _INTERVAL))
 
     def _create(self) -> bool:
-        """Makes the file unless it is there, which is atomic on shared file systems too."""
+        """Creates the file if it does not exist; atomic also on shared file systems."""
         try:
             with self.path.open("xb") as file:
                 return bool(file.write(self._content))
@@ -89,7 +89,7 @@ class RunLock:
             return False
 
     def _take_over(self) -> bool:
-        """Puts this run's file in the place of an old one; of several that do, the last gets it."""
+        """Replaces a stale file; if several runs do so, the last one gets the lock."""
         own = self.path.with_name(f"run.lock.{uuid.uuid4().hex}")
         own.write_bytes(self._content)
         own.replace(self.path)
@@ -97,20 +97,20 @@ class RunLock:
         return self.path.read_bytes() == self._content
 
     def _keep(self) -> None:
-        """Touches the file until the run ends, and ends it if another run has taken the lock."""
+        """Updates the file until the run ends; exits if another run has taken the lock."""
         while not self._released.wait(_INTERVAL):
             try:
                 if self.path.read_bytes() != self._content:
-                    sys.stderr.write(f"another run has taken {self.path}, and so this one ends\n")
+                    sys.stderr.write(f"another run has taken {self.path}; this run exits\n")
                     sys.stderr.flush()
                     os._exit(1)
                 os.utime(self.path)
             except OSError:
-                continue  # a file server that is away for a while
+                continue  # the file server may be unavailable for a while
 
 
 def _owner(content: bytes) -> dict[str, Any]:
-    """What a lock says, which may be half written, or anybody's."""
+    """Returns the owner named in an untrusted, possibly incomplete lock file."""
     owner: dict[str, Any] = {"host": "another machine", "pid": 0, "machine": "", "started": None}
     try:
         said = json.loads(content)
@@ -122,7 +122,7 @@ def _owner(content: bytes) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Where a process number means the same process: a machine since its start, or a container."""
+    """Identifies a boot of a machine or a container, within which process ids are unique."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -131,7 +131,7 @@ def _machine() -> str:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether a process of this machine is the one that made a lock, not a later one."""
+    """Returns whether the owner, not a later process with its id, runs on this machine."""
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
@@ -142,7 +142,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process has started, where the system says so; nothing for one that has ended."""
+    """Returns the start time of a process, or None if it has ended or the time is unknown."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The name of a run's folder: what was overridden on the command line, so that runs stay apart."""
+"""Names of run folders, which contain the options given on the command line."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from omegaconf import OmegaConf
 
 from recipes.config import declarations
 
-#: What stands in a folder's name by itself.
+#: Options that have their own place in the name.
 _OWN_PLACE = {"task", "preset", "ablation"}
-#: Characters; file systems allow 255 for the whole name.
+#: Maximum characters; file systems allow 255 for the whole name.
 _LONGEST = 100
 
 
 def override_name(overrides: Sequence[str]) -> str:
-    """What the command line adds to a folder's name, such as ``-learning_rates.actor_0.001``.
+    """Returns the part of a folder's name for overrides, such as ``-learning_rates.actor_0.001``.
 
-    Options that have no part in what is learnt are left out, and so is what the name holds anyway.
-    The order on the command line does not matter, nor does the spelling of a number. Whatever file
-    systems or Hydra do not take, or is too long, becomes a checksum.
+    Options that do not affect learning are omitted. The order of options and the spelling of
+    numbers do not matter. A name that is too long or has special characters ends in a checksum.
 
     Args:
-        overrides: as Hydra lists them in ``hydra.overrides.task``.
+        overrides: command line options, as in ``hydra.overrides.task``.
 
     Examples:
         >>> override_name(["task=ant", "seed=1", "training.batch_size=64", "resume=auto"])
@@ -49,6 +48,6 @@ def _ablation_name(ablation: str) -> str:
 
 
 def register_names() -> None:
-    """Makes what conf/mujoco.yaml calls in ``run.folder`` known to Hydra."""
+    """Registers the resolvers that ``run.folder`` in conf/mujoco.yaml uses."""
     OmegaConf.register_new_resolver("suffix", _ablation_name, replace=True)
     OmegaConf.register_new_resolver("override_name", override_name, replace=True)

@@ -1,4 +1,4 @@
-"""Where a run begins: in a folder of its own, or at the checkpoint of a run that is resumed."""
+"""Chooses the folder of a run and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from alm_torchrl.training import Checkpoint, find_checkpoint
 from recipes.config import Config
 from recipes.run_config import REMEDY
 
-#: What the name of a folder ends with, by default: the time of the run's start.
+#: Start time at the end of a folder's default name.
 TIMESTAMP = re.compile(r"\d{8}-\d{6}$")
 
 
 def choose_folder(config: Config) -> Path:
-    """The folder of a new run, or of the one that ``resume`` asks for."""
+    """Returns the folder of a new run, or of the run to resume."""
     if config.resume not in ("never", "auto"):
         if not Path(config.resume, "checkpoints").is_dir():
-            raise ValueError(f"resume={config.resume}: there is no whole checkpoint in that folder")
+            raise ValueError(f"resume={config.resume}: no complete checkpoint in that folder")
         return Path(config.resume)
     folder = Path(config.run.folder)
     if config.resume == "never" or not TIMESTAMP.search(folder.name) or _has_run(folder):
@@ -29,7 +29,7 @@ def choose_folder(config: Config) -> Path:
 
 
 def _has_run(folder: Path) -> bool:
-    """Whether anything was learnt here, also if no checkpoint of it is whole any more."""
+    """Returns whether a run has trained here, even if its checkpoints are damaged."""
     checkpoints = folder / "checkpoints"
     found = checkpoints.iterdir() if checkpoints.is_symlink() or checkpoints.exists() else ()
     return any(re.fullmatch(r"update-\d+", path.name) for path in found) or (
@@ -38,12 +38,12 @@ def _has_run(folder: Path) -> bool:
 
 
 def find_start(config: Config, folder: Path) -> Checkpoint | None:
-    """What a run goes on from; raises if it would begin where another has been."""
+    """Returns the checkpoint to resume from; raises if a new run would overwrite another."""
     if config.resume == "never":
         if _has_run(folder):
             raise ValueError(
-                f"there is a run in {folder} already: go on with it by resume=auto, or choose "
-                "another run.folder"
+                f"{folder} already contains a run: continue it with resume=auto, or choose another "
+                "run.folder"
             )
         return None
     try:
@@ -51,14 +51,14 @@ def find_start(config: Config, folder: Path) -> Checkpoint | None:
     except OSError as error:
         raise OSError(f"{error}: {REMEDY}") from error
     if start is None and config.resume != "auto":
-        raise ValueError(f"resume={config.resume}: there is no whole checkpoint in that folder")
+        raise ValueError(f"resume={config.resume}: no complete checkpoint in that folder")
     if start is None and (step := _last_step(folder) or 0) > config.checkpoint.every:
-        raise ValueError(f"{folder} has a curve of {step} steps and no checkpoint: {REMEDY}")
+        raise ValueError(f"{folder} has a curve of {step} steps but no checkpoint: {REMEDY}")
     return start
 
 
 def _last_step(folder: Path) -> int | None:
-    """How far the curves in a folder go, 0 if they do not say; nothing if they are empty."""
+    """Returns the last step of the curves in a folder (0 if unreadable), or None without rows."""
     steps = []
     for path in [*folder.glob("curve.csv"), *folder.glob("seed*/curve.csv")]:
         _, *rows = path.read_bytes().splitlines() or [b""]

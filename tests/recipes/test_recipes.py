@@ -207,7 +207,7 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
     assert first.stdout.count("return ") == 2
     more = run("mujoco.py", "-m", "seed=0,1,2", "resume=auto", *SHORT, cwd=tmp_path)
     assert more.returncode == 0, more.stderr
-    assert more.stdout.count("nothing was left to do") == 2
+    assert more.stdout.count("already finished") == 2
     folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert len({name.split("-seed")[0] for name in folders}) == 1  # experiments/plot.py's one curve
     assert [re.search(r"-seed(\d)-", name)[1] for name in folders] == ["0", "1", "2"]
@@ -224,27 +224,39 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["seed=one"], "could not be converted to Integer"),
         (["task.id=HalfCheta-v5"], "did you mean HalfCheetah-v5"),
         (["+task.kwargs.frames=3"], "does not take the argument 'frames'"),
-        (["evaluation.every=7000"], "no multiple of evaluation.every"),
+        (["evaluation.every=7000"], "must be a multiple of evaluation.every"),
         (["objective.short_windows=skip"], "none of mask, drop"),
         (["run.compile=true"], "none of auto, always, never"),
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),
-        (["checkpoint.keep=0"], "keep no checkpoint"),
-        (["run.devices=0"], "run.devices=0 and run.num_nodes=1: at least one of each"),
-        (["run.devices=3"], "training.batch_size=256 cannot be divided over 3 processes"),
-        (["run.devices=2", "training.warmup_steps=1001"], "no multiple of the 2 frames"),
-        (["run.devices=2", "num_seeds=2"], "start a run for each seed"),
-        (["run.devices=2", "training.collector=ray"], "serves one process"),
+        (["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
+        (["run.devices=0"], "run.devices=0 and run.num_nodes=1 must be at least 1"),
+        (["run.devices=3"], "training.batch_size=256 must be a multiple of the 3 processes"),
+        (
+            ["run.devices=2", "training.warmup_steps=1001"],
+            "training.warmup_steps=1001 must be a multiple of 2",
+        ),
+        (["run.devices=2", "num_seeds=2"], "start one run for each seed"),
+        (
+            ["run.devices=2", "training.collector=ray"],
+            "training.collector must be sync with 2 processes",
+        ),
         (["run.devices=2", "run.precision=auto", "run.accelerator=cpu"], "choose 32-true or bf16"),
-        (["training.collector=threads"], "choose sync, multi or ray"),
-        (["training.num_workers=2"], "need workers: training.collector=multi or ray"),
-        (["training.overlap=true"], "need workers: training.collector=multi or ray"),
-        (["training.collector=multi", "num_seeds=2"], "multi trains one seed"),
-        (["training.collector=ray", "training.policy_lag=1"], "ray trains one seed, at training.p"),
-        (["training.collector=multi", "training.num_workers=2"], "cannot be divided between"),
-        (["training.collector=multi", "training.overlap=true"], "or less than 3"),
-        (["training.num_envs=2", "training.frames_per_batch=3"], "no multiple of the 2 env"),
-        (["training.frames_per_batch=7"], "no multiple of the 7 frames"),
+        (["training.collector=threads"], "not 'threads'"),
+        (["training.num_workers=2"], "num_workers"),
+        (["training.overlap=true"], "overlap"),
+        (["training.collector=multi", "num_seeds=2"], "multi needs num_seeds=1"),
+        (["training.collector=ray", "training.policy_lag=1"], "training.policy_lag=0, not 1 and 1"),
+        (
+            ["training.collector=multi", "training.num_workers=2"],
+            "must be a multiple of training.num_workers=2",
+        ),
+        (["training.collector=multi", "training.overlap=true"], "must be at least 3"),
+        (
+            ["training.num_envs=2", "training.frames_per_batch=3"],
+            "must be a multiple of 2, the number",
+        ),
+        (["training.frames_per_batch=7"], "training.warmup_steps=2000 must be a multiple of 7"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -278,7 +290,7 @@ def test_a_run_in_two_processes_is_one_run(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()  # one, though its name holds the time of the start
     assert (folder / "curve.csv").read_text().count("\n") == 3
     sweep = run("mujoco.py", "-m", "seed=0,1", *SHORT, "run.devices=2", cwd=tmp_path)
-    assert "a sweep (-m) trains in one process" in sweep.stderr
+    assert "a sweep (-m) is not supported" in sweep.stderr
 
 
 @pytest.mark.parametrize("package", ["hydra", "lightning", "matplotlib", "mujoco", "gymnasium"])
@@ -314,16 +326,16 @@ def test_ctrl_c_ends_cleanly_and_the_run_goes_on(tmp_path: Path, monkeypatch) ->
     for name in ("agent_last.pt", "curve.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0, name
     again = mistake(tmp_path, monkeypatch, *long, "run.folder=out")
-    assert "there is a run in out already: go on with it by resume=auto" in again
+    assert "out already contains a run: continue it with resume=auto" in again
     again = mistake(tmp_path, monkeypatch, *long, "run.folder=out", "resume=auto", "seed=7")
-    assert again.endswith("out was trained with seed=0 and cannot go on with 7")
+    assert again.endswith("out was trained with seed=0 and cannot continue with 7")
     again = mistake(tmp_path, monkeypatch, *long, "resume=nowhere")
-    assert again.endswith("resume=nowhere: there is no whole checkpoint in that folder")
-    done = int(re.search(r"interrupted after (\d+) steps; resume=out goes on", errors)[1])
+    assert again.endswith("resume=nowhere: no complete checkpoint in that folder")
+    done = int(re.search(r"interrupted after (\d+) steps; continue with resume=out", errors)[1])
     steps = (f"training.total_steps={done + 3}", f"evaluation.every={done + 3}")
     result = run("mujoco.py", *SHORT[:1], *steps, *SHORT[3:], "resume=out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"HalfCheetah-v5: on from step {done}, then learning; out")
+    assert result.stdout.startswith(f"HalfCheetah-v5: resuming at step {done}, then training; out")
     curve = (tmp_path / "out/curve.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in curve] == ["step", str(done + 3)]
 
@@ -389,8 +401,8 @@ def test_the_example_of_an_encoder_trains_and_saves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        ({"state_dict": {}}, "does not fit this run, of which nothing was changed: RuntimeError"),
-        ({"callbacks": 3}, "does not fit this run, of which nothing was changed: "),
+        ({"state_dict": {}}, "does not fit this run; nothing was changed: RuntimeError"),
+        ({"callbacks": 3}, "does not fit this run; nothing was changed: "),
         ({"extra": torch.zeros(1).expand(10**12)}, "a tensor claims 4,000,000,000,000 bytes"),
     ],
 )
@@ -421,6 +433,6 @@ def test_a_foreign_state_costs_one_line_and_nothing_of_the_run(
 def test_a_run_that_kept_nothing_does_not_say_that_it_goes_on(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", sys.path.copy())
     kept = runpy.run_path(str(RECIPES / "mujoco.py"))["_kept"]
-    assert kept(tmp_path) == "nothing was kept yet, so that it begins anew"
+    assert kept(tmp_path) == "no checkpoint was saved yet"
     (tmp_path / "checkpoints/update-0000000005").mkdir(parents=True)
-    assert kept(tmp_path) == f"resume={tmp_path} goes on from what was kept"
+    assert kept(tmp_path) == f"continue with resume={tmp_path}"

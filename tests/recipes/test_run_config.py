@@ -37,27 +37,42 @@ def test_every_option_says_whether_a_run_may_change_it() -> None:
     [
         (
             "ablation=no_model",
-            "objective.actor_objective=lambda_returns and cannot go on with value",
+            "objective.actor_objective=lambda_returns and cannot continue with value",
         ),
-        ("ablation=horizon_5", "objective.horizon=3 and cannot go on with 5"),
-        ("ablation=squared_distance", "objective.consistency=reverse_kl and cannot go on with squ"),
-        ("ablation=online_target", "objective.latent_target=moving_average and cannot go on with"),
-        ("ablation=learnt_weight", "objective.consistency_level=None and cannot go on with 1.0"),
-        ("ablation=no_reward_term", "objective.reward_term=True and cannot go on with False"),
-        ("ablation=no_consistency_reward", "objective.consistency_coeff=0.1 and cannot go on with"),
-        ("objective.short_windows=drop", "objective.short_windows=mask and cannot go on with drop"),
-        ("objective.gamma=0.9", "objective.gamma=0.99 and cannot go on with 0.9"),
-        ("training.updates_per_step=2", "training.updates_per_step=1.0 and cannot go on with 2.0"),
-        ("training.warmup_steps=9", "training.warmup_steps=2000 and cannot go on with 9"),
-        ("training.warmup_updates=9", "training.warmup_updates=0 and cannot go on with 9"),
-        ("training.frames_per_batch=2", "training.frames_per_batch=1 and cannot go on with 2"),
-        ("evaluation.ema_decay=0.9", "evaluation.ema_decay=0.0 and cannot go on with 0.9"),
+        ("ablation=horizon_5", "objective.horizon=3 and cannot continue with 5"),
+        (
+            "ablation=squared_distance",
+            "objective.consistency=reverse_kl and cannot continue with squ",
+        ),
+        (
+            "ablation=online_target",
+            "objective.latent_target=moving_average and cannot continue with",
+        ),
+        ("ablation=learnt_weight", "objective.consistency_level=None and cannot continue with 1.0"),
+        ("ablation=no_reward_term", "objective.reward_term=True and cannot continue with False"),
+        (
+            "ablation=no_consistency_reward",
+            "objective.consistency_coeff=0.1 and cannot continue with",
+        ),
+        (
+            "objective.short_windows=drop",
+            "objective.short_windows=mask and cannot continue with drop",
+        ),
+        ("objective.gamma=0.9", "objective.gamma=0.99 and cannot continue with 0.9"),
+        (
+            "training.updates_per_step=2",
+            "training.updates_per_step=1.0 and cannot continue with 2.0",
+        ),
+        ("training.warmup_steps=9", "training.warmup_steps=2000 and cannot continue with 9"),
+        ("training.warmup_updates=9", "training.warmup_updates=0 and cannot continue with 9"),
+        ("training.frames_per_batch=2", "training.frames_per_batch=1 and cannot continue with 2"),
+        ("evaluation.ema_decay=0.9", "evaluation.ema_decay=0.0 and cannot continue with 0.9"),
         (
             "encoder=linear",
             "encoder.build={'_target_': 'alm_torchrl.modules.MLP",
         ),
-        ("task.pixels=84", "task.pixels=False and cannot go on with 84"),
-        ("seed=1", "seed=0 and cannot go on with 1"),
+        ("task.pixels=84", "task.pixels=False and cannot continue with 84"),
+        ("seed=1", "seed=0 and cannot continue with 1"),
     ],
 )
 def test_a_run_cannot_go_on_as_another(config, tmp_path: Path, option: str, says: str) -> None:
@@ -109,7 +124,7 @@ def test_a_run_older_than_an_option_had_its_value_of_then(config, tmp_path: Path
         old = OmegaConf.create(whole)
         del old[name.split(".")[0]][name.split(".")[1]]
         (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(old))
-        with pytest.raises(ValueError, match=f"{name}=0.* and cannot go on with {other}"):
+        with pytest.raises(ValueError, match=f"{name}=0.* and cannot continue with {other}"):
             find_changes(tmp_path, config(f"{name}={other}"))
 
 
@@ -132,7 +147,7 @@ def test_a_config_that_no_run_wrote_is_refused_at_once(
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_bytes(content.encode(errors="surrogateescape"))
     start = time.monotonic()
-    with pytest.raises(ValueError, match="config.yaml .*: restore it from a copy, or begin") as no:
+    with pytest.raises(ValueError, match="config.yaml .*: restore it from a copy, or start") as no:
         find_changes(Path(), config())
     assert time.monotonic() - start < 5
     assert "\n" not in str(no.value)

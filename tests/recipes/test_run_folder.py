@@ -99,7 +99,7 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_refused(
     options = config(f"resume={resume}", folder=folder)
     options.resume = str(folder) if resume == "FOLDER" else resume
     with pytest.raises(
-        OSError, match=rf"{what} .*: restore it from a copy, or begin anew by res"
+        OSError, match=rf"{what} .*: restore it from a copy, or start a new run with res"
     ) as no:
         prepare(options)
     assert "\n" not in str(no.value)
@@ -110,10 +110,10 @@ def test_a_folder_with_a_curve_is_not_begun_anew_in(make_run, config, tmp_path: 
     """Its checkpoints may have been removed, or lie on a disk that is not there."""
     folder = make_run(tmp_path / "out")
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ValueError, match="there is a run in .*out already"):
+    with pytest.raises(ValueError, match="out already contains a run"):
         prepare(config(folder=folder))
     options = "resume=auto", "evaluation.every=6", "training.total_steps=12"
-    with pytest.raises(ValueError, match="has a curve of 12 steps and no checkpoint: restore it"):
+    with pytest.raises(ValueError, match="has a curve of 12 steps but no checkpoint: restore it"):
         prepare(config(*options, folder=folder))
     rows = (folder / "curve.csv").read_text().splitlines(keepends=True)
     (folder / "curve.csv").write_text("".join(rows[:2]))  # killed before the first checkpoint

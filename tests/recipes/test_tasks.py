@@ -52,7 +52,7 @@ def test_a_run_on_an_environment_of_ones_own_goes_on(tmp_path) -> None:
     assert first.returncode == 0, first.stderr
     more = run("mujoco.py", *arguments, "training.total_steps=12", cwd=tmp_path, PYTHONPATH=paths)
     assert more.returncode == 0, more.stderr
-    assert "on from step 6" in more.stdout
+    assert "resuming at step 6" in more.stdout
 
 
 def test_a_module_that_is_not_there_ends_a_run_in_one_line(tmp_path, monkeypatch) -> None:

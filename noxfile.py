@@ -1,8 +1,7 @@
-"""The project's checks: `nox` runs the quick ones, `nox -s full` every test; `nox -l` lists all.
+"""Checks of the project: `nox` runs the quick ones, `nox -s full` all tests; `nox -l` lists all.
 
-Everything but `lint` needs the whole stack (torch, TorchRL, Lightning, MuJoCo), which is large, so
-those sessions share one environment, `stack`, that is installed once and again only when
-pyproject.toml or constraints.txt change. Every installation is held to constraints.txt.
+All sessions except `lint` and `dmc` share one environment, `stack`, because torch, TorchRL,
+Lightning and MuJoCo are large. It is reinstalled when pyproject.toml or constraints.txt change.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ nox.options.sessions = ["lint", "types", "tests", "docs", "smoke"]
 
 
 def _fingerprint() -> str:
-    """Return a digest of all that decides what `stack` holds."""
+    """Return a digest of everything that determines the packages in `stack`."""
     digest = hashlib.sha256(sys.version.encode())
     for path in (ROOT / "pyproject.toml", CONSTRAINTS):
         digest.update(path.read_bytes())
@@ -41,14 +40,14 @@ def _run_in_stack(session: nox.Session, *command: str, **env: str) -> None:
 
 
 def _run_pytest(session: nox.Session, *arguments: str) -> None:
-    # The tests' tensors are tiny: a second thread only gets in the way of the first.
+    # The tests use tiny tensors, which a second thread slows down.
     _run_in_stack(session, "pytest", *arguments, OMP_NUM_THREADS="1")
 
 
-# pip and venv, not uv: uv reads neither pip's configuration nor its local wheels.
+# pip and venv instead of uv, which does not read pip's configuration.
 @nox.session(venv_backend="venv", reuse_venv=True, default=False)
 def stack(session: nox.Session) -> None:
-    """Install the package with every extra into the environment that the others share."""
+    """Install the package with all extras into the shared environment."""
     stamp = Path(session.virtualenv.location) / "installed.sha256"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == _fingerprint():
         session.log("up to date with pyproject.toml and constraints.txt")
@@ -69,26 +68,26 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["stack"])
 def types(session: nox.Session) -> None:
-    """Check the types of the package and the recipes."""
+    """Check types."""
     _run_in_stack(session, "mypy", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["stack"])
 def tests(session: nox.Session) -> None:
-    """Run the quick tests of every module and every docstring example; arguments go to pytest."""
+    """Run the quick tests and docstring examples; arguments go to pytest."""
     _run_pytest(session, *(session.posargs or ["-m", "not slow", "--numprocesses=auto"]))
 
 
 @nox.session(venv_backend="none", requires=["stack"], default=False)
 def full(session: nox.Session) -> None:
-    """Run every test, with coverage; arguments are added to pytest's."""
+    """Run all tests with coverage; arguments are added to pytest's."""
     coverage = ["--cov", "--cov-report=term"]
     _run_pytest(session, *coverage, "--numprocesses=auto", "--durations=40", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["stack"])
 def docs(session: nox.Session) -> None:
-    """Build the documentation into docs/_build/html; a warning is an error."""
+    """Build the documentation into docs/_build/html, with warnings as errors."""
     _run_in_stack(
         session, "sphinx-build", "-W", "--keep-going", "-E", "-q", "-b", "html",
         "docs", "docs/_build/html", *session.posargs,
@@ -97,7 +96,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["stack"])
 def smoke(session: nox.Session) -> None:
-    """Train the quickstart recipe for a few small updates; arguments go to the recipe."""
+    """Run a few small updates of the quickstart recipe; arguments go to the recipe."""
     folder = Path(session.create_tmp()).resolve() / "run"
     few = [
         "training.warmup_steps=200", "training.total_steps=100", "training.batch_size=32",
@@ -108,25 +107,25 @@ def smoke(session: nox.Session) -> None:
     _run_in_stack(session, "python", *command, OMP_NUM_THREADS="1")
     for name in ("curve.csv", "curve.png", "agent_last.pt"):
         if not (folder / name).is_file():
-            session.error(f"the run left no {name}")
+            session.error(f"the run did not write {name}")
 
 
 @nox.session(venv_backend="venv", reuse_venv=True, default=False)
 def dmc(session: nox.Session) -> None:
-    """Test the environments with the DeepMind Control Suite, which needs MuJoCo 3."""
+    """Test the environments with the DeepMind Control Suite and MuJoCo 3."""
     session.install("-c", "constraints-dmc.txt", "-e", ".[dmc,dev]")
     session.run("pytest", "tests/envs", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none", requires=["stack"], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure speed, the short form; arguments go to `python -m benchmarks` in its place."""
+    """Run the short benchmarks; arguments replace `--short`."""
     _run_in_stack(session, "python", "-m", "benchmarks", *(session.posargs or ["--short"]))
 
 
 @nox.session(venv_backend="none", requires=["stack"], default=False)
 def gpu(session: nox.Session) -> None:
-    """Run what needs a GPU: the tests marked so, and every benchmark into results/benchmarks."""
+    """Run the tests that need a GPU, and all benchmarks into results/benchmarks."""
     if not session.posargs:
         _run_in_stack(session, "pytest", "-m", "gpu")
     bench = ("python", "-m", "benchmarks", "--out", "results/benchmarks", *session.posargs)

@@ -1,8 +1,7 @@
-"""The Python examples of the README and the documentation run as they stand.
+"""The Python examples of the README and the documentation run.
 
-The ```python blocks of a page are run in order, in one namespace and an empty folder, with the
-steps of a loop cut to a few. A block that is no program is left out by `<!-- not run -->` on the
-line above it.
+The ```python blocks of a page run in order, in one namespace and an empty folder, with shortened
+loops. `<!-- not run -->` on the line above a block excludes it.
 """
 
 from pathlib import Path

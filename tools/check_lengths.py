@@ -15,8 +15,9 @@ FOLDERS = ("src", "recipes", "experiments", "benchmarks", "tools")
 FUNCTION_LINES = 60
 FILE_LINES = 500
 RECIPE_LINES = 150
-#: TODO: delete these two exceptions once the files are within the limit.
-LONG_FILES = {
+FILE_LIMITS = {
+    "recipes/custom_loop.py": 100,  # the example to copy
+    # Temporary: delete these two once the files are within the limit.
     "src/alm_torchrl/objectives/alm.py": 613,
     "src/alm_torchrl/data/replay.py": 689,
 }
@@ -30,7 +31,7 @@ def check_file(path: Path, root: Path = ROOT) -> Iterator[str]:
     """Yields one message for a file that is too long, and one for each function in it."""
     name = path.relative_to(root).as_posix()
     text = path.read_text(encoding="utf-8")
-    limit = LONG_FILES.get(name, RECIPE_LINES if name.startswith("recipes/") else FILE_LINES)
+    limit = FILE_LIMITS.get(name, RECIPE_LINES if name.startswith("recipes/") else FILE_LINES)
     lines = len(text.splitlines())
     if lines > limit:
         yield f"{name}: {lines} lines (limit {limit})"

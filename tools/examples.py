@@ -1,4 +1,4 @@
-"""The Python examples of a page as one program; used by the tests and the documentation's build."""
+"""Extracts the Python examples of a page, which the tests run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 BLOCK = re.compile(r"^(<!-- not run -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Replacements that shorten loops in the tests.
 SHORTER = {
     r"total_frames=[\d_]+": "total_frames=20",
     r"init_random_frames=[\d_]+": "init_random_frames=16",
@@ -15,7 +16,7 @@ SHORTER = {
 
 
 def program(page: Path) -> str:
-    """Return the page's examples as one program, each line at its own line number."""
+    """Returns the page's examples as one program with the line numbers of the page."""
     text = page.read_text(encoding="utf-8")
     lines = [""] * len(text.splitlines())
     for match in BLOCK.finditer(text):

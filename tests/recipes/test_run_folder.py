@@ -148,7 +148,7 @@ def test_a_sweep_does_not_go_on_with_another_of_its_runs(
     rate = config("learning_rates.actor=1e-4", "resume=auto", folder=folder)
     more = config("training.total_steps=9000", "resume=auto", folder=folder)
     monkeypatch.setattr("recipes.run_folder.in_sweep", lambda: True)
-    with pytest.raises(ValueError, match=re.escape("have it hold ${learning_rates.actor}")):
+    with pytest.raises(ValueError, match=re.escape("include ${learning_rates.actor}")):
         prepare(rate)
     with prepare(more) as run:
         assert [change["option"] for change in run.changes] == ["training.total_steps"]

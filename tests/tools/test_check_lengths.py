@@ -24,6 +24,10 @@ def test_a_long_file_is_reported(tmp_path: Path, name: str, lines: int, reported
     assert list(check_lengths.check_file(path, tmp_path)) == reported
 
 
+def test_the_project_is_within_its_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_lengths.main() == 0, capsys.readouterr().out
+
+
 def test_the_length_of_a_function_excludes_its_docstring(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     docstring = '    """' + "long\n" * 30 + '    """\n'

@@ -38,14 +38,21 @@ class Finite:
     model: Array  # [Z, A, Z]
     policy: Array  # [Z, A]
     gamma: float
+    survives: Array | None = None  # [S, A], probability not to terminate; ``step`` is given that
+
+    @property
+    def continuation(self) -> Array:
+        return np.ones_like(self.reward) if self.survives is None else self.survives
 
     def value(self) -> Array:
         """Normalized values ``[S, A]`` of the policy that acts on encodings."""
         states, actions = self.reward.shape
         acts = self.encoder @ self.policy  # [S, A]
-        chain = np.einsum("sat,tb->satb", self.step, acts).reshape(states * actions, -1)
+        d = self.continuation
+        chain = np.einsum("sa,sat,tb->satb", d, self.step, acts).reshape(states * actions, -1)
         system = np.eye(len(chain)) - self.gamma * chain
-        return np.linalg.solve(system, (1 - self.gamma) * self.reward.ravel()).reshape(states, -1)
+        received = (1 - self.gamma) * self.reward + self.gamma * (1 - d)  # 1 ever after the end
+        return np.linalg.solve(system, received.ravel()).reshape(states, -1)
 
     def log_return(self) -> float:
         """The logarithm of the expected, normalized return."""
@@ -64,7 +71,9 @@ class Finite:
         return s[kept], z[kept], a[kept], q[kept], p[kept]
 
 
-def random_process(seed: int, sharpness: float = 1.0, **replaced: Array) -> Finite:
+def random_process(
+    seed: int, sharpness: float = 1.0, *, ends: bool = False, **replaced: Array
+) -> Finite:
     rng = np.random.default_rng(seed)
     states, actions, latents = rng.integers(1, 4), rng.integers(1, 3), rng.integers(1, 3)
 
@@ -80,6 +89,8 @@ def random_process(seed: int, sharpness: float = 1.0, **replaced: Array) -> Fini
         "policy": table(latents, actions),
         "gamma": float(rng.uniform(0.05, 0.99)),
     }
+    if ends:
+        parts["survives"] = rng.beta(0.5, 0.5, (states, actions))
     return Finite(**{**parts, **replaced})
 
 
@@ -98,7 +109,10 @@ def bound(process: Finite, steps: int, way: str) -> float:
     reward = torch.from_numpy(process.reward[s[:, :-1], a[:, :-1]]).unsqueeze(-1)
     value = torch.from_numpy(process.value()[s[:, -1], a[:, -1]]).unsqueeze(-1)
     gamma = torch.tensor(process.gamma, dtype=torch.float64)
-    found = functional.log_return_bound(reward, ratio, value, gamma)
+    survives = None
+    if process.survives is not None:
+        survives = torch.from_numpy(process.survives[s[:, :-1], a[:, :-1]]).unsqueeze(-1)
+    found = functional.log_return_bound(reward, ratio, value, gamma, survives)
     return float((torch.from_numpy(q).unsqueeze(-1) * found).sum())
 
 
@@ -106,18 +120,28 @@ def gap(process: Finite, steps: int) -> float:
     """The gap by the derivation in docs/bound.md, from sums over trajectories of every length.
 
     It is the divergence of q from the posterior that weighs p by what is received, over the index
-    J and the trajectory up to it, and a share 1 - gamma of the divergences of model and encoder.
+    J and the trajectory up to it or to its end, and of the divergences of model and encoder the
+    share by which their weight exceeds the exact one.
     """
-    gamma, found, before = process.gamma, 0.0, 0.0
+    gamma, log_z, found = process.gamma, process.log_return(), 0.0
     for j in range(steps + 1):
-        s, _, a, q, p = process.trajectories(j)
-        received = process.value() if j == steps else process.reward
         weight = gamma**j * (1.0 if j == steps else 1 - gamma)
-        posterior = np.log(p) + np.log(received[s[:, -1], a[:, -1]]) - process.log_return()
-        found += weight * float((q * (np.log(q) - posterior)).sum())
-        divergence = float((q * np.log(q / p)).sum())  # of all steps up to here
-        found += gamma ** (j - 1) * (1 - gamma) * (divergence - before)  # none at j = 0
-        before = divergence
+        received = process.value() if j == steps else process.reward
+        s, _, a, q, p = process.trajectories(j)
+        d = process.continuation[s, a]  # [N, j + 1]
+        alive = d[:, :-1].prod(1)
+        apart = np.log(q / p) + log_z
+        found += weight * float((q * alive * (apart - np.log(received[s[:, -1], a[:, -1]]))).sum())
+        # whoever terminates here receives 1, of logarithm 0, at every later index
+        later = gamma ** (j + 1) if j < steps else 0.0
+        found += later * float((q * alive * (1 - d[:, -1]) * apart).sum())
+    s, z, a, q, _ = process.trajectories(steps)
+    d = process.continuation[s, a]
+    for t in range(steps):
+        ratio = np.log(process.model[z[:, t], a[:, t], z[:, t + 1]])
+        ratio -= np.log(process.encoder[s[:, t + 1], z[:, t + 1]])
+        excess = gamma**t * d[:, :t].prod(1) * (1 - gamma * d[:, t])
+        found += float((q * excess * ratio).sum())
     return found
 
 
@@ -138,11 +162,33 @@ def check(process: Finite, steps: int, way: str) -> None:
     steps=st.integers(0, 3),
     sharpness=st.sampled_from([0.2, 1.0, 5.0]),
     way=st.sampled_from(WAYS),
+    ends=st.booleans(),
 )
 def test_the_bound_holds_and_its_gap_is_known(
-    seed: int, steps: int, sharpness: float, way: str
+    seed: int, steps: int, sharpness: float, way: str, ends: bool
 ) -> None:
-    check(random_process(seed, sharpness), steps, way)
+    check(random_process(seed, sharpness, ends=ends), steps, way)
+
+
+def test_beyond_the_last_end_the_horizon_makes_no_difference() -> None:
+    """Every episode has two steps, so that nothing is left for a longer horizon to imagine."""
+    step = np.array([[[0.0, 1.0]], [[1.0, 0.0]]])
+    process = Finite(
+        start=np.array([1.0, 0.0]),
+        step=step,
+        reward=np.array([[0.3], [2.0]]),
+        encoder=np.eye(2),
+        model=step,
+        policy=np.ones((2, 1)),
+        gamma=0.9,
+        survives=np.array([[1.0], [0.0]]),
+    )
+    found = [bound(process, steps, "kl") for steps in (2, 3)]
+    assert found[0] == pytest.approx(0.1 * np.log(0.3) + 0.09 * np.log(2.0))
+    assert found[1] == pytest.approx(found[0])
+    assert process.log_return() == pytest.approx(np.log(0.1 * 0.3 + 0.09 * 2.0 + 0.81))
+    for steps in range(4):
+        check(process, steps, "kl")
 
 
 # ------------------------------------------------------------------------------------- equality
@@ -253,11 +299,11 @@ def rare_but_good(gamma: float = 0.9) -> Finite:
 
 
 KL, RATIO = functional.kl_divergence, functional.log_ratio
-DISCOUNTS, BOUND = functional.discounts, functional.k_step_bound
+DISCOUNTS, SURVIVAL = functional.discounts, functional.survival
 
 
 def exponent(change: int) -> Callable[..., Tensor]:
-    def mutated(reward: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
+    def mutated(reward: Tensor, value: Tensor, gamma: Tensor, _: Tensor | None) -> Tensor:
         steps = reward.shape[-2]
         return (DISCOUNTS(gamma, steps) * reward).sum(-2) + gamma ** (steps + change) * value
 
@@ -298,6 +344,30 @@ def test_an_altered_bound_is_found_out(monkeypatch: pytest.MonkeyPatch, name: st
         except AssertionError:
             broken += 1
     assert broken > 0, "the inequality alone would not have found it"
+
+
+ENDS = {
+    "every step is certain": lambda d: torch.ones_like(SURVIVAL(d)),
+    "a step counts if it is survived itself": lambda d: torch.cat(
+        [SURVIVAL(d)[..., 1:, :]] * 2, -2
+    )[..., : d.shape[-2] + 1, :],
+    "the value after K - 1 steps": lambda d: torch.cat(
+        [SURVIVAL(d)[..., :-1, :], SURVIVAL(d)[..., -2:-1, :]], -2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_continuation_in_another_place_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    processes = [random_process(seed, ends=True) for seed in range(10)]
+    for process in processes:
+        check(process, 2, "kl")
+    monkeypatch.setattr(functional, "survival", ENDS[name])
+    for process in processes:
+        with pytest.raises(AssertionError):
+            check(process, 2, "kl")
 
 
 # ------------------------------------------------------------------------------ the loss's bound

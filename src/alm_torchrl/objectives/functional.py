@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch import distributions as D
+from torch.nn import functional as F
 
 from alm_torchrl.distributions import OneHotGroups, one_hot_kl
 
@@ -188,8 +189,7 @@ def survival(continuation: Tensor) -> Tensor:
         >>> survival(torch.tensor([[0.5], [0.5]])).flatten()
         tensor([1.0000, 0.5000, 0.2500])
     """
-    products = continuation.cumprod(-2)
-    return torch.cat([torch.ones_like(products[..., :1, :]), products], -2)
+    return F.pad(continuation, (0, 0, 1, 0), value=1.0).cumprod(-2)
 
 
 def lambda_returns(
@@ -254,16 +254,24 @@ def k_step_bound(
     return (discounts(gamma, steps) * reward).sum(-2) + gamma**steps * value
 
 
-def log_return_bound(reward: Tensor, log_ratio: Tensor, value: Tensor, gamma: Tensor) -> Tensor:
+def log_return_bound(
+    reward: Tensor,
+    log_ratio: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    continuation: Tensor | None = None,
+) -> Tensor:
     r"""The K-step lower bound on the logarithm of the return, as the theorem has it.
 
-    .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big((1 - \gamma) \log r_t + \rho_t\big)
-              + \gamma^K \log Q_K,
+    .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big)
+              \big((1 - \gamma) \log r_t + \rho_t\big)
+              + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) \log Q_K,
               \qquad \rho_t = \log e(z_{t+1} \mid s_{t+1}) - \log m(z_{t+1} \mid z_t, a_t)
 
     Its mean over trajectories whose latents come from the model is at most
     :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` under the real ones, if rewards and
-    values are those of the states. See :func:`k_step_bound` for what is maximized in practice.
+    values are those of the states. Where episodes terminate, :math:`r_t = 1` after the end counts
+    in both. See :func:`k_step_bound` for what is maximized in practice.
 
     Args:
         reward: positive rewards, ``[..., K, 1]``.
@@ -272,6 +280,8 @@ def log_return_bound(reward: Tensor, log_ratio: Tensor, value: Tensor, gamma: Te
         value: normalized value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
             state and action, ``[..., 1]``.
         gamma: discount, a scalar.
+        continuation: probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``; one
+            by default.
 
     Returns:
         The bound in nats, ``[..., 1]``.
@@ -281,7 +291,8 @@ def log_return_bound(reward: Tensor, log_ratio: Tensor, value: Tensor, gamma: Te
         >>> log_return_bound(r, 0 * r, r[:, 0], gamma).exp().flatten()
         tensor([2., 2., 2., 2.])
     """
-    return k_step_bound((1 - gamma) * reward.log() + log_ratio, value.log(), gamma)
+    augmented = (1 - gamma) * reward.log() + log_ratio
+    return k_step_bound(augmented, value.log(), gamma, continuation)
 
 
 def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:

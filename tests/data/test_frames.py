@@ -27,12 +27,12 @@ RESETS = ("same", "zeros", "distinct")
 
 
 class Source:
-    """Lanes of episodes of random lengths, with stacks of random frames."""
+    """Environments with episodes of random lengths, with stacks of random frames."""
 
-    def __init__(self, lanes: int, longest: int, reset: str, seed: int = 0) -> None:
+    def __init__(self, envs: int, longest: int, reset: str, seed: int = 0) -> None:
         self.random = torch.Generator().manual_seed(seed)
         self.longest, self.reset = longest, reset
-        self.lanes = [self.start() for _ in range(lanes)]
+        self.envs = [self.start() for _ in range(envs)]
 
     def frames(self, count: int) -> list[torch.Tensor]:
         pixels = torch.randint(256, (count, 2, 3, 3), generator=self.random, dtype=torch.uint8)
@@ -51,7 +51,7 @@ class Source:
 
     def step(self) -> TensorDict:
         rows = []
-        for lane, (left, pixels, history) in enumerate(self.lanes):
+        for env, (left, pixels, history) in enumerate(self.envs):
             new = self.frames(1)
             after = [torch.cat([old[1:], one]) for old, one in zip((pixels, history), new)]  # noqa: B905
             done = torch.tensor([left == 1])
@@ -63,19 +63,17 @@ class Source:
             outcome |= {"reward": torch.randn(1, generator=self.random), "done": done}
             outcome |= {"truncated": done, "terminated": done & False}
             rows.append(TensorDict({**step, "action": torch.zeros(2), "next": outcome}))
-            self.lanes[lane] = self.start() if left == 1 else [left - 1, *after]
+            self.envs[env] = self.start() if left == 1 else [left - 1, *after]
         return torch.stack(rows)
 
     def steps(self, count: int) -> TensorDict:
         data = torch.stack([self.step() for _ in range(count)], 1)
-        return data[0] if len(self.lanes) == 1 else data
+        return data[0] if len(self.envs) == 1 else data
 
 
-def make(
-    lanes: int, steps: int, stacks: dict | None, storage: str = "memory"
-) -> WindowReplayBuffer:
+def make(envs: int, steps: int, stacks: dict | None, storage: str = "memory") -> WindowReplayBuffer:
     return make_replay_buffer(
-        steps * lanes, batch_size=min(32, steps), num_envs=lanes, seed=0, storage=storage,
+        steps * envs, batch_size=min(32, steps), num_envs=envs, seed=0, storage=storage,
         frame_stacks=stacks,
     )  # fmt: skip
 
@@ -92,10 +90,10 @@ def assert_same_windows(compact: WindowReplayBuffer, plain: WindowReplayBuffer) 
 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_windows_are_those_of_a_buffer_that_stores_everything(lanes, reset, storage):
-    source = Source(lanes, longest=6, reset=reset)
-    compact, plain = make(lanes, 20, STACKS, storage), make(lanes, 20, None)
+@pytest.mark.parametrize("envs", [1, 3])
+def test_windows_are_those_of_a_buffer_that_stores_everything(envs, reset, storage):
+    source = Source(envs, longest=6, reset=reset)
+    compact, plain = make(envs, 20, STACKS, storage), make(envs, 20, None)
     for count in (1, 1, 5, 20, 3, *[1] * 30, 17, 8):  # the ring turns several times
         data = source.steps(count)
         before = data.clone()
@@ -107,16 +105,16 @@ def test_windows_are_those_of_a_buffer_that_stores_everything(lanes, reset, stor
 
 @settings(max_examples=25, deadline=None)
 @given(
-    lanes=st.integers(1, 2),
+    envs=st.integers(1, 2),
     size=st.integers(4, 12),
     longest=st.integers(1, 15),
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=20),
     reset=st.sampled_from(RESETS),
     seed=st.integers(0, 100),
 )
-def test_windows_are_the_same_whatever_the_episodes(lanes, size, longest, counts, reset, seed):
-    source = Source(lanes, longest, reset, seed)
-    compact, plain = make(lanes, size, STACKS), make(lanes, size, None)
+def test_windows_are_the_same_whatever_the_episodes(envs, size, longest, counts, reset, seed):
+    source = Source(envs, longest, reset, seed)
+    compact, plain = make(envs, size, STACKS), make(envs, size, None)
     for count in counts:
         data = source.steps(count)
         compact.extend(data)
@@ -144,11 +142,11 @@ def test_sampling_waits_for_no_device(per_env):
     assert reads.operators > 10
 
 
-def test_a_lane_that_jumps_without_an_end_keeps_both_sides():
+def test_a_jump_without_an_end_keeps_both_sides():
     source = Source(1, longest=100, reset="distinct")
     compact, plain = make(1, 30, STACKS), make(1, 30, None)
     for _ in range(4):
-        source.lanes = [source.start()]  # as after a reset between two batches of a collector
+        source.envs = [source.start()]  # as after a reset between two batches of a collector
         data = source.steps(6)
         compact.extend(data)
         plain.extend(data)
@@ -156,13 +154,13 @@ def test_a_lane_that_jumps_without_an_end_keeps_both_sides():
 
 
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("envs", [1, 2])
 @pytest.mark.parametrize("longest", [4, 30])
-def test_a_journal_brings_every_frame_back(tmp_path: Path, lanes, longest, reset):
+def test_a_saved_replay_brings_every_frame_back(tmp_path: Path, envs, longest, reset):
     """Over several restarts, the ring having turned, with parts that are wanted in part."""
-    source = Source(lanes, longest, reset)
-    compact, plain = make(lanes, 20, STACKS), make(lanes, 20, None)
-    journals = [
+    source = Source(envs, longest, reset)
+    compact, plain = make(envs, 20, STACKS), make(envs, 20, None)
+    saves = [
         IncrementalReplay(compact, tmp_path / "c"),
         IncrementalReplay(plain, tmp_path / "p"),
     ]
@@ -171,40 +169,40 @@ def test_a_journal_brings_every_frame_back(tmp_path: Path, lanes, longest, reset
             data = source.steps(count)
             compact.extend(data)
             plain.extend(data)
-        parts = [journal.save() for journal in journals]
-        compact, plain = make(lanes, 20, STACKS), make(lanes, 20, None)
-        journals = [
+        parts = [save.save() for save in saves]
+        compact, plain = make(envs, 20, STACKS), make(envs, 20, None)
+        saves = [
             IncrementalReplay(compact, tmp_path / "c"),
             IncrementalReplay(plain, tmp_path / "p"),
         ]
-        for journal, written in zip(journals, parts, strict=True):
-            journal.load(written)
+        for save, written in zip(saves, parts, strict=True):
+            save.load(written)
         assert_same_windows(compact, plain)
-        source.lanes = [source.start() for _ in range(lanes)]
+        source.envs = [source.start() for _ in range(envs)]
 
 
-def test_a_journal_writes_each_frame_once(tmp_path: Path):
+def test_a_saved_replay_writes_each_frame_once(tmp_path: Path):
     source = Source(1, longest=50, reset="same")
     compact, plain = make(1, 1000, {"pixels": STACK}), make(1, 1000, None)
-    journals = [
+    saves = [
         IncrementalReplay(compact, tmp_path / "c"),
         IncrementalReplay(plain, tmp_path / "p"),
     ]
     for _ in range(2):
         data = source.steps(400)
-        for buffer, journal in zip((compact, plain), journals, strict=True):
+        for buffer, save in zip((compact, plain), saves, strict=True):
             buffer.extend(data)
-            journal.save()
+            save.save()
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).iterdir()) for n in ("c", "p")]
     saved = (sizes[1] - sizes[0]) / 800
     assert saved > (2 * STACK - 1) * 18 - 4 * STACK - 4  # 18 bytes a frame; a few episodes' starts
 
 
-def test_a_journal_of_other_stacks_is_refused(tmp_path: Path):
+def test_a_saved_replay_of_other_stacks_is_refused(tmp_path: Path):
     compact = make(1, 20, STACKS)
     compact.extend(Source(1, 5, "same").steps(10))
     parts = IncrementalReplay(compact, tmp_path).save()
-    with pytest.raises(ValueError, match="take the same frame_stacks"):
+    with pytest.raises(ValueError, match="use the same frame_stacks"):
         IncrementalReplay(make(1, 20, None), tmp_path).load(parts)
 
 
@@ -225,7 +223,7 @@ def test_saving_as_a_whole(tmp_path: Path, how, written, storage):
     else:
         restored.load_state_dict(compact.state_dict())
     plain.truncate_open_episodes()
-    source.lanes = [source.start() for _ in range(2)]
+    source.envs = [source.start() for _ in range(2)]
     for count in (0, 1, 7, 20):
         if count:
             data = source.steps(count)
@@ -284,8 +282,8 @@ def test_first_frames_leave_the_pool_with_their_transitions():
 @pytest.mark.parametrize(
     ("stacks", "error", "message"),
     [
-        ({"pixels": 2}, ValueError, "no stacks of the last 2 frames"),
-        ({"pixels": 4}, ValueError, "no stacks of 4 frames along their first dimension"),
+        ({"pixels": 2}, ValueError, "not stacks of the last 2 frames"),
+        ({"pixels": 4}, ValueError, "not stacks of 4 frames along their first dimension"),
         ({"sound": 3}, KeyError, "frame_stacks names"),
     ],
 )

@@ -86,17 +86,17 @@ def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link:
     for journal in (IncrementalReplay(buffer(), folder), IncrementalReplay(replay, folder)):
         journal.replay.extend(batch(0, 10, 1))
         journal.save()  # the parts of two runs, in one folder
-    theirs = {path.name for path in folder.iterdir()} - {part.file for part in journal.parts}
+    theirs = {path.name for path in folder.iterdir()} - {part.file for part in journal.chunks}
     (folder / ".snapshot").mkdir()
     (folder / "thesis.pt").write_bytes(b"mine")
     (folder / "000000000000-000000000010.pt").write_bytes(b"mine")
     theirs |= {".snapshot", "thesis.pt", "000000000000-000000000010.pt"}
     assert len(theirs) == 4
-    stale = folder / f"{journal.parts[0].file}.partial"
+    stale = folder / f"{journal.chunks[0].file}.partial"
     stale.write_bytes(b"torn")
 
     resumed = IncrementalReplay(buffer(), folder)
-    resumed.load(journal.parts)
+    resumed.load(journal.chunks)
     resumed.replay.extend(batch(10, 5, 1))
     parts = resumed.save()
     resumed.remove_all_but(parts[1:])
@@ -128,7 +128,7 @@ def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
         IncrementalReplay(buffer(lanes=2), tmp_path).load(parts)
     with pytest.raises(ValueError, match="empty"):
         journal.load(parts)
-    with pytest.raises(ValueError, match="time steps 0 to 10 .* lacking"):
+    with pytest.raises(ValueError, match="time steps 0 to 10 .* missing"):
         buffer().restore([], 10)
     with pytest.raises(IndexError, match="0 to 10 are stored"):
         replay.read(5, 11)

@@ -235,9 +235,9 @@ def test_flags_and_rewards_of_other_types(num_envs, column, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda flag: flag + 0.5, "holds other numbers than 0 and 1; wanted torch.bool"),
-        (lambda flag: flag.expand(20, 2), r"has shape \(20, 2\); wanted \[20, 1\]"),
-        (lambda flag: flag[:, None], r"has shape \(20, 1, 1\); wanted \[20, 1\]"),
+        (lambda flag: flag + 0.5, "has values other than 0 and 1; use torch.bool"),
+        (lambda flag: flag.expand(20, 2), r"has shape \(20, 2\); expected \[20, 1\]"),
+        (lambda flag: flag[:, None], r"has shape \(20, 1, 1\); expected \[20, 1\]"),
     ],
 )
 def test_flags_that_are_none_are_refused(name, change, message):
@@ -266,7 +266,7 @@ def test_sizes_and_seed_may_be_numbers_of_numpy(storage):
 
 # ------------------------------------------------------------------- what does not follow
 
-JOINED = "do not follow those stored before them"
+JOINED = "do not continue the transition before them"
 
 
 def windows_that_join(buffer: WindowReplayBuffer) -> int:
@@ -377,7 +377,7 @@ def test_an_observation_of_another_shape_is_refused():
     data = data.clone()
     for root in (data, data["next"]):
         root["observation"] = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"\('observation',\) has shape \[3\]; wanted \[1\]"):
+    with pytest.raises(ValueError, match=r"\('observation',\) has shape \[3\]; expected \[1\]"):
         buffer.extend(data)
 
 
@@ -411,11 +411,11 @@ def test_single_steps_of_one_environment():
 @pytest.mark.parametrize(
     ("num_envs", "shape", "message"),
     [
-        (1, (2, 5), r"shape \[2, 5\] holds 2 environments of 5 steps.*num_envs=1"),
-        (3, (2, 5), r"shape \[2, 5\] holds 2 environments of 5 steps.*num_envs=3"),
-        (3, (5,), r"shape \[5\] holds 5 environments of 1 steps.*num_envs=3"),
-        (1, (31,), "31 steps for each environment does not fit.*holds 30"),
-        (3, (3, 11), "11 steps for each environment does not fit.*holds 10"),
+        (1, (2, 5), r"shape \[2, 5\] has 2 environments of 5 steps.*num_envs=1"),
+        (3, (2, 5), r"shape \[2, 5\] has 2 environments of 5 steps.*num_envs=3"),
+        (3, (5,), r"shape \[5\] has 5 environments of 1 steps.*num_envs=3"),
+        (1, (31,), "31 steps per environment does not fit.*holds 30"),
+        (3, (3, 11), "11 steps per environment does not fit.*holds 10"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(num_envs, shape, message):
@@ -667,16 +667,16 @@ def test_sampling_an_empty_buffer_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"capacity": 0}, "capacity must be a whole number and at least 1, not 0"),
-        ({"capacity": 100.0}, "capacity must be a whole number and at least 1, not 100.0"),
-        ({"batch_size": 0}, "batch_size must be a whole number and at least 1"),
-        ({"window_length": 0}, "window_length must be a whole number and at least 1"),
-        ({"num_envs": 0}, "num_envs must be a whole number and at least 1"),
+        ({"capacity": 0}, "capacity must be an integer of at least 1, not 0"),
+        ({"capacity": 100.0}, "capacity must be an integer of at least 1, not 100.0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        ({"window_length": 0}, "window_length must be an integer of at least 1"),
+        ({"num_envs": 0}, "num_envs must be an integer of at least 1"),
         ({"batch_size": 101}, "capacity 100 is smaller than batch_size 101"),
-        ({"num_envs": 3}, "capacity 100 is not a multiple of num_envs=3.*take 99"),
-        ({"num_envs": 50}, "2 steps for each of 50 environments, fewer than window_length 3"),
+        ({"num_envs": 3}, "capacity 100 is not a multiple of num_envs=3: use 99"),
+        ({"num_envs": 50}, "2 steps of each of 50 environments, fewer than window_length 3"),
         ({"storage": "disk"}, "storage must be 'memory' or 'memmap', not 'disk'"),
-        ({"scratch_dir": "here"}, "scratch_dir is only of use with storage='memmap'"),
+        ({"scratch_dir": "here"}, "scratch_dir requires storage='memmap'"),
         ({"keys": ["observation"]}, r"keys must include \('next', 'done'\)"),
     ],
 )

@@ -1055,7 +1055,7 @@ def test_a_flag_that_is_none_is_named(
 ) -> None:
     shape = (6, 3) if key == "validity_mask" else (6, 3, 1)
     td = with_entry(make_windows(), key, torch.full(shape, number))
-    message = r"of dtype torch\.float32 holds other numbers than 0 and 1; wanted torch\.bool"
+    message = r"of dtype torch\.float32 has values other than 0 and 1; use torch\.bool"
     with pytest.raises(ValueError, match=message) as caught:
         forward(make_loss(), td)
     assert repr(key) in str(caught.value)

@@ -1,4 +1,4 @@
-"""A replay buffer on disk, as files that are written once each."""
+"""Incremental saves of a replay buffer: each time step is written to disk once."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 
-from alm_torchrl.data.replay import WindowReplayBuffer
+from alm_torchrl.data.replay import ReplaySlice, WindowReplayBuffer
+from alm_torchrl.data.transitions import Key, tuple_key
 from alm_torchrl.files import load_tensors, save_tensors, sha256
 
 __all__ = ["IncrementalReplay", "ReplayChunk"]
 
-_NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and whose they are
-_FRAMES = "frames:"  # before the names of entries that are not time steps
+_NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and the run's random id
+_FRAMES = "frames:"  # prefix of entries that are not time steps
 
 
 @dataclass(frozen=True)
 class ReplayChunk:
-    """A file of a :class:`IncrementalReplay`.
+    """A file of an :class:`IncrementalReplay`.
 
     Attributes:
         file: its name.
-        start: the first time step in it, as ``WindowReplayBuffer.steps_written`` counts.
-        stop: the one after the last.
+        start: the first time step, counted as in ``WindowReplayBuffer.steps_written``.
+        stop: the end of the time steps.
         sha256: its checksum.
     """
 
@@ -38,117 +38,113 @@ class ReplayChunk:
     sha256: str
 
     def check(self, folder: Path) -> None:
-        """Raises an :class:`OSError` unless the file is in the folder as it was written."""
+        """Raises an :class:`OSError` if the file in this folder is missing or has changed."""
         path = folder / self.file
         if not path.is_file():
             raise OSError(f"{path} is missing")
         if sha256(path) != self.sha256:
-            raise OSError(f"{path} is not as it was written")
+            raise OSError(f"{path} has changed: its checksum does not match")
 
 
 class IncrementalReplay:
-    """Writes what has been stored since it was last asked, so that saving takes as long as that.
+    """Saves a replay buffer as files that each hold the time steps since the last save.
 
-    TorchRL's ``dumps`` writes a buffer as a whole, gigabytes of it every time. Here each time step
-    is written once, to a file that is never touched again: what a checkpoint refers to stays as it
-    was while training goes on. Its name ends with what is drawn once for each run, so that no other
-    file is overwritten or removed. A part begins with the last time step of the part before it,
-    whose episode may have been closed since.
+    Files never change after they are written, so older checkpoints stay valid. File names end with
+    a random id of the run. A chunk starts with the last time step of the chunk before it, because
+    its episode may have been truncated since.
 
     Args:
-        replay: the buffer, in memory of any kind.
-        folder: where the parts go; made if need be.
+        replay: the buffer.
+        folder: the folder of the files; created if needed.
     """
 
     def __init__(self, replay: WindowReplayBuffer, folder: str | Path) -> None:
         self.replay = replay
         self.folder = Path(folder)
-        self.parts: list[ReplayChunk] = []
-        self._owner = secrets.token_hex(4)
+        self.chunks: list[ReplayChunk] = []
+        self._run_id = secrets.token_hex(4)
         self._loaded: set[str] = set()
 
     def save(self) -> list[ReplayChunk]:
-        """Writes a part with what is new, and waits until it is on the disk.
+        """Writes the new time steps to disk.
 
         Returns:
-            The parts that make up the buffer, oldest first.
+            The chunks of the whole buffer, oldest first.
 
         Raises:
-            OSError: if the part cannot be written; nothing is left of it then.
+            OSError: if the chunk cannot be written; no partial file is left.
         """
         written = self.replay.steps_written
         oldest = max(0, written - self.replay.max_steps)
-        saved = self.parts[-1].stop if self.parts else 0
+        saved = self.chunks[-1].stop if self.chunks else 0
         if saved < written:
-            start = max(oldest, saved - 1)
-            self.parts.append(self._write(start, written))
-        self.parts = [part for part in self.parts if part.stop > oldest]
-        return list(self.parts)
+            self.chunks.append(self._write(max(oldest, saved - 1), written))
+        self.chunks = [chunk for chunk in self.chunks if chunk.stop > oldest]
+        return list(self.chunks)
 
-    def load(self, parts: Iterable[ReplayChunk]) -> None:
-        """Fills the buffer, which is empty, and closes the episodes that were running.
+    def load(self, chunks: Iterable[ReplayChunk]) -> None:
+        """Fills the empty buffer and truncates the episodes that were open.
 
         Args:
-            parts: what :meth:`save` returned.
+            chunks: a result of :meth:`save`.
 
         Raises:
-            ValueError: if the buffer has other sizes or entries than the one that was saved, or a
-                part is damaged.
-            OSError: if a part cannot be opened.
+            ValueError: if the buffer has other sizes or entries, or a chunk is damaged.
+            OSError: if a chunk cannot be opened.
         """
-        self.parts = list(parts)
-        if self.parts:
-            self._loaded = {part.file for part in self.parts}
-            if named := _NAME.fullmatch(self.parts[-1].file):
-                self._owner = named[1]
-            self.replay.restore(self._read(), self.parts[-1].stop)
+        self.chunks = list(chunks)
+        if self.chunks:
+            self._loaded = {chunk.file for chunk in self.chunks}
+            if match := _NAME.fullmatch(self.chunks[-1].file):
+                self._run_id = match[1]
+            self.replay.restore(self._read(), self.chunks[-1].stop)
 
-    def remove_all_but(self, parts: Iterable[ReplayChunk]) -> None:
-        """Removes the parts that this run has written, in any session, and that are none of these.
+    def remove_all_but(self, chunks: Iterable[ReplayChunk]) -> None:
+        """Removes all other chunks of this run, including those of earlier sessions.
 
-        Nothing else is touched that lies in the folder, which may be a link to another.
+        Other files in the folder are kept.
         """
-        kept = {part.file for part in parts}
-        written = {path.name for path in self.folder.glob(f"*-{self._owner}.pt*")}
+        kept = {chunk.file for chunk in chunks}
+        written = {path.name for path in self.folder.glob(f"*-{self._run_id}.pt*")}
         for name in (written | self._loaded) - kept:
             if name in self._loaded or _NAME.fullmatch(name.removesuffix(".partial")):
                 (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, start: int, stop: int) -> ReplayChunk:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{start:012d}-{stop:012d}-{self._owner}.pt"
-        content = {"/".join(key): leaf for key, leaf in _leaves(self.replay.read(start, stop))}
-        for key, frames in self.replay.read_frames(start, stop).items():
-            content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in frames.items()}
+        path = self.folder / f"{start:012d}-{stop:012d}-{self._run_id}.pt"
+        _, data, frames = self.replay.read(start, stop)
+        content = {
+            "/".join(tuple_key(key)): leaf
+            for key, leaf in data.items(include_nested=True, leaves_only=True)
+        }
+        for key, tensors in frames.items():
+            content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in tensors.items()}
         save_tensors(content, path)
         return ReplayChunk(path.name, start, stop, sha256(path))
 
-    def _read(self) -> Iterator[tuple[Any, ...]]:
-        lanes = [] if self.replay.num_envs == 1 else [self.replay.num_envs]
-        for part in reversed(self.parts):
-            content = load_tensors(self.folder / part.file)
+    def _read(self) -> Iterator[ReplaySlice]:
+        """Yields the chunks, newest first."""
+        envs = [] if self.replay.num_envs == 1 else [self.replay.num_envs]
+        for chunk in reversed(self.chunks):
+            content = load_tensors(self.folder / chunk.file)
             leaves = content.values() if isinstance(content, dict) else [None]
             if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-                raise ValueError(f"{self.folder / part.file} holds something else than tensors")
-            frames: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+                raise ValueError(f"{self.folder / chunk.file} must contain only tensors")
+            frames: dict[Key, dict[str, torch.Tensor]] = {}
             for entry in [entry for entry in content if entry.startswith(_FRAMES)]:
                 *key, name = entry.removeprefix(_FRAMES).split("/")
                 frames.setdefault(tuple(key), {})[name] = content.pop(entry)
             if frames.keys() != self.replay.frames.keys():
                 raise ValueError(
-                    f"{part.file} holds frames of {sorted(frames)}, but the replay buffer keeps "
-                    f"frames of {sorted(self.replay.frames)}: take the same frame_stacks"
+                    f"{chunk.file} has frames of {sorted(frames)}, but the replay buffer has "
+                    f"frames of {sorted(self.replay.frames)}: use the same frame_stacks"
                 )
-            shape = [part.stop - part.start, *lanes]
+            shape = [chunk.stop - chunk.start, *envs]
             if any(list(leaf.shape[: len(shape)]) != shape for leaf in content.values()):
                 raise ValueError(
-                    f"{part.file} does not hold {shape[0]} steps of num_envs="
+                    f"{chunk.file} does not have {shape[0]} steps of num_envs="
                     f"{self.replay.num_envs} environments"
                 )
             entries = {tuple(name.split("/")): leaf for name, leaf in content.items()}
-            yield part.start, TensorDict(entries, shape), frames
-
-
-def _leaves(rows: TensorDictBase) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    for key, leaf in rows.items(include_nested=True, leaves_only=True):
-        yield key if isinstance(key, tuple) else (key,), leaf
+            yield chunk.start, TensorDict(entries, shape), frames

@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch import distributions as D
 
-from alm_torchrl.data.columns import as_column, as_flag
+from alm_torchrl.data.transitions import as_column, as_flag
 
 __all__ = [
     "check_choice",

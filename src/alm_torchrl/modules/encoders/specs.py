@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 
-from alm_torchrl.data.replay import BOOKKEEPING_KEYS
+from alm_torchrl.data.transitions import BOOKKEEPING_KEYS
 
 __all__ = ["joined", "observation_shapes"]
 

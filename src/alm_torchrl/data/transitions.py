@@ -1,0 +1,206 @@
+"""The entries of a transition: which are stored, in what form, and where an episode ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from torch import Tensor
+
+#: Entries of the next state that every transition needs in addition to its observations.
+OUTCOME_KEYS = ("reward", "done", "terminated", "truncated")
+#: Entries that an environment writes before and after a step but that are not observations.
+BOOKKEEPING_KEYS = (*OUTCOME_KEYS, "episode_reward", "step_count", "is_init")
+
+Key = tuple[str, ...]
+
+
+def tuple_key(key: NestedKey) -> Key:
+    """Returns a key as a flat tuple."""
+    key = unravel_key(key if isinstance(key, str) else tuple(key))
+    return (key,) if isinstance(key, str) else key
+
+
+def transition_keys(data: TensorDictBase, action_key: NestedKey = "action") -> list[Key]:
+    """Returns the keys to store: observations, action, next observations, reward and flags.
+
+    An observation is an entry that exists at the root and under ``"next"``. Other outputs of the
+    policy, such as latents, are not stored.
+
+    Raises:
+        KeyError: if the action or ``("next", "done")`` is missing.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> step = {"pixels": torch.zeros(3), "done": torch.zeros(1, dtype=torch.bool)}
+        >>> root = {**step, "action": torch.zeros(2), "latent": torch.zeros(5)}
+        >>> transition_keys(TensorDict({**root, "next": {**step, "reward": torch.zeros(1)}}))
+        [('action',), ('next', 'done'), ('next', 'pixels'), ('next', 'reward'), ('pixels',)]
+    """
+    leaves = {tuple_key(key) for key in data.keys(include_nested=True, leaves_only=True)}
+    action = tuple_key(action_key)
+    for needed in (action, ("next", "done")):
+        if not any(key[: len(needed)] == needed for key in leaves):
+            raise KeyError(
+                f"the batch for the replay buffer has no {needed}; it has {sorted(leaves)}"
+            )
+    observations = observation_keys(leaves)
+    kept = {*observations, *(("next", *key) for key in observations)}
+    kept |= {key for key in leaves if key[0] == "next" and key[-1] in OUTCOME_KEYS}
+    return sorted(kept | {key for key in leaves if key[: len(action)] == action})
+
+
+def observation_keys(keys: Collection[Key]) -> list[Key]:
+    """Returns the keys that exist at the root and under ``"next"``, without flags and counts."""
+    return [key for key in keys if ("next", *key) in keys and key[-1] not in BOOKKEEPING_KEYS]
+
+
+def as_column(value: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Adds a last dimension to an entry of shape ``batch_shape``; returns others unchanged."""
+    return value.unsqueeze(-1) if value.shape == batch_shape else value
+
+
+def as_flag(key: NestedKey, value: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Converts a flag of zeros and ones to bool ``[*batch_shape, 1]``.
+
+    Args:
+        key: name of the flag in error messages.
+        value: the flag, ``batch_shape`` or ``[*batch_shape, 1]``.
+        batch_shape: shape of the batch.
+
+    Raises:
+        ValueError: if the flag has another shape, or other values than 0 and 1.
+
+    Examples:
+        >>> as_flag("done", torch.tensor([0.0, 1.0]), torch.Size([2]))
+        tensor([[False],
+                [ True]])
+    """
+    column = as_column(value, batch_shape)
+    if column.shape != (*batch_shape, 1):
+        raise ValueError(
+            f"entry {key!r} has shape {tuple(value.shape)}; expected {[*batch_shape, 1]}"
+        )
+    if column.dtype == torch.bool:
+        return column
+    if not torch.compiler.is_compiling() and not ((column == 0) | (column == 1)).all():
+        raise ValueError(
+            f"entry {key!r} of dtype {value.dtype} has values other than 0 and 1; use torch.bool"
+        )
+    return column != 0
+
+
+def normalize_(data: TensorDictBase, action_key: NestedKey) -> None:
+    """Gives flags, reward and action their usual shape and dtype, in place.
+
+    ``"done"`` becomes the union of all flags.
+    """
+    outcome, ended = data.get("next"), None
+    for name in OUTCOME_KEYS[1:]:
+        value = outcome.get(name, None)
+        if value is None:
+            continue
+        flag = as_flag(("next", name), value, data.shape)
+        if flag is not value:
+            outcome.set(name, flag)
+        ended = flag if ended is None else ended | flag
+    outcome.set("done", ended)
+    for part, key in ((outcome, "reward"), (data, action_key)):
+        value = part.get(key, None)
+        if isinstance(value, Tensor) and value.shape == data.shape:
+            part.set(key, as_column(value, data.shape))
+
+
+def truncated_flags(outcome: TensorDictBase, last: Tensor) -> dict[str, Tensor]:
+    """Returns the flags of transitions after some of them became the last of their episodes.
+
+    Args:
+        outcome: the ``"next"`` entry, ``[...]``.
+        last: mask of those transitions, bool ``[..., 1]``.
+
+    Returns:
+        ``"done"`` and, if present, ``"truncated"``. ``"terminated"`` does not change.
+    """
+    done = outcome.get("done")
+    flags = {"done": done | last}
+    truncated = outcome.get("truncated", None)
+    if truncated is not None:
+        flags["truncated"] = truncated | (last & ~done)
+    return flags
+
+
+class DiscontinuityFinder:
+    """Finds transitions that do not continue the one before them although no episode ended.
+
+    It compares each observation with the next observation of the transition before. NaN equals NaN.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[Key] = []  # the observations to compare
+        self._last: dict[Key, Tensor] = {}  # the newest next observations [..., 1, *O]
+        self._ended: Tensor | None = None  # the "done" flag of the same transitions, [..., 1]
+
+    def find(self, data: TensorDictBase) -> Tensor | None:
+        """Returns a mask of the discontinuous transitions of a batch ``[..., T]``, or ``None``.
+
+        Raises:
+            ValueError: if an observation has another shape than in earlier batches.
+        """
+        time, found = data.ndim - 1, None
+        for key in self.keys:
+            new = data.get(key)
+            before = self._previous(new, key, data)
+            if not _equal(new, before):
+                differs = _differs(new, before, data.ndim)
+                found = differs if found is None else found | differs
+        if found is None:
+            return None
+        ended = data.get(("next", "done")).squeeze(-1)
+        last = torch.ones_like(ended.narrow(time, 0, 1)) if self._ended is None else self._ended
+        found &= ~torch.cat([last.to(ended.device), ended.narrow(time, 0, data.shape[-1] - 1)], -1)
+        return found if found.any() else None
+
+    def _previous(self, new: Tensor, key: Key, data: TensorDictBase) -> Tensor:
+        """Returns the next observations of the steps before those of the batch."""
+        time, steps = data.ndim - 1, data.shape[-1]
+        last = self._last.get(key, new.narrow(time, 0, 1))
+        if last.shape[time + 1 :] != new.shape[time + 1 :]:
+            raise ValueError(
+                f"entry {key!r} has shape {list(new.shape[time + 1 :])}; expected "
+                f"{list(last.shape[time + 1 :])} as in the batches before"
+            )
+        if last.device != new.device:
+            last = last.to(new.device)
+        if steps > 1:
+            last = torch.cat([last, data.get(("next", *key)).narrow(time, 0, steps - 1)], time)
+        return last if last.dtype == new.dtype else last.to(new.dtype)
+
+    def remember(self, data: TensorDictBase) -> None:
+        """Keeps the newest transitions, to compare the next batch with."""
+        time, newest = data.ndim - 1, data.shape[-1] - 1
+        outcome = data.get("next")
+        self._last = {k: outcome.get(k).narrow(time, newest, 1).clone() for k in self.keys}
+        self._ended = outcome.get("done").narrow(time, newest, 1).squeeze(-1).clone()
+
+    def forget(self) -> None:
+        """Accepts any next batch."""
+        self._last, self._ended = {}, None
+
+
+def _equal(new: Tensor, before: Tensor) -> bool:
+    """``torch.equal``, five times faster for bytes."""
+    if new.dtype == torch.uint8 and new.is_contiguous() and before.is_contiguous():
+        offsets = (new.numel(), new.storage_offset(), before.storage_offset())
+        if not any(offset % 8 for offset in offsets) and new.shape == before.shape:
+            new, before = new.view(-1).view(torch.int64), before.view(-1).view(torch.int64)
+    return torch.equal(new, before)
+
+
+def _differs(new: Tensor, before: Tensor, batch_dims: int) -> Tensor:
+    """Returns where observations ``[..., T, *O]`` differ, bool ``[..., T]``."""
+    differs = new != before
+    if new.is_floating_point():
+        differs &= ~(new.isnan() & before.isnan())
+    return differs.reshape(*new.shape[:batch_dims], -1).any(-1)

@@ -1,0 +1,67 @@
+"""Sampling of windows: which transitions start them, and which follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchrl.data import RandomSampler, Storage, TensorStorage
+from torchrl.data.replay_buffers import SampleUnit, Writer
+
+
+class EpisodeWindows(SampleUnit):
+    """Expands each sampled transition to the window that starts there.
+
+    A window ends with its episode or with the newest transition. The rest of the window repeats its
+    last transition and is False in ``info["validity_mask"]``. Unlike
+    :class:`~torchrl.data.Sequence`, it does not synchronize with the GPU.
+
+    Args:
+        length: transitions in a window, ``T``.
+        writer: the writer of the replay buffer.
+    """
+
+    def __init__(self, length: int, writer: Writer) -> None:
+        self.length = length
+        self.writer = writer
+
+    def expand(
+        self, index: torch.Tensor | tuple, info: dict[str, Any], storage: Storage
+    ) -> tuple[torch.Tensor | tuple, dict[str, Any]]:
+        """Expands ``n`` indices to those of ``n`` windows.
+
+        Args:
+            index: rows ``[n]`` of the storage, or a tuple of rows and environments.
+            info: the sampler's information about them.
+            storage: the storage, time first.
+
+        Returns:
+            Indices ``[n * T]`` of the same form, and ``info`` with ``"validity_mask"``
+            ``[n * T]``.
+        """
+        start, *envs = index if isinstance(index, tuple) else (index,)
+        written = storage.shape[0]
+        newest = (self.writer.state_dict()["_cursor"] - 1) % written
+        steps = torch.arange(self.length, device=start.device)
+        reach = torch.minimum(steps, ((newest - start) % written).unsqueeze(1))
+        envs = [env.unsqueeze(1).expand_as(reach) for env in envs]
+        done = storage.get(slice(None)).get(("next", "done"))
+        ends = done[(start.unsqueeze(1) + reach) % written, *envs].squeeze(-1)
+        open_before = torch.cat([torch.ones_like(ends[:, :1]), ~ends[:, :-1]], 1)
+        valid = (open_before & (reach == steps)).int().cumprod(1)
+        last = valid.sum(1, keepdim=True) - 1
+        rows = (start.unsqueeze(1) + torch.minimum(steps, last)) % written
+        info = {**info, "validity_mask": valid.bool().flatten()}
+        flat = tuple(part.flatten() for part in (rows, *envs))
+        return (flat if envs else flat[0]), info
+
+
+class PerEnvSampler(RandomSampler):
+    """Samples the same number of transitions from each environment, in their order."""
+
+    def sample(self, storage: TensorStorage, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Returns rows and environments, each ``[num_envs * batch_size]``, and no information."""
+        written, num_envs = storage.shape
+        total, device = num_envs * batch_size, storage.device
+        rows = torch.randint(written, (total,), generator=storage._rng, device=device)
+        return (rows, torch.arange(total, device=device) // batch_size), {}

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing and safe loading of files."""
 
 from __future__ import annotations
 
@@ -27,14 +27,10 @@ __all__ = [
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file that appears under its name once it is whole and on the disk, and not before.
+    """Opens a file for writing that replaces ``path`` when it is complete and on the disk.
 
-    Args:
-        path: the file; an existing one stays as it is until then, and if writing fails.
-
-    Yields:
-        The new file, for writing and for reading what was written; ``partial`` at the end of its
-        name is this package's own, and what has it is replaced.
+    If writing fails, an existing file does not change. The data is first written to
+    ``path.partial``, which is overwritten if it exists.
 
     Examples:
         >>> import tempfile
@@ -59,17 +55,31 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
-def load_tensors(path: str | Path) -> Any:
-    """Reads what :func:`save_tensors` wrote, to the CPU, without running any code stored in it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content.
+def save_tensors(content: Any, path: str | Path) -> None:
+    """Saves tensors, numbers and strings, in dictionaries, lists and tuples, with ``torch.save``.
 
     Raises:
-        ValueError: if the file is damaged, or would take more memory than it has bytes.
+        ValueError: if :func:`load_tensors` could not load it, for example a NumPy number; an
+            existing file does not change.
+        OSError: if it cannot be written.
+    """
+    with atomic_write(path) as file:
+        torch.save(content, file)
+        file.seek(0)
+        try:  # on the meta device, which reads no data
+            torch.load(file, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} could not be read again, so it was not written: it may only contain "
+                f"tensors and Python's numbers and strings ({_reason(error)})"
+            ) from error
+
+
+def load_tensors(path: str | Path) -> Any:
+    """Loads a file of :func:`save_tensors` to the CPU, without running code from it.
+
+    Raises:
+        ValueError: if the file is damaged, or would need more memory than its size.
         OSError: if it cannot be opened.
     """
     size = Path(path).stat().st_size
@@ -82,7 +92,7 @@ def load_tensors(path: str | Path) -> Any:
         _check_sizes(content, size)
     except OSError:
         raise
-    except Exception as error:  # whatever an unpickler makes of foreign bytes
+    except Exception as error:  # an unpickler may raise anything
         reason = _reason(error) if isinstance(error, pickle.UnpicklingError) else one_line(error)
         raise ValueError(
             f"{path} is damaged or was not written by alm_torchrl: {reason}"
@@ -91,7 +101,7 @@ def load_tensors(path: str | Path) -> Any:
 
 
 def _check_sizes(content: Any, size: int) -> None:
-    """Raises if tensors claim more numbers than a file of this size (bytes) can hold."""
+    """Raises if a tensor is larger than the file, of ``size`` bytes."""
     found, seen = [content], set()
     while found:
         value = found.pop()
@@ -104,11 +114,14 @@ def _check_sizes(content: Any, size: int) -> None:
             found += value.values() if isinstance(value, dict) else value
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line that is not endless.
+def _reason(error: Exception) -> str:
+    """Returns an unpickler's message without torch's advice."""
+    found = re.search(r"(?:Unsupported|GLOBAL)[^\n.]*(?:\.\w+)*", str(error))
+    return found[0] if found else type(error).__name__
 
-    Args:
-        error: the error.
+
+def one_line(error: BaseException) -> str:
+    """Returns the type and message of an error in one line of at most 303 characters.
 
     Examples:
         >>> one_line(KeyError("config"))
@@ -118,47 +131,8 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def save_tensors(content: Any, path: str | Path) -> None:
-    """Writes what :func:`torch.save` writes, once it is known that it can be read again.
-
-    Args:
-        content: tensors, numbers and strings, in dictionaries, lists and tuples.
-        path: the file; an existing one stays if this fails.
-
-    Raises:
-        ValueError: if something in it would not be read again, such as a number of NumPy's.
-        OSError: if it cannot be written.
-    """
-    with atomic_write(path) as file:
-        torch.save(content, file)
-        file.seek(0)
-        try:  # without the tensors' numbers
-            torch.load(file, map_location="meta", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} could not be read again, and was not written: it may hold tensors, "
-                f"numbers and strings of Python's, and holds something else ({_reason(error)})"
-            ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What an unpickler complains of, without the advice that torch surrounds it with."""
-    found = re.search(r"(?:Unsupported|GLOBAL)[^\n.]*(?:\.\w+)*", str(error))
-    return found[0] if found else type(error).__name__
-
-
 def set_aside(path: str | Path) -> Path:
-    """Gives a file or folder a name that nothing else has, so that another can take its place.
-
-    Args:
-        path: what is in the way.
-
-    Returns:
-        Where it is now: beside it, with ``.kept`` at the end.
-
-    Raises:
-        OSError: if it cannot be renamed.
-    """
+    """Renames a file or folder to a free name that ends with ``.kept``, and returns it."""
     path, number = Path(path), 1
     kept = path.with_name(f"{path.name}.kept")
     while os.path.lexists(kept):
@@ -168,10 +142,7 @@ def set_aside(path: str | Path) -> Path:
 
 
 def sync(path: str | Path) -> None:
-    """Waits until a file, or what a folder says is in it, is on the disk.
-
-    Windows opens no folder, and waits for no file that is open for reading: nothing is done there.
-    """
+    """Waits until a file or the entries of a folder are on the disk; does nothing on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -182,6 +153,6 @@ def sync(path: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 checksum of a file, in hexadecimal."""
+    """Returns the SHA-256 checksum of a file in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

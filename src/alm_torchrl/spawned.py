@@ -1,4 +1,4 @@
-"""What keeps processes that another one has started from outliving or repeating it."""
+"""Helpers for processes that another process has started."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from multiprocessing.util import get_temp_dir
 
 __all__ = ["GUARD_HINT", "exit_with_parent", "leave_unguarded_script"]
 
-#: What to look at where a process has ended before it could say why.
+#: Remedy for a process that ended before it could send an error.
 GUARD_HINT = (
-    'a script that starts processes needs an `if __name__ == "__main__":` guard around what starts '
-    "them; where it has one, look above for what the process printed"
+    'a script that starts processes needs an `if __name__ == "__main__":` guard; if it has one, '
+    "see the output of the process above"
 )
 
 
 def leave_unguarded_script() -> None:
-    """Ends a process that runs a script's top level again only because it lacks a guard.
+    """Exits a new process that runs its parent's script because this has no main guard.
 
-    A new process imports the script that has started it. Without a guard it would come to the
-    same call, and fail there with a traceback; its parent says what is wrong in one line.
+    The parent then raises the error, in one line.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)
 
 
 def exit_with_parent() -> None:
-    """Has this process end when the one that started it is gone, whatever it is doing then."""
+    """Makes this process exit when its parent process ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_wait_for, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _wait_for(parent: multiprocessing.process.BaseProcess) -> None:
+def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
-    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # sockets, and the parent's too
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # sockets, also those of the parent
     os._exit(1)

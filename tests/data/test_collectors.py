@@ -127,12 +127,12 @@ def test_the_seed_decides_the_first_episode_too():
         ({"kind": "fast"}, "'sync', 'multi' or 'ray', not 'fast'"),
         ({"frames_per_batch": 0}, "frames_per_batch must be at least 1"),
         ({"num_workers": 0}, "num_workers must be at least 1"),
-        ({"num_workers": 2}, "kind='sync' runs in this process"),
+        ({"num_workers": 2}, "kind='sync' collects in this process"),
         ({"init_random_frames": -1}, "init_random_frames must be at least 0"),
-        ({"init_random_frames": 25}, "not a multiple of frames_per_batch 10: take 20 or 30"),
-        ({"overlap": True}, "cannot overlap with learning"),
+        ({"init_random_frames": 25}, "not a multiple of frames_per_batch 10: use 20 or 30"),
+        ({"overlap": True}, "overlap=True require kind='multi' or 'ray'"),
         ({"kind": "multi", "num_workers": 3}, "10 is not a multiple of num_workers=3"),
-        ({"kind": "multi", "create_env": CountingEnv()}, "pass a function that makes it"),
+        ({"kind": "multi", "create_env": CountingEnv()}, "pass a function that creates it"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):

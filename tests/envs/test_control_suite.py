@@ -21,7 +21,7 @@ needs_dm_control = pytest.mark.skipif(
 
 def test_without_dm_control_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "dm_control", None)
-    with pytest.raises(ImportError, match=r"dm_control/cheetah-run.*alm-torchrl\[dmc\].*apart"):
+    with pytest.raises(ImportError, match=r"dm_control/cheetah-run.*alm-torchrl\[dmc\].*separate"):
         make_env("dm_control/cheetah-run")
 
 

@@ -202,7 +202,7 @@ def test_a_run_goes_on_without_a_ray_actor_that_was_killed(tmp_path) -> None:
 def test_a_process_that_was_killed_ends_the_run_which_goes_on_from_there(tmp_path) -> None:
     module = make_module("multi")
     processes = list(module.experience.collector.procs)
-    says = "failed after frame 120: .*worker 0 ended with exit code -9: look for what ends it"
+    says = "failed after frame 120: .*worker 0 ended with exit code -9: check the memory"
     with pytest.raises(EnvironmentFailedError, match=says):
         fit(module, tmp_path, Killer(at=34))
     assert not any(process.is_alive() for process in processes if not process._closed)
@@ -223,7 +223,7 @@ def test_overlap_is_seen_in_the_age_of_the_policy(kind, tmp_path) -> None:
     assert (experience.frames, experience.updates) == (240, 100)
     assert 0 < experience.policy_staleness < 100
     check_windows(module)
-    stored = experience.replay.read(0, 240)
+    _, stored, _ = experience.replay.read(0, 240)
     worker = stored["observation"][:, 0]  # a second batch may come before the other's first
     first = torch.cat([stored["action"][worker == seed][:20] for seed in worker.unique()])
     assert first.unique(dim=0).shape[0] == 40  # random, and differently in each worker
@@ -277,7 +277,7 @@ def test_a_ray_actor_that_keeps_dying_ends_the_run() -> None:
     experience = ExperienceStream(
         collector, make_replay_buffer(100, batch_size=6, num_envs=2), total_steps=20
     )
-    says = "loss 2 within an hour: look for what ends the workers"
+    says = "loss 2 within an hour: check the memory"
     with (
         pytest.warns(UserWarning, match="was lost .*; it is replaced"),
         pytest.raises(EnvironmentFailedError, match=says),
@@ -289,7 +289,7 @@ def test_a_ray_actor_that_keeps_dying_ends_the_run() -> None:
 @NEEDS_RAY
 def test_a_ray_cluster_without_room_is_not_waited_for_without_end() -> None:
     options = {"kind": "ray", "num_workers": 2, "frames_per_batch": 20, "start_timeout": 5.0}
-    with pytest.raises(WorkersLostError, match="within 5 s: each of 2 asks for .*1000.* no room"):
+    with pytest.raises(WorkersLostError, match="within 5 s: each of 2 asks for .*1000.* has room"):
         make_collector(CountingEnv, None, remote_configs={"num_cpus": 1000}, **options)
 
 

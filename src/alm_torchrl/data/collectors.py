@@ -1,4 +1,4 @@
-"""Collectors: TorchRL's, set up for off-policy learning from a stochastic policy."""
+"""Creation of TorchRL collectors for off-policy learning."""
 
 from __future__ import annotations
 
@@ -35,52 +35,49 @@ def make_collector(
     max_restarts: int = 10,
     **collector_kwargs: Any,
 ) -> BaseCollector:
-    """Makes a TorchRL collector that feeds a replay buffer.
+    """Creates a TorchRL collector.
 
-    The first ``init_random_frames`` actions are uniform in the action spec; after them the policy
-    acts, sampling (``ExplorationType.RANDOM``). A frame is one step of one environment.
+    The first ``init_random_frames`` actions are uniform in the action spec. Afterwards the policy
+    acts with ``ExplorationType.RANDOM``. A frame is one step of one environment.
 
-    A worker process that dies, or does not answer, ends the collection with a
-    :class:`WorkersLostError`. A Ray actor is replaced, with a warning. The next batch then does not
-    follow the last one: ``collector.restarts`` has grown, and
-    :meth:`WindowReplayBuffer.truncate_open_episodes` says so to the buffer (``ExperienceStream``
-    does). What an environment raises in a worker is raised here.
+    A worker process that dies or does not answer raises :class:`WorkersLostError`. A Ray actor is
+    replaced, with a warning; ``collector.restarts`` counts these. Then call
+    :meth:`WindowReplayBuffer.truncate_open_episodes`, as ``ExperienceStream`` does. An exception of
+    an environment in a worker is raised here.
 
     Args:
-        create_env: a function without arguments that makes the environment (picklable for the
-            kinds with workers), or an environment (``kind="sync"`` alone).
-        policy: the acting policy; ``None`` acts at random throughout. With ``kind="sync"`` and the
-            policy on ``device`` its parameters are shared, and an optimizer's step acts at once.
-            Workers act with what ``collector.update_policy_weights_()`` sent last.
-        frames_per_batch: frames in a batch, over all the environments it comes from.
-        total_frames: frames after which iteration stops; -1 for never.
-        init_random_frames: uniformly random frames at the start.
-        kind: ``"sync"`` steps in this process; ``"multi"`` in ``num_workers`` processes, which need
-            an ``if __name__ == "__main__":`` guard in the script; ``"ray"`` in ``num_workers``
-            actors of the Ray cluster that ``RAY_ADDRESS`` names, or of one started here.
-        num_workers: processes or actors; 1 for ``"sync"``.
-        overlap: whether workers collect on while the last batch is learnt from. They do not wait
-            for one another either: a batch comes from one worker.
-        device: where the policy acts, the environment steps and the data is returned; each stays
-            where it is if left out.
-        seed: seed of the environments, and in workers also of TorchRL's random numbers, drawn from
-            torch's generator if left out. A seed inside ``create_env`` is the same in each worker.
-        timeout: seconds after which a worker that does not answer counts as lost.
-        start_timeout: seconds that workers may take to start.
-        max_restarts: Ray actors replaced within an hour.
-        **collector_kwargs: passed to TorchRL's collector, such as ``policy_device``,
+        create_env: a function that creates the environment (picklable unless ``kind="sync"``); an
+            environment is accepted for ``kind="sync"`` only.
+        policy: the policy; ``None`` for random actions. With ``kind="sync"`` on the same device,
+            its parameters are shared. Workers use the weights that
+            ``collector.update_policy_weights_()`` sent last.
+        frames_per_batch: frames in a batch, over all environments in it.
+        total_frames: frames after which iteration stops; -1 for no limit.
+        init_random_frames: random frames at the start.
+        kind: ``"sync"`` collects in this process; ``"multi"`` in ``num_workers`` processes, and the
+            script needs an ``if __name__ == "__main__":`` guard; ``"ray"`` in ``num_workers``
+            actors of the Ray cluster at ``RAY_ADDRESS``, or of a new local one.
+        num_workers: number of processes or actors; 1 for ``"sync"``.
+        overlap: collect while the learner updates. Workers do not wait for each other: a batch has
+            data of one worker.
+        device: device of the policy, the environment and the data; unchanged by default.
+        seed: seed of the environments and of the workers; drawn from torch's generator by default.
+        timeout: seconds to wait for an answer of a worker.
+        start_timeout: seconds to wait for the workers to start.
+        max_restarts: Ray actors that may be replaced within an hour.
+        **collector_kwargs: arguments of TorchRL's collector, such as ``policy_device``,
             ``storing_device`` or ``compile_policy``; for ``"ray"`` also ``ray_init_config`` and
-            ``remote_configs`` (what a worker asks of the cluster, ``{"num_cpus": 1}``).
+            ``remote_configs`` (resources of each actor, ``{"num_cpus": 1}``).
 
     Returns:
-        The collector. A batch is ``[T]`` for one environment, ``[num_envs, T]`` for several, and
-        gets a leading ``[num_workers]`` where there are workers. With ``overlap`` a batch comes
-        from one worker, and its last step is marked ``truncated`` (not ``terminated``), so that no
-        window joins two workers: take ``frames_per_batch`` much longer than a window.
+        The collector. A batch is ``[T]`` for one environment and ``[num_envs, T]`` for several,
+        with a leading ``[num_workers]`` for workers. With ``overlap``, a batch has data of one
+        worker and its last step is marked ``truncated``: choose ``frames_per_batch`` much larger
+        than a window.
 
     Raises:
-        ValueError: if the frames do not divide as asked, or the kind is unknown.
-        ImportError: if Ray is asked for and not installed.
+        ValueError: if the kind is unknown, or the numbers of frames do not fit each other.
+        ImportError: if ``kind="ray"`` and Ray is not installed.
         WorkersLostError: if a worker does not start.
 
     Examples:
@@ -92,7 +89,7 @@ def make_collector(
         torch.Size([5])
         >>> collector.shutdown()
     """
-    _check_workers(kind, num_workers, overlap)
+    check_workers(kind, num_workers, overlap)
     _check_frames(frames_per_batch, init_random_frames, 1 if overlap else num_workers)
     options: dict[str, Any] = {
         "frames_per_batch": frames_per_batch,
@@ -102,7 +99,7 @@ def make_collector(
         "auto_register_policy_transforms": False,
         "device": device,
     }
-    if kind == "sync":  # trajectory ids cost time and nothing here reads them
+    if kind == "sync":  # trajectory ids cost time and are not used
         options |= {"track_traj_ids": False, "exploration_type": ExplorationType.RANDOM}
         collector = Collector(create_env, policy, **{**options, **collector_kwargs})
         if seed is not None:
@@ -111,7 +108,7 @@ def make_collector(
         return collector
     if isinstance(create_env, EnvBase):
         raise ValueError(
-            f"kind={kind!r} makes an environment in each worker: pass a function that makes it"
+            f"kind={kind!r} creates an environment in each worker: pass a function that creates it"
         )
     options |= {
         "set_truncated": overlap,
@@ -131,20 +128,21 @@ def make_collector(
     return workers(create_envs, policy, **{**options, **collector_kwargs})
 
 
-def _check_workers(kind: str, num_workers: int, overlap: bool) -> None:
-    """Raises unless the kind is known and fits the number of workers."""
+def check_workers(kind: str, num_workers: int, overlap: bool) -> None:
+    """Raises a ValueError if the kind is unknown or does not fit the other arguments."""
     if kind not in ("sync", "multi", "ray"):
         raise ValueError(f"kind must be 'sync', 'multi' or 'ray', not {kind!r}")
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, not {num_workers}")
-    if kind == "sync" and num_workers != 1:
-        raise ValueError(f"kind='sync' runs in this process: num_workers is 1, not {num_workers}")
-    if kind == "sync" and overlap:
-        raise ValueError("kind='sync' runs in this process, and cannot overlap with learning")
+    if kind == "sync" and (num_workers > 1 or overlap):
+        raise ValueError(
+            f"num_workers={num_workers} and overlap={overlap} require kind='multi' or 'ray': "
+            "kind='sync' collects in this process"
+        )
 
 
 def _check_frames(frames_per_batch: int, init_random_frames: int, num_parts: int) -> None:
-    """Raises unless the numbers of frames fit each other and the workers of a batch."""
+    """Raises a ValueError if the numbers of frames do not fit each other and the workers."""
     if frames_per_batch < 1:
         raise ValueError(f"frames_per_batch must be at least 1, not {frames_per_batch}")
     if init_random_frames < 0:
@@ -157,5 +155,5 @@ def _check_frames(frames_per_batch: int, init_random_frames: int, num_parts: int
         below = init_random_frames // frames_per_batch * frames_per_batch
         raise ValueError(
             f"init_random_frames {init_random_frames} is not a multiple of frames_per_batch "
-            f"{frames_per_batch}: take {below} or {below + frames_per_batch}"
+            f"{frames_per_batch}: use {below} or {below + frames_per_batch}"
         )

@@ -1,4 +1,4 @@
-"""TorchRL's process collectors, which end in bounded time when a process dies or hangs."""
+"""TorchRL's multi-process collectors, with time limits and clear errors when a process fails."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
@@ -19,39 +20,58 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiCollector, MultiSyncCollector
 
+from alm_torchrl.files import one_line
 from alm_torchrl.spawned import GUARD_HINT, exit_with_parent
 
 __all__ = ["AsyncWorkers", "SyncWorkers", "WorkersLostError"]
 
-_GRACE = 5.0  # seconds that TorchRL has to notice a dead process by itself
+_GRACE = 5.0  # seconds for TorchRL to notice a dead process itself
 
 
 class WorkersLostError(ChildProcessError):
-    """A worker could not start, died or did not answer, and is not replaced."""
+    """A worker did not start, died, or did not answer, and is not replaced."""
+
+
+def call_with_timeout(
+    call: Callable[[], Any], timeout: float, failed: Callable[[], object] = lambda: False
+) -> Any:
+    """Runs a call that may block forever in a thread.
+
+    Args:
+        call: the call.
+        timeout: seconds to wait for its result.
+        failed: returns whether the call can only succeed within a few seconds.
+
+    Raises:
+        TimeoutError: if the call takes longer.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:  # noqa: BLE001 - raised by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    deadline = time.monotonic() + timeout
+    while not wait([future], min(1.0, max(0.0, deadline - time.monotonic()))).done:
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        if failed():
+            deadline = min(deadline, time.monotonic() + _GRACE)
+    return future.result()
 
 
 class _Workers(MultiCollector):
-    """A TorchRL process collector that says why it fails, and does so in bounded time.
+    """A TorchRL multi-process collector whose calls raise an error instead of blocking forever.
 
-    A process that dies or does not answer raises :class:`WorkersLostError`; what an environment
-    raises is a ``RuntimeError`` with its message. The processes end with the collector, with an
-    error or Ctrl-C while they start, and with the process that has started them.
-
-    Args:
-        create_envs: one function for each process.
-        policy: the acting policy, or None for random actions.
-        init_random_frames: uniformly random frames at the start.
-        seed: seed of the environments and of the processes' random numbers.
-        timeout: seconds that a batch, or another answer, may take.
-        start_timeout: seconds that the processes may take to start.
-        **options: of TorchRL's collector.
-
-    Raises:
-        WorkersLostError: if a process does not start.
-        ValueError: if the path of the temporary folder is too long for a socket.
+    An exception of an environment is raised as a ``RuntimeError`` with its message. The processes
+    exit with the collector and with their parent process. The arguments are those of
+    :func:`~alm_torchrl.data.make_collector` and of TorchRL's collectors.
     """
 
-    procs: list[Any] = []  # noqa: RUF012 - TorchRL sets it
+    procs: list[Any] = []  # noqa: RUF012 - set by TorchRL
 
     def __init__(
         self,
@@ -67,16 +87,16 @@ class _Workers(MultiCollector):
         self._random_frames = init_random_frames
         self._timeout = timeout
         self._reports, writer = multiprocessing.Pipe(duplex=False)
-        # Made before the workers, it is theirs too, to remove if this is killed.
+        # Created before the workers, which inherit it and remove it if this process is killed.
         _check_socket_folder(get_temp_dir())
-        options["num_threads"] = torch.get_num_threads()  # the learner keeps those that it has
+        options["num_threads"] = torch.get_num_threads()  # TorchRL would change it
         options["collector_class"] = partial(Worker, reports=writer)
+        start = partial(super().__init__, create_envs, policy, **options)
         try:
-            with self._watching(start_timeout):
-                super().__init__(create_envs, policy, **options)
+            self._call(start, start_timeout, starting=True)
             # Kill workers at exit: they block on their parent, which blocks interpreter shutdown.
             weakref.finalize(self, _kill, self.procs)
-            self._count_random(0)
+            self._set_random_frames(0)
             self.set_seed(seed)
         except BaseException:
             _kill(self.procs)
@@ -88,147 +108,97 @@ class _Workers(MultiCollector):
         """Yields batches.
 
         Raises:
-            RuntimeError: with the message of an environment that raised.
-            WorkersLostError: if a process died, or did not answer.
+            RuntimeError: with the message of an environment's exception.
+            WorkersLostError: if a process died or did not answer.
         """
         batches = super().iterator()
-        while (data := self._bounded(partial(next, batches, None))) is not None:
+        while (data := self._call(partial(next, batches, None))) is not None:
             yield data
 
     def update_policy_weights_(self, policy_or_weights: Any = None, **kwargs: Any) -> None:
-        """Sends weights to every process."""
-        self._bounded(partial(super().update_policy_weights_, policy_or_weights, **kwargs))
+        """Sends weights to all processes."""
+        self._call(partial(super().update_policy_weights_, policy_or_weights, **kwargs))
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Begins new episodes."""
-        self._bounded(partial(super().reset, *args, **kwargs))
+        """Resets all environments."""
+        self._call(partial(super().reset, *args, **kwargs))
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Seeds the environments and the processes, and begins new episodes."""
-        return self._bounded(partial(super().set_seed, seed, static_seed))
+        """Seeds the processes and their environments, and resets these."""
+        return self._call(partial(super().set_seed, seed, static_seed))
 
     def load_state_dict(self, state_dict: dict[str, Any], **_: Any) -> None:
-        """Goes on counting, so that the random frames are not repeated."""
+        """Restores the frame count, so that the random frames are not repeated."""
         self._frames, self._iter = state_dict["frames"], state_dict["iter"]
-        self._count_random(self._frames)
+        self._set_random_frames(self._frames)
 
     def shutdown(self, timeout: float | None = None, **_: Any) -> None:
         """Ends the processes."""
         super().shutdown(timeout=timeout, raise_on_error=False)
         _kill(self.procs)
 
-    def _count_random(self, frames: int) -> None:
-        """Tells TorchRL's collector until which frame to act at random.
+    def _set_random_frames(self, frames: int) -> None:
+        """Sets the frame until which TorchRL's collector acts randomly, after ``frames`` frames.
 
-        MultiAsyncCollector starts every worker before it has counted a frame, and then counts a
-        batch when it arrives, by when the others are under way: told ``n`` batches it draws
-        ``n + num_workers - 1``.
+        MultiAsyncCollector counts a batch when it arrives, while the other workers have already
+        started theirs: asked for ``n`` random batches, it collects ``n + num_workers - 1``.
         """
         left, batch = self._random_frames - frames, self.requested_frames_per_batch
         if left > 0 and isinstance(self, MultiAsyncCollector):
             left = max(left - (self.num_workers - 1) * batch, batch)
         self.init_random_frames = frames + max(left, 0)
 
-    @contextmanager
-    def _watching(self, timeout: float) -> Iterator[None]:
-        """Ends all processes when one ends while they start, or when that takes too long.
-
-        TorchRL waits for one after the other, without a limit.
-        """
-        done, reasons = threading.Event(), []
-
-        def watch() -> None:
-            deadline = time.monotonic() + timeout
-            while not done.wait(0.2):
-                reason = _dead(self.procs)
-                if not reason and time.monotonic() > deadline:
-                    reason = f"it is not ready after {timeout:.0f} s"
-                if reason:
-                    reasons.append(reason)
-                    _kill(self.procs)
-
-        threading.Thread(target=watch, daemon=True).start()
+    def _call(
+        self, call: Callable[[], Any], timeout: float | None = None, *, starting: bool = False
+    ) -> Any:
+        """Runs a call of TorchRL's that waits for the processes, with a time limit."""
+        limit = self._timeout if timeout is None else timeout
         try:
-            yield
-        except Exception as error:
-            if isinstance(error.__cause__ or error, EOFError | ConnectionError):
-                reasons.append(_dead(self.procs))  # found by TorchRL before it was seen here
-            report = self._report()
-            if not report and not reasons:
-                raise
-            reason = report or f"{reasons[0]}; {GUARD_HINT}"
-            raise WorkersLostError(f"a worker could not start: {reason}") from None
-        finally:
-            done.set()
+            return call_with_timeout(call, limit, lambda: _dead(self.procs))
+        except Exception as error:  # noqa: BLE001 - explained and raised below
+            failure = self._explain(error, limit, starting)
+        raise failure
 
-    def _bounded(self, call: Callable[[], Any]) -> Any:
-        """Calls what waits for the processes, and waits no longer than an answer may take.
-
-        TorchRL waits without a limit in places, so the call has a thread of its own.
-        """
-        outcome: list[tuple[Any, Exception | None]] = []
-
-        def run() -> None:
-            try:
-                outcome.append((call(), None))
-            except Exception as error:  # noqa: BLE001 - raised below
-                outcome.append((None, error))
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + self._timeout
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(1.0)
-            if thread.is_alive() and _dead(self.procs):
-                deadline = min(deadline, time.monotonic() + _GRACE)
-        result, error = outcome[0] if outcome else (None, TimeoutError())
-        if error is None:
-            return result
-        raise self._explain(error) from error
-
-    def _explain(self, error: Exception) -> Exception:
-        """What went wrong, of which TorchRL may know no more than that a process has ended."""
-        if report := self._report():
+    def _explain(self, error: Exception, timeout: float, starting: bool) -> Exception:
+        """Returns the error to raise for a failed call."""
+        report = self._reports.recv() if self._has_report() else ""
+        dead = _dead(self.procs)
+        lost = isinstance(error.__cause__ or error, TimeoutError | EOFError | ConnectionError)
+        if starting and (report or dead or lost):
+            reason = report or f"{dead or f'no answer within {timeout:.0f} s'}; {GUARD_HINT}"
+            return WorkersLostError(f"a worker could not start: {reason}")
+        if report:
             return RuntimeError(report)
-        if dead := _dead(self.procs):
+        if dead:
             _kill(self.procs)
             return WorkersLostError(
-                f"{dead}: look for what ends it, such as the memory of the machine or a simulator "
-                "that crashes"
+                f"{dead}: check the memory of the machine, and whether the simulator crashes"
             )
         if isinstance(error, TimeoutError):
             _kill(self.procs)
-            return WorkersLostError(f"the workers did not answer within {self._timeout:.0f} s")
+            return WorkersLostError(f"the workers did not answer within {timeout:.0f} s")
         return error
 
-    def _report(self) -> str:
-        """What was raised in a process first, if anything was."""
-        with suppress(EOFError):
-            if self._reports.poll():
-                return self._reports.recv()
-        return ""
+    def _has_report(self) -> bool:
+        with suppress(EOFError, OSError):
+            return self._reports.poll()
+        return False
 
 
 class SyncWorkers(_Workers, MultiSyncCollector):
-    """Workers of which each contributes to every batch."""
+    """Every batch has data of all workers."""
 
 
 class AsyncWorkers(_Workers, MultiAsyncCollector):
-    """Workers that collect on by themselves, each for batches of its own."""
+    """Every batch has data of one worker; workers do not wait for each other."""
 
 
 class Worker(Collector):
-    """What collects in a process, and reports what is raised there to the one that started it.
-
-    Args:
-        *args: of TorchRL's collector.
-        reports: where to.
-        **options: of TorchRL's collector.
-    """
+    """The collector of one process, which sends its exceptions to the parent process."""
 
     def __init__(self, *args: Any, reports: Connection, **options: Any) -> None:
-        # Ctrl-C, and a cluster's SIGTERM, reach every process of a group. The learner finishes its
-        # update and makes a checkpoint then, and ends the workers itself.
+        # Ctrl-C and a cluster's SIGTERM reach all processes of a group. The parent finishes its
+        # update, saves a checkpoint and ends the workers itself.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         exit_with_parent()
@@ -242,7 +212,7 @@ class Worker(Collector):
             yield from super().iterator()
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Begins new episodes."""
+        """Resets the environment."""
         with self._reporting():
             super().reset(*args, **kwargs)
 
@@ -252,24 +222,24 @@ class Worker(Collector):
             yield
         except Exception as error:
             with suppress(OSError):
-                self._reports.send(f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000])
+                self._reports.send(one_line(error))
             raise
 
 
 def _check_socket_folder(folder: str) -> None:
-    """Raises if no socket fits into a folder: a worker's batch would be lost without an error."""
+    """Raises if the path is too long for sockets, where batches would be lost without an error."""
     longest = 103 - len("/listener-xxxxxxxx")
     if len(os.fsencode(folder)) > longest:
         raise ValueError(
-            f"workers send batches through sockets in {folder}, whose path is longer than "
+            f"workers send batches through sockets in {folder}, but this path is longer than "
             f"{longest} bytes: set TMPDIR to a shorter one"
         )
 
 
 def _dead(processes: list[Any]) -> str:
-    """Names the first process that has ended."""
+    """Describes the first process that has ended, if any."""
     for index, process in enumerate(processes):
-        with suppress(ValueError):  # TorchRL has closed it
+        with suppress(ValueError):  # closed by TorchRL
             if process.exitcode is not None:
                 return f"worker {index} ended with exit code {process.exitcode}"
     return ""

@@ -1,4 +1,4 @@
-"""Tasks of the DeepMind Control Suite, through TorchRL."""
+"""Tasks of the DeepMind Control Suite."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from torchrl.envs import CatTensors, ExcludeTransform, FlattenObservation
 from torchrl.envs.libs.dm_control import DMControlWrapper
 from torchrl.envs.transforms import Transform
 
+from alm_torchrl.files import one_line
+
 __all__: list[str] = []
 
 PREFIX = "dm_control/"
 _INSTALL = (
-    "pip install 'alm-torchrl[dmc]', in an environment apart from the extra 'recipes', whose "
-    "MuJoCo is too new for it"
+    "pip install 'alm-torchrl[dmc]' in a separate environment, because the extra 'recipes' has a "
+    "newer MuJoCo"
 )
 
 
 def check_control_suite(task: str) -> None:
-    """Raises unless dm_control is installed and knows the task, ``dm_control/domain-task``."""
+    """Raises if dm_control is not installed or does not know ``dm_control/domain-task``."""
     if find_spec("dm_control") is None:
-        raise ImportError(f"{task} needs dm_control: {_INSTALL}")
+        raise ImportError(f"{task} requires dm_control: {_INSTALL}")
     try:
         from dm_control import suite
-    except Exception as error:  # e.g. AttributeError with MuJoCo 4
-        message = " ".join(str(error).split())
-        raise ImportError(f"dm_control cannot be imported ({message}): {_INSTALL}") from error
+    except Exception as error:  # AttributeError with MuJoCo 4, for example
+        raise ImportError(f"cannot import dm_control ({one_line(error)}): {_INSTALL}") from error
     known = [f"{PREFIX}{domain}-{name}" for domain, name in suite.ALL_TASKS]
     if task not in known:
         close = difflib.get_close_matches(task, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"one is {known[0]}"
-        raise ValueError(f"dm_control knows no task {task!r}: {hint}")
+        hint = f"did you mean {' or '.join(close)}?" if close else f"an example is {known[0]}"
+        raise ValueError(f"unknown dm_control task {task!r}: {hint}")
 
 
 def make_control_suite(
     task: str, kwargs: dict[str, Any], *, action_repeat: int, device: torch.device | str
 ) -> DMControlWrapper:
-    """One environment, without transforms."""
+    """Creates one environment, without transforms."""
     from dm_control import suite
 
     domain, _, name = task.removeprefix(PREFIX).partition("-")
@@ -50,27 +51,17 @@ def make_control_suite(
     return DMControlWrapper(env, frame_skip=action_repeat, device=device)
 
 
-def as_one_observation(env: DMControlWrapper, mask_velocities: bool) -> list[Transform]:
-    """Joins the parts of the observation into ``"observation"``, in the suite's order.
-
-    Args:
-        env: one environment.
-        mask_velocities: leave out the parts whose names say that they are velocities.
-
-    Returns:
-        The transforms that do it.
-
-    Raises:
-        ValueError: if there is no such part.
-    """
-    keys = list(env.observation_spec.keys())
-    velocities = [key for key in keys if "vel" in key] if mask_velocities else []
+def join_observations(env: DMControlWrapper, mask_velocities: bool) -> list[Transform]:
+    """Returns transforms that join the observations, without velocities if asked."""
+    specs = dict(env.observation_spec.items())
+    velocities = [key for key in specs if "vel" in key] if mask_velocities else []
     if mask_velocities and not velocities:
-        raise ValueError(f"mask_velocities: no velocity among the observations {keys}")
-    kept = [key for key in keys if key not in velocities]
+        raise ValueError(f"mask_velocities: no velocity among the observations {list(specs)}")
+    kept = [key for key in specs if key not in velocities]
     drop = [ExcludeTransform(*velocities)] if velocities else []
-    shaped = [key for key in kept if env.observation_spec[key].ndim > 1]  # such as [joints, 2]
     flat = [
-        FlattenObservation(-env.observation_spec[key].ndim, -1, in_keys=[key]) for key in shaped
+        FlattenObservation(-specs[key].ndim, -1, in_keys=[key])
+        for key in kept
+        if specs[key].ndim > 1
     ]
     return [*drop, *flat, CatTensors(kept, "observation", sort=False)]

@@ -1,4 +1,4 @@
-"""What is raised when an environment fails, and what messages call an environment."""
+"""Errors of environments, and the names of environments in messages."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ __all__ = ["EnvironmentFailedError", "env_name", "failing_as"]
 
 
 class EnvironmentFailedError(RuntimeError):
-    """An environment raised, or returned what is not finite; nothing of it was stored."""
+    """An environment raised an exception or returned non-finite values, which are not stored."""
 
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Raises what fails inside as an :class:`EnvironmentFailedError` of one line.
-
-    Args:
-        what: what failed, the beginning of the message.
-    """
+    """Converts exceptions to an :class:`EnvironmentFailedError` whose message starts with this."""
     try:
         yield
     except EnvironmentFailedError:
@@ -32,10 +28,7 @@ def failing_as(what: str) -> Iterator[None]:
 
 
 def env_name(env: EnvBase) -> str:
-    """What messages call an environment: its task, or its class.
-
-    Args:
-        env: such as :func:`make_env` makes.
+    """Returns the task of an environment, or its class.
 
     Examples:
         >>> from alm_torchrl.envs import make_env

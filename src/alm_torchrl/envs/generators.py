@@ -1,4 +1,4 @@
-"""The random generators of environments: read, and put back where they were."""
+"""States of the random generators of environments."""
 
 from __future__ import annotations
 
@@ -15,54 +15,52 @@ from alm_torchrl.envs.transforms import Distractors, transforms_of
 
 __all__ = ["random_states", "set_random_states"]
 
+Generator = np.random.Generator | np.random.RandomState
+
 
 def random_states(env: EnvBase) -> list[str]:
-    """The states of the random generators that the next episodes are drawn from.
-
-    Args:
-        env: an environment, such as :func:`make_env` makes; or a collector with environments in
-            processes of their own, of which nothing is known.
+    """Returns the states of the random generators of an environment.
 
     Returns:
-        For each Gymnasium or DeepMind Control environment in it that lives in this process, its
-        generator's state as JSON, followed by that of its :class:`Distractors`; nothing for others,
-        such as Gymnasium's vector environments, or if the environment is closed.
+        For each Gymnasium or DeepMind Control environment in this process, the state of its
+        generator as JSON, followed by that of its :class:`Distractors`. Empty for others, such as
+        Gymnasium's vector environments, closed environments and collectors with workers.
     """
     return [json.dumps(_state(g), default=np.ndarray.tolist) for g in _generators(env)]
 
 
 def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
-    """Gives the random generators of an environment back the states that they had.
+    """Restores the random generators of an environment.
 
-    Without states, the environment is seeded from torch's generator; so is first an environment
-    whose own generators are not known, such as an :class:`~torchrl.envs.EnvBase` of the user's.
+    Environments with unknown generators, such as a custom :class:`~torchrl.envs.EnvBase`, are
+    seeded from torch's generator, and so is any environment if there are no states.
 
     Args:
-        env: an environment like that of :func:`random_states`.
-        states: what that returned.
+        env: an environment of the same kind as that of :func:`random_states`.
+        states: the result of ``random_states``.
 
     Raises:
-        ValueError: if there are not as many states as environments.
+        ValueError: if the number of states is wrong.
     """
     if states and isinstance(env, EnvBase) and env.is_closed:
-        env.reset()  # which makes those that are stepped together
+        env.reset()  # creates the environments of a SerialEnv
     if not states or _any_unknown(env):
         env.set_seed(int(torch.randint(2**31 - 1, ())))
     if not states:
         return
     generators = _generators(env)
     if len(generators) != len(states):
-        raise ValueError(f"{len(states)} states of generators for {len(generators)} generators")
+        raise ValueError(f"{len(states)} states for {len(generators)} random generators")
     for generator, state in zip(generators, states, strict=True):
         _set_state(generator, json.loads(state))
 
 
-def _generators(env: EnvBase) -> list[Any]:
+def _generators(env: EnvBase) -> list[Generator]:
     if isinstance(env, TransformedEnv):
         noises = [t.np_random for t in transforms_of(env) if isinstance(t, Distractors)]
         return [*_generators(env.base_env), *noises]
     if isinstance(env, SerialEnv):
-        return [one for part in _parts(env) for one in _generators(part)]
+        return [generator for part in _parts(env) for generator in _generators(part)]
     if not isinstance(env, EnvBase) or env.is_closed:
         return []
     if isinstance(env, GymWrapper):
@@ -71,8 +69,8 @@ def _generators(env: EnvBase) -> list[Any]:
 
 
 def _parts(env: SerialEnv) -> list[EnvBase]:
-    """The environments in it; none before they are made or once it is closed."""
-    parts: list[EnvBase] = vars(env).get("_envs", [])  # as an attribute, they would be asked for it
+    """Returns its environments; none before they are created or after they are closed."""
+    parts: list[EnvBase] = vars(env).get("_envs", [])  # SerialEnv forwards attributes to them
     return parts
 
 
@@ -81,19 +79,17 @@ def _any_unknown(env: EnvBase) -> bool:
         return _any_unknown(env.base_env)
     if isinstance(env, SerialEnv):
         return any(_any_unknown(part) for part in _parts(env))
-    # Gymnasium's vector environments keep their generators in processes of their own
+    # Gymnasium's vector environments have their generators in other processes.
     return not isinstance(env, (GymWrapper, DMControlWrapper)) or bool(env.batch_size)
 
 
-def _state(generator: np.random.Generator | np.random.RandomState) -> dict[str, Any]:
-    if isinstance(generator, np.random.RandomState):  # dm_control has the older kind
+def _state(generator: Generator) -> dict[str, Any]:
+    if isinstance(generator, np.random.RandomState):  # used by dm_control
         return generator.get_state(legacy=False)
     return dict(generator.bit_generator.state)
 
 
-def _set_state(
-    generator: np.random.Generator | np.random.RandomState, state: dict[str, Any]
-) -> None:
+def _set_state(generator: Generator, state: dict[str, Any]) -> None:
     if isinstance(generator, np.random.RandomState):
         state["state"]["key"] = np.array(state["state"]["key"], dtype=np.uint32)
         generator.set_state(state)

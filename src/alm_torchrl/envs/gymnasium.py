@@ -1,4 +1,4 @@
-"""Gymnasium tasks: made, rendered, and asked which of their observations are velocities."""
+"""Gymnasium tasks: creation, rendering, and the velocities in their observations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torchrl.envs import GymWrapper
 
-from alm_torchrl.envs.spaces import with_readable_spaces
+from alm_torchrl.envs.spaces import with_supported_spaces
+from alm_torchrl.files import one_line
 
 __all__: list[str] = []
 
@@ -23,10 +24,9 @@ INSTALL = "pip install 'alm-torchrl[recipes]'"
 
 
 class GymnasiumEnv(GymWrapper):
-    """TorchRL's wrapper, which shares no memory with the environment.
+    """TorchRL's wrapper, without shared memory.
 
-    An environment may write its next observation into the array, or the dict, that it returned, and
-    may change the action that it is given.
+    An environment may reuse the arrays that it returned and change its action in place.
     """
 
     def read_obs(self, observations: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class GymnasiumEnv(GymWrapper):
         return super().read_obs(copy.deepcopy(observations))
 
     def read_action(self, action: Any) -> Any:
-        """Gives the environment an action of its own."""
+        """Returns a copy of the action."""
         return copy.deepcopy(super().read_action(action))
 
     def _output_transform(self, step: tuple[Any, ...]) -> Any:
@@ -44,46 +44,47 @@ class GymnasiumEnv(GymWrapper):
         )
 
 
+def wrap(env: Any, *, action_repeat: int, device: torch.device | str) -> GymnasiumEnv:
+    """Wraps a ``gymnasium.Env`` for TorchRL."""
+    env = with_supported_spaces(_with_own_context(env))
+    return GymnasiumEnv(env, frame_skip=action_repeat, device=device)
+
+
 def make_gymnasium(
     task: str,
-    gym_kwargs: dict[str, Any],
+    task_kwargs: dict[str, Any],
     *,
     action_repeat: int,
     render: bool,
     size: tuple[int, int] | None,
     device: torch.device | str,
 ) -> GymnasiumEnv:
-    """One environment, without transforms, that renders frames if asked to.
+    """Creates one environment, without transforms.
 
-    Only MuJoCo tasks can choose their height and width; others render as they do.
+    Only MuJoCo tasks accept a height and width; the frames of others are resized later.
     """
-    options = {**gym_kwargs, "render_mode": "rgb_array"} if render else gym_kwargs
-    if size is None:
-        env = _gym_make(task, options)
-    else:
+    # GymEnv would remove arguments such as frame_skip.
+    options = {**task_kwargs, "render_mode": "rgb_array"} if render else task_kwargs
+    if size is not None:
         try:
             env = _gym_make(task, {**options, "height": size[0], "width": size[1]})
+            return wrap(env, action_repeat=action_repeat, device=device)
         except ValueError as error:
             if not re.search("argument '(height|width)'", str(error)):
                 raise
-            env = _gym_make(task, options)
-    if render:
-        env = with_own_context(env)
-    # No GymEnv, which keeps arguments such as frame_skip from gymnasium.make
-    return GymnasiumEnv(with_readable_spaces(env), frame_skip=action_repeat, device=device)
+    return wrap(_gym_make(task, options), action_repeat=action_repeat, device=device)
 
 
-def _gym_make(task: str, gym_kwargs: dict[str, Any]) -> Any:
+def _gym_make(task: str, task_kwargs: dict[str, Any]) -> Any:
     """``gymnasium.make`` with errors of one line."""
     import gymnasium
 
-    options = {"disable_env_checker": True, **gym_kwargs}
     try:
         with _quiet_mujoco():
-            return gymnasium.make(task, **options)
+            return gymnasium.make(task, **{"disable_env_checker": True, **task_kwargs})
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(
-            f"{task} cannot be made here: {one_line(error)} (MuJoCo tasks: {INSTALL})"
+            f"cannot create {task}: {one_line(error)}. For MuJoCo tasks: {INSTALL}"
         ) from None
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -93,9 +94,9 @@ def _gym_make(task: str, gym_kwargs: dict[str, Any]) -> Any:
 
 
 def check_gymnasium(task: str) -> None:
-    """Raises unless Gymnasium is installed and knows the task."""
+    """Raises if Gymnasium is not installed or does not know the task."""
     if find_spec("gymnasium") is None:
-        raise ImportError(f"make_env needs Gymnasium: {INSTALL}")
+        raise ImportError(f"make_env requires Gymnasium: {INSTALL}")
     import gymnasium
 
     module, _, name = task.rpartition(":")
@@ -107,11 +108,11 @@ def check_gymnasium(task: str) -> None:
         close = difflib.get_close_matches(name, _newest_ids(gymnasium.registry), n=3)
         guess = bool(close) and not isinstance(error, ImportError)
         hint = f"did you mean {' or '.join(close)}?" if guess else one_line(error)
-        raise ValueError(f"Gymnasium knows no task {task!r}: {hint}") from None
+        raise ValueError(f"unknown Gymnasium task {task!r}: {hint}") from None
 
 
 def is_registered(task: str) -> bool:
-    """Whether ``module:Task``, whose module has been imported, is an id without a version."""
+    """Returns whether ``module:Task``, whose module has been imported, is a Gymnasium id."""
     if find_spec("gymnasium") is None:
         return False
     import gymnasium
@@ -120,7 +121,7 @@ def is_registered(task: str) -> bool:
 
 
 def _newest_ids(registry: dict[str, Any]) -> list[str]:
-    """The ids of the newest version of every task."""
+    """Returns the id of the newest version of every task."""
     newest: dict[tuple[str | None, str], Any] = {}
     for spec in registry.values():
         known = newest.setdefault((spec.namespace, spec.name), spec)
@@ -129,60 +130,48 @@ def _newest_ids(registry: dict[str, Any]) -> list[str]:
     return [spec.id for spec in newest.values()]
 
 
-def with_own_context(env: Any) -> Any:
-    """Renders in the environment's own OpenGL context, and frees what it holds there.
+def _with_own_context(env: Any) -> Any:
+    """Renders a MuJoCo task in its own OpenGL context, and with its tracking camera.
 
-    Gymnasium leaves current whichever context came last, so that of several environments in a
-    process, or after another one was closed, frames come out black or another's. Where no camera is
-    chosen, the task's camera ``"track"`` is, if it has one: the free camera stands still, and the
-    robot leaves the picture. Without MuJoCo's renderer the environment is returned as it is.
+    Gymnasium renders in the context that was used last, so with several environments in a process
+    frames may be black or of another environment. The default camera is free and loses the robot.
     """
     import gymnasium
 
-    if not hasattr(env.unwrapped, "mujoco_renderer"):
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None:
         return env
+    if renderer.camera_id == -1:  # no camera was chosen
+        import mujoco
 
-    renderer = env.unwrapped.mujoco_renderer
-    if renderer.camera_id == -1:  # neither chosen here nor by the task: the free camera
-        renderer.camera_id = _tracking_camera(env.unwrapped.model)
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, camera, "track")  # or -1
 
     class OwnContext(gymnasium.Wrapper):
-        def _viewer(self) -> Any:
-            return renderer._viewers.get("rgb_array")
+        def _activate(self) -> Any:
+            viewer = renderer._viewers.get("rgb_array")
+            if viewer is not None:
+                viewer.make_context_current()
+            return viewer
 
         def render(self) -> Any:
-            if (viewer := self._viewer()) is not None:
-                viewer.make_context_current()
+            self._activate()
             return super().render()
 
         def close(self) -> None:
-            if (viewer := self._viewer()) is not None:
-                # Left to the garbage collector, it would take the same names from another context
-                viewer.make_context_current()
+            if (viewer := self._activate()) is not None:
+                # The garbage collector would free objects of another context.
                 viewer.con.free()
             super().close()
 
     return OwnContext(env)
 
 
-def _tracking_camera(model: Any) -> int:
-    """The camera that follows the robot, or -1, the free camera."""
-    import mujoco
-
-    return mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
-
-
 def velocities(env: Any) -> list[int]:
-    """Which dimensions of a MuJoCo task's observation are velocities.
+    """Returns the dimensions of a MuJoCo task's observation that are velocities, if known.
 
-    They follow from what the task says of its observation (``observation_structure``), or from the
-    simulator's sizes where the observation is all positions, then all velocities.
-
-    Args:
-        env: a Gymnasium environment.
-
-    Returns:
-        The indices; none if they are unknown.
+    They follow from the task's ``observation_structure``, or from the numbers of positions and
+    velocities of its model.
     """
     task, shape = env.unwrapped, env.observation_space.shape
     parts = getattr(task, "observation_structure", None)
@@ -202,10 +191,9 @@ def velocities(env: Any) -> list[int]:
 
 @contextmanager
 def _quiet_mujoco() -> Iterator[None]:
-    """Keeps MuJoCo's notices on outdated model files from the terminal and from MUJOCO_LOG.TXT.
+    """Silences MuJoCo 4's deprecation notices about the models of Gymnasium 1.4.
 
-    MuJoCo 4 writes them for every model that Gymnasium 1.4 loads. Its other warnings are passed on
-    as Python warnings.
+    Other messages of MuJoCo become Python warnings.
     """
     try:
         import mujoco
@@ -222,7 +210,3 @@ def _quiet_mujoco() -> Iterator[None]:
         for message in messages:
             if "deprecated" not in message:
                 warnings.warn(f"MuJoCo: {message}", stacklevel=4)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""One function for every environment: tasks by name, or one's own, and what is observed of them."""
+"""Creation of environments from a task name, an import path, a class or a function."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from alm_torchrl.envs import control_suite, custom, gymnasium
 from alm_torchrl.envs.failures import EnvironmentFailedError
 from alm_torchrl.envs.generators import random_states, set_random_states
 from alm_torchrl.envs.transforms import (
+    CopyData,
     Distractors,
     History,
     KeepDimensions,
-    OwnMemory,
     Render,
     RenderFrames,
     SeededEnv,
@@ -47,11 +47,13 @@ from alm_torchrl.spawned import GUARD_HINT, leave_unguarded_script
 
 __all__ = ["frame_stacks", "make_env"]
 
-_VIDEO_SIZE = (240, 320)  # height and width of a Control Suite task's frames
+_VIDEO_SIZE = (240, 320)  # height and width of the frames of a Control Suite task
+
+Task = str | Callable[..., Any]
 
 
 def make_env(
-    task: str | Callable[..., Any],
+    task: Task,
     *,
     seed: int | Sequence[int] | None = None,
     num_envs: int = 1,
@@ -69,46 +71,40 @@ def make_env(
     device: torch.device | str = "cpu",
     **task_kwargs: Any,
 ) -> EnvBase:
-    """Makes a task with float32 observations and the return of the running episode.
+    """Creates an environment with float32 observations and the return of the running episode.
 
-    A time limit sets ``truncated`` and ``done``, never ``terminated``. The action range is the
-    task's own and stands in ``env.action_spec`` (Humanoid-v5: -0.4 to 0.4). The options that
-    change what is observed come in this order: velocities are left out, distractors are appended,
-    and the history is made of what is left.
+    A time limit sets ``truncated`` and ``done``, never ``terminated``. Actions have the task's own
+    range (``env.action_spec``). Options that change the observation apply in this order:
+    ``mask_velocities``, ``distractors``, ``history``.
 
     Args:
-        task: a Gymnasium id, such as ``"HalfCheetah-v5"``; a task of the DeepMind Control Suite,
-            such as ``"dm_control/cheetah-run"``, whose observations are joined in the suite's
-            order; or an environment of your own: a class or function that makes a
-            ``gymnasium.Env`` or an :class:`~torchrl.envs.EnvBase`, or where to import it from,
-            ``"package.module:attribute"``.
-        seed: seed of the environment; each of several environments derives its own from it, or is
-            given its own where there is one for each.
-        num_envs: environments stepped together; the batch size is ``[num_envs]`` if more than 1.
-        parallel: step them in processes of their own rather than one after the other. The script
-            then needs an ``if __name__ == "__main__":`` guard.
-        pixels: observe rendered frames in place of the vector: their size, one number or height and
+        task: a Gymnasium id (``"HalfCheetah-v5"``); a task of the DeepMind Control Suite
+            (``"dm_control/cheetah-run"``), whose observations are joined; or a class or function
+            that creates a ``gymnasium.Env`` or an :class:`~torchrl.envs.EnvBase`, or its import
+            path (``"package.module:attribute"``).
+        seed: seed of the environment, from which several environments derive their own, or one
+            seed for each.
+        num_envs: number of environments; the batch size is ``[num_envs]`` if more than 1.
+        parallel: step them in separate processes. The script then needs an
+            ``if __name__ == "__main__":`` guard.
+        pixels: observe rendered frames instead of the vector: their size, one number or height and
             width, or True for 84 by 84.
-        frame_stack: frames in ``"pixels"``, the newest last; at a reset, the first one repeated.
-        proprioception: keep ``"observation"`` beside ``"pixels"``.
-        action_repeat: simulator steps with each action, whose rewards are summed, until the episode
-            ends. An environment step is then as many simulator steps.
-        mask_velocities: leave the velocities out of ``"observation"``: joint and body velocities of
-            Gymnasium's MuJoCo tasks, and the Control Suite's entries of that name.
+        frame_stack: number of frames in ``"pixels"``, the newest last; a reset repeats the first.
+        proprioception: keep ``"observation"`` in addition to ``"pixels"``.
+        action_repeat: simulator steps with each action; their rewards are summed.
+        mask_velocities: remove the velocities from ``"observation"``, for Gymnasium's MuJoCo tasks
+            and the Control Suite.
         distractors: dimensions of standard Gaussian noise appended to ``"observation"``.
-        history: observations in ``"history"``, the newest last; at a reset, the first one repeated.
-        history_actions: join each with the action before it, zeros at a reset.
-        from_pixels: for videos, add frames as they are rendered, uint8 ``[height, width, 3]``, as
-            ``"pixels"`` beside the observation, unless ``pixels`` are observed. Where rendering is
-            impossible, a warning and no frames.
-        transforms: further ones of TorchRL's, copies of which come last, such as what primes an
-            encoder's memory. Running statistics (``VecNormV2``) are kept by an encoder instead.
-        device: where the tensors live.
-        **task_kwargs: passed to ``gymnasium.make``, ``dm_control.suite.load``, or your class or
-            function. Ant-v5 with ``include_cfrc_ext_in_observation=False`` is the 27-d truncated
-            Ant; Humanoid-v5 with ``include_cinert_in_observation``,
-            ``include_cvel_in_observation``, ``include_qfrc_actuator_in_observation`` and
-            ``include_cfrc_ext_in_observation`` all False is the 45-d truncated Humanoid.
+        history: number of observations in ``"history"``, the newest last; a reset repeats the
+            first.
+        history_actions: append to each the action before it, which is zero at a reset.
+        from_pixels: for videos, add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"``.
+            Without a renderer, a warning and no frames. Ignored with ``pixels``.
+        transforms: transforms to apply last; each environment gets a copy. Transforms with running
+            statistics (``VecNormV2``) are refused: normalize in the encoder.
+        device: device of the tensors.
+        **task_kwargs: arguments of ``gymnasium.make``, ``dm_control.suite.load``, or your class or
+            function.
 
     Returns:
         The environment. ``"observation"`` is float32 ``[..., O]``; ``"pixels"``, uint8
@@ -117,14 +113,11 @@ def make_env(
         of the episode's rewards so far.
 
     Raises:
-        ImportError: if Gymnasium or dm_control, or the simulator that the task needs, is not
-            installed.
-        ValueError: if the task is unknown, is no environment, has an unbounded action, or does not
-            take one of ``task_kwargs``; if an option is out of range or does not fit the task; if
-            there are not as many seeds as environments; or if a transform keeps running statistics.
-        OSError: if ``pixels`` are asked for and cannot be rendered here, or a process of
-            ``parallel`` does not start.
-        EnvironmentFailedError: if the environment raises anything else as it is made.
+        ImportError: if Gymnasium, dm_control or the simulator is not installed.
+        ValueError: if the task is unknown, is not an environment, has an unbounded action or does
+            not take one of ``task_kwargs``; or if an option is out of range or does not apply.
+        OSError: if ``pixels`` cannot be rendered, or a process of ``parallel`` does not start.
+        EnvironmentFailedError: if the environment raises another exception when it is created.
 
     Examples:
         >>> env = make_env("HalfCheetah-v5", seed=0)
@@ -142,62 +135,55 @@ def make_env(
     seed = index(seed) if isinstance(seed, SupportsIndex) else seed
     seeds = _seeds(seed, num_envs)
     _check_transforms(transforms)
-    kind = _kind(task)
+    name = _name(task)
     observed = _Observed(
         _size(pixels), frame_stack, proprioception, mask_velocities, distractors, history,
         history_actions,
     )  # fmt: skip
     observed.check(action_repeat)
-    make = partial(
-        _make_one, task, kind, task_kwargs, observed, action_repeat=action_repeat, device=device
-    )
+    make = partial(_make_one, task, _kind(task), task_kwargs, observed, action_repeat, device)
     if from_pixels and observed.size is None:
-        make = partial(make, video=_can_render(partial(make, video=True)))
+        try:
+            make(video=True).close()
+            make = partial(make, video=True)
+        except OSError as error:
+            warnings.warn(f"no frames for a video: {error}", stacklevel=2)
+    # Errors are raised in this process, before workers start.
     try:
         env = make(seed=seeds[0])
-        _check_action(env, task)
+        _check_action(env, name)
         if num_envs > 1:
             env.close()
     except (ImportError, OSError, TypeError, ValueError):
         raise
     except Exception as error:
-        raise EnvironmentFailedError(f"{_name(task)} cannot be made: {one_line(error)}") from error
+        raise EnvironmentFailedError(f"cannot create {name}: {one_line(error)}") from error
     if num_envs > 1:
-        # One was made above so that an error is raised in this process, before any worker
         makes = [partial(make, seed=own) for own in seeds]
-        env = (ParallelEnv if parallel else SerialEnv)(num_envs, makes, device=device)
-        if parallel:
-            _start(env)
+        env = (_start_parallel if parallel else SerialEnv)(num_envs, makes, device=device)
     chain = Compose(DoubleToFloat(), RewardSum(), *(transform.clone() for transform in transforms))
     env = TransformedEnv(env, chain, auto_unwrap=False)
-    env.__dict__["task_name"] = _name(task)  # what messages call it
+    env.__dict__["task_name"] = name  # for messages
     if isinstance(seed, int):
         env.set_seed(seed)
     return env
 
 
-def _start(env: ParallelEnv) -> None:
-    """Starts the processes of parallel environments.
-
-    Raises:
-        ChildProcessError: if one of them ends on the way.
-    """
+def _start_parallel(*args: Any, **kwargs: Any) -> ParallelEnv:
+    env = ParallelEnv(*args, **kwargs)
     try:
         env.start()
     except EOFError:
-        raise ChildProcessError(f"parallel=True could not start a process: {GUARD_HINT}") from None
+        raise ChildProcessError(f"parallel=True cannot start a process: {GUARD_HINT}") from None
+    return env
 
 
 def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
-    """Which observations are stacks that a replay buffer can store frame by frame.
+    """Returns the number of frames of each stacked observation of an environment.
 
-    Args:
-        env: an environment, such as :func:`make_env` makes; one that is stepped in processes of its
-            own is made once more here, to look.
-
-    Returns:
-        For each entry that TorchRL's :class:`~torchrl.envs.CatFrames` stacks along its first
-        dimension, the number of frames: what :func:`alm_torchrl.data.make_replay_buffer` takes.
+    It finds observations that TorchRL's :class:`~torchrl.envs.CatFrames` stacks along their first
+    dimension. Pass the result to :func:`alm_torchrl.data.make_replay_buffer`. If the environments
+    run in other processes, another one is created here.
 
     Examples:
         >>> frame_stacks(make_env("HalfCheetah-v5", history=8))
@@ -224,7 +210,7 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What is observed of a task; :func:`make_env` documents it."""
+    """The options of :func:`make_env` that change the observation."""
 
     size: tuple[int, int] | None
     frame_stack: int
@@ -235,7 +221,7 @@ class _Observed:
     history_actions: bool
 
     def check(self, action_repeat: int) -> None:
-        """Raises a ValueError that names the option if a number is out of range."""
+        """Raises a ValueError if a number is out of range."""
         for name, value, least in (
             ("action_repeat", action_repeat, 1),
             ("frame_stack", self.frame_stack, 1),
@@ -245,24 +231,23 @@ class _Observed:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.history_actions and not self.history:
-            raise ValueError("history_actions joins actions to the history: choose history=8, say")
+            raise ValueError("history_actions requires a history: choose history=8, for example")
         if self.proprioception and self.size is None:
-            raise ValueError("proprioception keeps the vector beside pixels: choose pixels=84, say")
-
-    @property
-    def changes_vector(self) -> bool:
-        """Whether it takes the entry ``"observation"``."""
-        return bool(self.mask_velocities or self.distractors or self.history)
+            raise ValueError("proprioception requires pixels: choose pixels=84, for example")
 
     def transforms(self, env: EnvBase, name: str) -> list[Transform]:
-        """What is done to the observations of one environment."""
+        """Returns the transforms of one environment."""
         chain: list[Transform] = []
+        keys = sorted(env.observation_spec.keys())
         if isinstance(env, DMControlWrapper):
-            chain += control_suite.as_one_observation(env, self.mask_velocities)
-        elif self.changes_vector and "observation" not in env.observation_spec.keys():  # noqa: SIM118
+            chain += control_suite.join_observations(env, self.mask_velocities)
+            keys = ["observation"]
+        elif (self.mask_velocities or self.distractors or self.history) and (
+            "observation" not in keys
+        ):
             raise ValueError(
-                f"mask_velocities, distractors and history change the entry 'observation', and "
-                f"{name} observes {sorted(env.observation_spec.keys())}"
+                "mask_velocities, distractors and history change the entry 'observation', but "
+                f"{name} observes {keys}"
             )
         elif self.mask_velocities:
             chain.append(KeepDimensions(_positions(env, name)))
@@ -275,24 +260,22 @@ class _Observed:
             chain.append(_render_frames(env, name, self.size))
             chain.append(CatFrames(self.frame_stack, dim=-3, in_keys=["pixels"]))
             if not self.proprioception:
-                joined = isinstance(env, DMControlWrapper)
-                own = ["observation"] if joined else sorted(env.observation_spec.keys())
-                chain.append(ExcludeTransform(*own))
+                chain.append(ExcludeTransform(*keys))
         return chain
 
 
 def _make_one(
-    task: str | Callable[..., Any],
+    task: Task,
     kind: str,
     task_kwargs: dict[str, Any],
     observed: _Observed,
-    *,
     action_repeat: int,
     device: torch.device | str,
+    *,
     video: bool = False,
     seed: int | None = None,
 ) -> EnvBase:
-    """One environment, with what is observed of it."""
+    """Creates one environment with the transforms of its observations."""
     options: dict[str, Any] = {"action_repeat": action_repeat, "device": device}
     name = _name(task)
     env: EnvBase
@@ -308,7 +291,7 @@ def _make_one(
     if video:
         chain.append(_render_frames(env, name, None))
     if not isinstance(env, (gymnasium.GymnasiumEnv, DMControlWrapper)):
-        env = TransformedEnv(env, OwnMemory(), auto_unwrap=False)
+        env = TransformedEnv(env, CopyData(), auto_unwrap=False)
     if chain:
         env = SeededEnv(env, Compose(DoubleToFloat(), *chain), auto_unwrap=False)
     if seed is not None:
@@ -316,8 +299,8 @@ def _make_one(
     return env
 
 
-def _kind(task: str | Callable[..., Any]) -> str:
-    """What makes the task; raises unless that knows it."""
+def _kind(task: Task) -> str:
+    """Returns what creates the task; raises if the task is unknown."""
     if not isinstance(task, str):
         return "custom"
     if custom.is_import_path(task):
@@ -335,74 +318,74 @@ def _kind(task: str | Callable[..., Any]) -> str:
     return "gymnasium"
 
 
-def _name(task: str | Callable[..., Any]) -> str:
+def _name(task: Task) -> str:
     return task if isinstance(task, str) else getattr(task, "__qualname__", repr(task))
 
 
 def _seeds(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
-    """A seed for each environment, where they are given."""
+    """Returns the seed of each environment, or None if it derives from ``seed``."""
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, not {num_envs}")
-    seeds: list[int | None] = [None] * num_envs
-    if seed is not None and not isinstance(seed, int):
-        seeds = list(map(index, seed))
+    if seed is None or isinstance(seed, int):
+        return [None] * num_envs
+    seeds: list[int | None] = list(map(index, seed))
     if len(seeds) != num_envs:
-        raise ValueError(f"{len(seeds)} seeds were given for num_envs={num_envs}: {seeds}")
+        raise ValueError(f"got {len(seeds)} seeds for num_envs={num_envs}: {seeds}")
     return seeds
 
 
 def _check_transforms(transforms: Sequence[Transform]) -> None:
-    """Raises for running statistics, of which every environment would have its own."""
+    """Raises for running statistics, which the evaluation and the agent's file would not have."""
     for transform in transforms:
         for part in transform.modules():
             if isinstance(part, (VecNorm, VecNormV2)):
                 raise ValueError(
-                    f"{type(part).__name__} keeps running statistics, which an evaluation does "
-                    "not share, the replay buffer would mix and no agent's file would hold: "
-                    "normalize in the encoder (MLPEncoder(normalize=True), encoder="
-                    "mlp_normalized), or by fixed numbers (ObservationNorm(loc, scale))"
+                    f"{type(part).__name__} keeps running statistics, which evaluation does not "
+                    "share and the agent's file does not contain: normalize in the encoder "
+                    "(MLPEncoder(normalize=True), encoder=mlp_normalized) or with fixed statistics "
+                    "(ObservationNorm(loc, scale))"
                 )
 
 
 def _size(pixels: bool | int | Sequence[int] | None) -> tuple[int, int] | None:
-    """Height and width of the frames."""
+    """Returns the height and width of the frames."""
     if pixels is None or pixels is False:
         return None
     size = 84 if pixels is True else pixels
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     if height < 1 or width < 1:
-        raise ValueError(f"pixels is the size of the frames, 84 or [84, 84], not {pixels}")
+        raise ValueError(f"pixels must be a size of frames, such as 84 or [84, 84], not {pixels}")
     return height, width
 
 
-def _check_action(env: EnvBase, task: str | Callable[..., Any]) -> None:
-    """Raises if there is a continuous action without bounds, which no noise can be scaled to."""
+def _check_action(env: EnvBase, name: str) -> None:
+    """Raises if a continuous action is unbounded: it could not be sampled."""
     for key, spec in env.full_action_spec.items(True, True):
         if not spec.dtype.is_floating_point:
             continue
-        # A range of all float32 is none: no number is drawn from it
+        # The width of the range of all float32 is infinite.
         width = spec.space.high - spec.space.low if isinstance(spec, Bounded) else None
         if width is None or not width.isfinite().all():
             raise ValueError(
-                f"{_name(task)} takes an unbounded {key!r}: give its space finite bounds, such as "
+                f"{name} has an unbounded {key!r}: give its space finite bounds, such as "
                 "gymnasium.spaces.Box(-1, 1, (2,)) or torchrl.data.Bounded(-1, 1, (2,))"
             )
 
 
 def _positions(env: EnvBase, name: str) -> list[int]:
-    """The dimensions of the observation that are no velocities."""
+    """Returns the dimensions of the observation that are not velocities."""
     velocities = gymnasium.velocities(env._env) if isinstance(env, GymWrapper) else []
     if not velocities:
         raise ValueError(
-            f"mask_velocities: it is not known which dimensions of {name}'s observation are "
-            "velocities; for tasks of your own, leave them out of the observation"
+            f"mask_velocities: the velocities in the observation of {name} are not known; for a "
+            "custom task, remove them in the environment"
         )
     size = env.observation_spec["observation"].shape[-1]
     return sorted(set(range(size)) - set(velocities))
 
 
 def _render_frames(env: EnvBase, name: str, size: tuple[int, int] | None) -> RenderFrames:
-    """What adds frames of this size, or for a video (without one) as they are rendered."""
+    """Returns the transform that renders frames: of this size, or for a video."""
     render: Render
     if isinstance(env, GymWrapper):
         render = env._env.render
@@ -410,30 +393,19 @@ def _render_frames(env: EnvBase, name: str, size: tuple[int, int] | None) -> Ren
         render = partial(env._env.physics.render, *(size or _VIDEO_SIZE), camera_id=0)
     else:
         raise ValueError(
-            f"{name} makes an EnvBase, which is not rendered here: write your frames to 'pixels' "
-            "yourself, uint8 [3, height, width], and stack them by torchrl.envs.CatFrames"
+            f"{name} is an EnvBase, which cannot be rendered here: write frames to 'pixels' in the "
+            "environment, uint8 [3, height, width], and stack them with torchrl.envs.CatFrames"
         )
     states = random_states(env)
     try:
-        env.set_seed(0)  # a camera without a place of its own takes it from the first state seen
+        env.set_seed(0)  # a camera without a fixed position takes it from the first state
         frames = RenderFrames(render, size, channels_first=size is not None)
         set_random_states(env, states)
         return frames
     except (TypeError, ValueError):
         raise
     except Exception as error:  # every driver fails in its own way
-        message = " ".join(str(error).split())
         raise OSError(
-            f"{name} cannot be rendered here ({message}). On a machine without a display, set the "
-            "environment variable MUJOCO_GL to egl or osmesa before Python starts"
+            f"cannot render {name} ({' '.join(str(error).split())}): on a machine without a "
+            "display, set the environment variable MUJOCO_GL to egl or osmesa before Python starts"
         ) from error
-
-
-def _can_render(make: Callable[[], EnvBase]) -> bool:
-    """Renders one frame, and warns where that fails."""
-    try:
-        make().close()
-    except OSError as error:
-        warnings.warn(f"no frames for a video: {error}", stacklevel=3)
-        return False
-    return True

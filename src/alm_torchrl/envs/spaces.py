@@ -1,4 +1,4 @@
-"""Gymnasium's spaces, as TorchRL and ALM read them."""
+"""Conversion of Gymnasium spaces that TorchRL does not support."""
 
 from __future__ import annotations
 
@@ -10,32 +10,39 @@ import numpy as np
 __all__: list[str] = []
 
 
-def with_readable_spaces(env: Any) -> Any:
-    """Converts the observations and actions of an environment that are not read as they are."""
-    return _with_plain_observation(_with_vector_action(env))
+def with_supported_spaces(env: Any) -> Any:
+    """Converts observations that TorchRL does not support, and actions that are not a vector.
 
-
-def _with_plain_observation(env: Any) -> Any:
-    """Converts the observations that TorchRL cannot read.
-
-    Numbers that do not begin at 0 are shifted, binary and discrete matrices become vectors, half
-    precision becomes float32, and the parts of a Tuple get the names "0", "1" and so on.
+    Discrete observations that do not start at 0 are shifted, binary and discrete matrices become
+    vectors, float16 becomes float32, and the parts of a Tuple are named "0", "1" and so on. Scalar
+    and matrix actions, and a Dict or Tuple of boxes, become one float32 vector.
     """
     import gymnasium
+    from gymnasium import spaces
 
-    space, convert = _plain(env.observation_space)
+    action: Any = env.action_space
+    is_vector = isinstance(action, spaces.Box) and len(action.shape) == 1
+    if _is_continuous(action) and not (is_vector and action.dtype != np.float16):
+        flat: Any = spaces.flatten_space(action)
+        low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
+        env = gymnasium.wrappers.TransformAction(
+            env,
+            lambda value: spaces.unflatten(action, value),
+            spaces.Box(low, high, dtype=np.float32),
+        )
+    space, convert = _supported(env.observation_space)
     if space == env.observation_space:
         return env
     return gymnasium.wrappers.TransformObservation(env, convert, space)
 
 
-def _plain(space: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A space that TorchRL reads, and what brings a value of the other into it."""
+def _supported(space: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns a supported space, and the function that converts a value to it."""
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict | spaces.Tuple):
         items = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
-        parts = {key: _plain(part) for key, part in items}
+        parts = {key: _supported(part) for key, part in items}
         return spaces.Dict({str(key): part for key, (part, _) in parts.items()}), lambda values: {
             str(key): convert(values[key]) for key, (_, convert) in parts.items()
         }
@@ -51,29 +58,8 @@ def _plain(space: Any) -> tuple[Any, Callable[[Any], Any]]:
     return space, lambda value: value
 
 
-def _with_vector_action(env: Any) -> Any:
-    """Flattens the action, if it is made of boxes that are not one float32 or float64 vector.
-
-    Scalars, matrices, half precision, and a Dict or Tuple of boxes become one float32 vector.
-    """
-    import gymnasium
-    from gymnasium import spaces
-
-    space = env.action_space
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype != np.float16:
-        return env
-    if not _is_continuous(space):
-        return env
-    flat: Any = spaces.flatten_space(space)
-    low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
-    vector = spaces.Box(low, high, dtype=np.float32)
-    return gymnasium.wrappers.TransformAction(
-        env, lambda action: spaces.unflatten(space, action), vector
-    )
-
-
 def _is_continuous(space: Any) -> bool:
-    """Whether a space is made of boxes of floating-point numbers alone."""
+    """Returns whether a space consists of floating-point boxes only."""
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):

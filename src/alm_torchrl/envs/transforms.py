@@ -1,4 +1,4 @@
-"""What is done to the observations of one environment: frames, fewer, more, or earlier ones."""
+"""Transforms of observations: rendered frames, selected dimensions, noise and history."""
 
 from __future__ import annotations
 
@@ -13,63 +13,57 @@ from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Compose, ObservationTransform, Transform
 
-__all__ = ["Distractors", "History", "KeepDimensions", "OwnMemory", "RenderFrames"]
+__all__ = ["CopyData", "Distractors", "History", "KeepDimensions", "RenderFrames"]
 
 Render = Callable[[], Any]
 
 
 def transforms_of(env: TransformedEnv) -> list[Transform]:
-    """The transforms of an environment, whether it has one or several."""
+    """Returns the transforms of an environment."""
     return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
 
 
 class SeededEnv(TransformedEnv):
-    """A :class:`~torchrl.envs.TransformedEnv` that seeds its :class:`Distractors` too."""
+    """A :class:`~torchrl.envs.TransformedEnv` that also seeds its :class:`Distractors`."""
 
     def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
-        """Seeds the environment, and the noise apart from it."""
+        """Seeds the environment and the noise."""
         for transform in transforms_of(self):
             if isinstance(transform, Distractors):
                 transform.set_seed(seed)
         return super().set_seed(seed, static_seed=static_seed)
 
 
-class OwnMemory(Transform):
-    """Copies what an environment is given and what it returns.
-
-    An environment may write its next observation, reward or flag into the tensor that it returned,
-    and may change what it is given. The transforms on top of it see neither.
-
-    Examples:
-        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
-        >>> TransformedEnv(ContinuousActionVecMockEnv(), OwnMemory()).rollout(2).batch_size
-        torch.Size([2])
-    """
-
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return next_tensordict.clone()
+class _AtResetToo(Transform):
+    """A transform that handles resets like steps."""
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        return tensordict_reset.clone()
+        return self._call(tensordict_reset)
+
+
+class CopyData(_AtResetToo):
+    """Copies the data to and from an environment, which may reuse its tensors."""
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return next_tensordict.clone()
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict.clone()
 
 
-class RenderFrames(Transform):
+class RenderFrames(_AtResetToo):
     """Adds a rendered frame to every observation.
 
     Args:
         render: returns a frame, uint8 ``[H, W, 3]``.
-        size: height and width wanted; frames of another size are averaged over areas. As rendered
-            if left out.
-        channels_first: write ``[3, H, W]`` rather than ``[H, W, 3]``.
-        out_key: where the frame goes.
+        size: height and width of the result; other frames are resized by area averaging.
+        channels_first: write ``[3, H, W]`` instead of ``[H, W, 3]``.
+        out_key: key of the frame.
 
     Raises:
-        TypeError: if what is rendered is no such frame.
+        TypeError: if ``render`` does not return such a frame.
 
     Examples:
         >>> import numpy as np
@@ -95,13 +89,12 @@ class RenderFrames(Transform):
         self.shape = self.frame().shape
 
     def frame(self) -> Tensor:
-        """Renders a frame, in the shape wanted."""
+        """Renders a frame."""
         image = self.render()
         if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype != np.uint8:
             raise TypeError(
-                "expected a frame, uint8 [height, width, 3], and got "
-                f"{getattr(image, 'shape', image)}; a gymnasium.Env renders frames if it is made "
-                "with render_mode='rgb_array'"
+                f"expected a frame, uint8 [height, width, 3], not {getattr(image, 'shape', image)}"
+                "; create a gymnasium.Env with render_mode='rgb_array'"
             )
         frame = torch.from_numpy(image.copy()).permute(2, 0, 1)
         if self.size is not None and frame.shape[1:] != self.size:
@@ -115,45 +108,36 @@ class RenderFrames(Transform):
             frame = frame.to(next_tensordict.device)
         return next_tensordict.set(self.out_keys[0], frame)
 
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
-
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the frames."""
+        """Adds the frame."""
         observation_spec[self.out_keys[0]] = Bounded(
             0, 255, self.shape, dtype=torch.uint8, device=observation_spec.device
         )
         return observation_spec
 
 
-class _ObservationChange(ObservationTransform):
-    """Changes the last dimension of a vector observation, at resets as at steps."""
+class _Resize(_AtResetToo, ObservationTransform):
+    """Changes the last dimension of vector observations."""
 
     def __init__(self, in_keys: Sequence[str]) -> None:
         super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
 
     def _size(self, size: int) -> int:
         raise NotImplementedError
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Gives the observation its new size."""
+        """Changes the size."""
         for key in self.in_keys:
-            observation_spec[key] = _unbounded(observation_spec[key], self._size)
+            spec = observation_spec[key]
+            observation_spec[key] = _unbounded(spec, self._size(spec.shape[-1]))
         return observation_spec
 
 
-class KeepDimensions(_ObservationChange):
-    """Keeps some dimensions of the observation and leaves out the others.
+class KeepDimensions(_Resize):
+    """Selects dimensions of the observation.
 
     Args:
-        indices: those kept.
+        indices: the dimensions to keep.
         in_keys: the observations, each ``[O]``.
 
     Examples:
@@ -174,15 +158,14 @@ class KeepDimensions(_ObservationChange):
         return len(self.indices)
 
 
-class Distractors(_ObservationChange):
-    """Appends standard Gaussian noise to the observation, new at every step.
+class Distractors(_Resize):
+    """Appends standard Gaussian noise to the observation, sampled at every step.
 
-    The noise has a generator of its own, so that neither the environment's random numbers nor
-    torch's depend on it.
+    The noise has its own random generator, so the environment does not change.
 
     Args:
-        size: dimensions appended.
-        seed: of the generator.
+        size: dimensions to append.
+        seed: seed of the generator.
         in_keys: the observations, each ``[O]``, which become ``[O + size]``.
 
     Examples:
@@ -200,8 +183,8 @@ class Distractors(_ObservationChange):
         self.set_seed(seed)
 
     def set_seed(self, seed: int | None) -> None:
-        """Starts the generator anew; without a seed, from the system's entropy."""
-        # A key apart from the seed, so that the stream is not one that the environment draws from
+        """Seeds the generator; ``None`` uses the entropy of the system."""
+        # The seed alone would give the random numbers of the environment.
         self.np_random = np.random.default_rng(None if seed is None else [seed, self.size])
 
     def _apply_transform(self, obs: Tensor) -> Tensor:
@@ -214,16 +197,15 @@ class Distractors(_ObservationChange):
 
 
 class History(Transform):
-    """Writes what a window of the past is made of: the observation, and the action before it.
+    """Writes the observation, and optionally the action before it, as a row of a history.
 
-    With TorchRL's :class:`~torchrl.envs.CatFrames` behind it, that becomes the window itself. At a
-    reset there was no action: zeros stand for it.
+    :class:`~torchrl.envs.CatFrames` then stacks the rows. At a reset the action is zero.
 
     Args:
-        actions: whether to write the action too.
-        in_key: the observation, ``[O]``.
-        action_key: the action, ``[A]``.
-        out_key: where it goes: ``[1, O]``, or ``[1, O + A]`` with actions.
+        actions: whether to append the action.
+        in_key: key of the observation, ``[O]``.
+        action_key: key of the action, ``[A]``.
+        out_key: key of the row: ``[1, O]``, or ``[1, O + A]`` with actions.
 
     Examples:
         >>> from torchrl.envs import CatFrames, Compose
@@ -261,20 +243,21 @@ class History(Transform):
         return self._write(tensordict_reset, None)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the entry."""
-        actions = 0
+        """Adds the row."""
+        spec = observation_spec[self.in_keys[0]]
+        size = spec.shape[-1]
         if self.actions:
-            actions = self.parent.full_action_spec[self.action_key].shape[-1]
-        spec = _unbounded(observation_spec[self.in_keys[0]], lambda size: size + actions)
-        observation_spec[self.out_keys[0]] = spec.unsqueeze(-2)
+            size += self.parent.full_action_spec[self.action_key].shape[-1]
+        observation_spec[self.out_keys[0]] = _unbounded(spec, size).unsqueeze(-2)
         return observation_spec
 
 
-def _unbounded(spec: TensorSpec, size: Callable[[int], int]) -> Unbounded:
-    shape = (*spec.shape[:-1], size(spec.shape[-1]))
+def _unbounded(spec: TensorSpec, size: int) -> Unbounded:
+    """Returns a floating-point spec with another last dimension."""
+    shape = (*spec.shape[:-1], size)
     return Unbounded(shape, dtype=_floating(spec.zero()).dtype, device=spec.device)
 
 
 def _floating(observation: Tensor) -> Tensor:
-    """Integers and flags, such as a one-hot vector, as the numbers that they are joined with."""
+    """Converts integers and flags to float32."""
     return observation if observation.is_floating_point() else observation.float()

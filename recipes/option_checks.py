@@ -8,6 +8,7 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from alm_torchrl.data.collectors import check_workers
 from recipes.config import Config, num_processes
 
 
@@ -72,14 +73,18 @@ def _check_processes(config: Config) -> None:
 def _check_workers(config: Config) -> None:
     """Checks that environments and frames can be divided over workers and processes."""
     training, frames = config.training, config.training.frames_per_batch
-    envs = training.num_envs
-    if training.collector != "sync":
+    envs, kind = training.num_envs, training.collector
+    try:
+        check_workers(kind, training.num_workers, training.overlap)
+    except ValueError as error:
+        raise ValueError(f"training.collector={kind}: {error}") from None
+    if kind != "sync":
         if config.num_seeds > 1 or training.policy_lag:
             raise ValueError(
-                f"training.collector={training.collector} needs num_seeds=1 and "
+                f"training.collector={kind} needs num_seeds=1 and "
                 f"training.policy_lag=0, not {config.num_seeds} and {training.policy_lag}"
             )
-        if training.num_workers < 1 or training.num_envs % training.num_workers:
+        if training.num_envs % training.num_workers:
             raise ValueError(
                 f"training.num_envs={training.num_envs} must be a multiple of "
                 f"training.num_workers={training.num_workers}"

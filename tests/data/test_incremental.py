@@ -11,18 +11,18 @@ from tensordict import TensorDict
 from alm_torchrl.data import IncrementalReplay, WindowReplayBuffer, make_replay_buffer
 
 
-def batch(first: int, steps: int, lanes: int) -> TensorDict:
-    shape = [steps] if lanes == 1 else [lanes, steps]
+def batch(first: int, steps: int, envs: int) -> TensorDict:
+    shape = [steps] if envs == 1 else [envs, steps]
     time = torch.arange(first, first + steps).float().expand(shape).unsqueeze(-1)
-    observation = time + 1000 * torch.arange(lanes).reshape(*([] if lanes == 1 else [-1, 1]), 1)
+    observation = time + 1000 * torch.arange(envs).reshape(*([] if envs == 1 else [-1, 1]), 1)
     flag = torch.zeros(*shape, 1, dtype=torch.bool)
     outcome = {"reward": time, "done": flag, "terminated": flag, "truncated": flag}
     step = {"nested": {"position": observation}, "action": time}
     return TensorDict({**step, "next": {"nested": {"position": observation + 1}, **outcome}}, shape)
 
 
-def buffer(lanes: int = 1, steps: int = 30, storage: str = "memory") -> WindowReplayBuffer:
-    return make_replay_buffer(steps * lanes, batch_size=16, num_envs=lanes, storage=storage)
+def buffer(envs: int = 1, steps: int = 30, storage: str = "memory") -> WindowReplayBuffer:
+    return make_replay_buffer(steps * envs, batch_size=16, num_envs=envs, storage=storage)
 
 
 def everything(replay: WindowReplayBuffer) -> TensorDict:
@@ -30,26 +30,26 @@ def everything(replay: WindowReplayBuffer) -> TensorDict:
 
 
 @pytest.mark.parametrize("total", [7, 30, 47, 95])
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("envs", [1, 3])
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
 def test_what_was_saved_is_put_back_where_it_was(
-    tmp_path: Path, lanes: int, storage: str, total: int
+    tmp_path: Path, envs: int, storage: str, total: int
 ) -> None:
-    replay = buffer(lanes, storage=storage)
-    journal = IncrementalReplay(replay, tmp_path)
+    replay = buffer(envs, storage=storage)
+    saved = IncrementalReplay(replay, tmp_path)
     for first in range(0, total, 5):
-        replay.extend(batch(first, min(5, total - first), lanes))
+        replay.extend(batch(first, min(5, total - first), envs))
         if first % 3 == 0 or first + 5 >= total:
-            parts = journal.save()
+            parts = saved.save()
     assert replay.steps_written == total
 
-    fresh = buffer(lanes, storage=storage)
+    fresh = buffer(envs, storage=storage)
     IncrementalReplay(fresh, tmp_path).load(parts)
     replay.truncate_open_episodes()
     for more in (0, 4):
         if more:
-            replay.extend(batch(total, more, lanes))
-            fresh.extend(batch(total, more, lanes))
+            replay.extend(batch(total, more, envs))
+            fresh.extend(batch(total, more, envs))
         assert len(fresh) == len(replay)
         assert (everything(fresh) == everything(replay)).all()
         torch.manual_seed(0)
@@ -60,16 +60,16 @@ def test_what_was_saved_is_put_back_where_it_was(
 
 def test_a_step_is_written_once_and_forgotten_when_it_is_overwritten(tmp_path: Path) -> None:
     replay = buffer()
-    journal = IncrementalReplay(replay, tmp_path)
-    assert journal.save() == []
+    saved = IncrementalReplay(replay, tmp_path)
+    assert saved.save() == []
     spans = []
     for first in range(0, 60, 10):
         replay.extend(batch(first, 10, 1))
-        spans.append([(part.start, part.stop) for part in journal.save()])
+        spans.append([(part.start, part.stop) for part in saved.save()])
     assert spans[1] == [(0, 10), (9, 20)]
     assert spans[-1] == [(29, 40), (39, 50), (49, 60)]
-    assert journal.save() == journal.save()
-    journal.remove_all_but(journal.save()[1:])
+    assert saved.save() == saved.save()
+    saved.remove_all_but(saved.save()[1:])
     assert sorted(path.name[:25] for path in tmp_path.iterdir()) == [
         "000000000039-000000000050",
         "000000000049-000000000060",
@@ -83,20 +83,20 @@ def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link:
     if through_link:
         folder.symlink_to(other)
     replay = buffer()
-    for journal in (IncrementalReplay(buffer(), folder), IncrementalReplay(replay, folder)):
-        journal.replay.extend(batch(0, 10, 1))
-        journal.save()  # the parts of two runs, in one folder
-    theirs = {path.name for path in folder.iterdir()} - {part.file for part in journal.chunks}
+    for saved in (IncrementalReplay(buffer(), folder), IncrementalReplay(replay, folder)):
+        saved.replay.extend(batch(0, 10, 1))
+        saved.save()  # the parts of two runs, in one folder
+    theirs = {path.name for path in folder.iterdir()} - {part.file for part in saved.chunks}
     (folder / ".snapshot").mkdir()
     (folder / "thesis.pt").write_bytes(b"mine")
     (folder / "000000000000-000000000010.pt").write_bytes(b"mine")
     theirs |= {".snapshot", "thesis.pt", "000000000000-000000000010.pt"}
     assert len(theirs) == 4
-    stale = folder / f"{journal.chunks[0].file}.partial"
+    stale = folder / f"{saved.chunks[0].file}.partial"
     stale.write_bytes(b"torn")
 
     resumed = IncrementalReplay(buffer(), folder)
-    resumed.load(journal.chunks)
+    resumed.load(saved.chunks)
     resumed.replay.extend(batch(10, 5, 1))
     parts = resumed.save()
     resumed.remove_all_but(parts[1:])
@@ -107,27 +107,27 @@ def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Pa
     replay = buffer()
     replay.extend(batch(0, 10, 1))
     for expected in ([9], [9, 14], [9, 14, 19]):
-        journal = IncrementalReplay(replay, tmp_path)
+        saved = IncrementalReplay(replay, tmp_path)
         if replay.steps_written == 10:
-            parts = journal.save()
+            parts = saved.save()
         replay = buffer()
-        journal = IncrementalReplay(replay, tmp_path)
-        journal.load(parts)
+        saved = IncrementalReplay(replay, tmp_path)
+        saved.load(parts)
         closed = everything(replay)["next", "truncated"].flatten().nonzero().flatten()
         assert closed.tolist() == expected
         replay.extend(batch(replay.steps_written, 5, 1))
-        parts = journal.save()
+        parts = saved.save()
 
 
 def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
-    replay = buffer(lanes=3)
-    journal = IncrementalReplay(replay, tmp_path)
+    replay = buffer(envs=3)
+    saved = IncrementalReplay(replay, tmp_path)
     replay.extend(batch(0, 10, 3))
-    parts = journal.save()
+    parts = saved.save()
     with pytest.raises(ValueError, match="num_envs=2"):
-        IncrementalReplay(buffer(lanes=2), tmp_path).load(parts)
+        IncrementalReplay(buffer(envs=2), tmp_path).load(parts)
     with pytest.raises(ValueError, match="empty"):
-        journal.load(parts)
+        saved.load(parts)
     with pytest.raises(ValueError, match="time steps 0 to 10 .* missing"):
         buffer().restore([], 10)
     with pytest.raises(IndexError, match="0 to 10 are stored"):
@@ -136,10 +136,10 @@ def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_a_buffer_of_another_capacity_takes_what_fits(tmp_path: Path) -> None:
     replay = buffer()
-    journal = IncrementalReplay(replay, tmp_path)
+    saved = IncrementalReplay(replay, tmp_path)
     for first in range(0, 40, 5):
         replay.extend(batch(first, 5, 1))
-        parts = journal.save()
+        parts = saved.save()
     small = buffer(steps=20)
     IncrementalReplay(small, tmp_path).load(parts)
     assert sorted(everything(small)["action"].flatten().tolist()) == list(range(20, 40))

@@ -69,9 +69,9 @@ def expected_ids(first: int, ends: set[int], newest: int, length: int) -> tuple[
     return ids, mask
 
 
-def check_windows(windows: TensorDict, lanes: list[deque], ends: set[int]) -> None:
+def check_windows(windows: TensorDict, envs: list[deque], ends: set[int]) -> None:
     """Every window is the one that its first id calls for, in ids, mask and all other entries."""
-    newest = {id_: lane[-1] for lane in lanes for id_ in lane}
+    newest = {id_: env[-1] for env in envs for id_ in env}
     ids = windows["observation"].squeeze(-1)
     for window, mask in zip(ids.tolist(), windows["validity_mask"].tolist(), strict=True):
         assert window[0] in newest, f"{window[0]} was overwritten or never stored"
@@ -194,13 +194,13 @@ def test_any_history_of_writes_gives_the_windows_of_the_list(data):
     buffer = make_replay_buffer(
         rows * num_envs, batch_size=num_envs, window_length=window_length, num_envs=num_envs, seed=0
     )
-    lanes: list[deque] = [deque(maxlen=rows) for _ in range(num_envs)]
+    envs: list[deque] = [deque(maxlen=rows) for _ in range(num_envs)]
     for start, stop in pairwise([0, *torch.tensor(chunks).cumsum(0).tolist()]):
         buffer.extend(steps(ids[:, start:stop], done[:, start:stop]))
-        for lane, new in zip(lanes, ids[:, start:stop].tolist(), strict=True):
-            lane.extend(new)
-        check_windows(draw(buffer, 20), lanes, set(ids[done].tolist()))
-    assert len(buffer) == sum(map(len, lanes))
+        for env, new in zip(envs, ids[:, start:stop].tolist(), strict=True):
+            env.extend(new)
+        check_windows(draw(buffer, 20), envs, set(ids[done].tolist()))
+    assert len(buffer) == sum(map(len, envs))
 
 
 # ----------------------------------------------------------------------------- offline data
@@ -294,7 +294,7 @@ def test_rollouts_one_after_the_other_are_not_joined(recwarn):
     assert not stored["terminated"].any()
 
 
-def test_close_episodes_says_that_a_rollout_begins_anew(recwarn):
+def test_truncate_open_episodes_allows_a_new_rollout(recwarn):
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     for first in (0, 100, 200):
         buffer.truncate_open_episodes()
@@ -329,13 +329,13 @@ def test_the_trainer_of_torchrl_joins_no_environments():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_a_jump_without_a_flag_is_a_seam_in_its_lane_alone(chunk):
+def test_a_jump_without_a_flag_is_a_break_in_its_environment_alone(chunk):
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [20, 21, 22, 30, 31, 40, 41, 42]])
     done = ids == 31  # no seam but an end where the second jump is
     buffer = make_replay_buffer(100, batch_size=100, num_envs=2, seed=0)
     with pytest.warns(UserWarning, match=JOINED):
         deque(map(buffer.extend, steps(ids, done).split(chunk, dim=1)))
-    check_windows(draw(buffer, 5), [deque(lane) for lane in ids.tolist()], {22, 31})
+    check_windows(draw(buffer, 5), [deque(env) for env in ids.tolist()], {22, 31})
     stored = buffer[:]["next"]
     assert stored["truncated"].squeeze(-1).tolist() == [
         [False] * 8,
@@ -384,7 +384,7 @@ def test_an_observation_of_another_shape_is_refused():
 # ----------------------------------------------------------------------------- batch shapes
 
 
-def test_batches_of_workers_and_single_steps_fill_the_same_lanes():
+def test_batches_of_workers_and_single_steps_fill_the_same_columns():
     ids = torch.arange(6).unsqueeze(-1) * 100 + torch.arange(8)
     done = ids % 100 == 4
     whole, workers, single = (
@@ -528,7 +528,7 @@ def test_bytes_per_transition_is_what_the_storage_takes(num_envs):
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("written", [10, 25])
 def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
-    """The windows of every lane are those of that lane, and its transitions equally likely."""
+    """The windows of every env are those of that env, and its transitions equally likely."""
     buffer = make_replay_buffer(
         20 * num_envs, batch_size=20, num_envs=num_envs, per_env=True, seed=0
     )
@@ -537,11 +537,11 @@ def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
     for step in range(written):
         buffer.extend(steps(ids, done)[:, step : step + 1])
     ends = set(ids[done].tolist())
-    lanes = [deque(lane.tolist(), maxlen=20) for lane in ids]
+    envs = [deque(env.tolist(), maxlen=20) for env in ids]
     samples = [buffer.sample(400) for _ in range(10)]
     assert samples[0].shape == (num_envs, 400, 3)
-    for lane, stored in enumerate(lanes):
-        windows = torch.cat([sample[lane] for sample in samples])
+    for env, stored in enumerate(envs):
+        windows = torch.cat([sample[env] for sample in samples])
         check_windows(windows, [stored], ends)
         counts = torch.bincount(windows["observation"][:, 0, 0] - stored[0], minlength=len(stored))
         assert counts.numel() == len(stored)
@@ -612,16 +612,16 @@ def test_save_and_restore(storage, num_envs, written, tmp_path):
     restored.loads(tmp_path / "buffer")
     assert len(restored) == len(buffer)
     assert torch.equal(restored[:]["observation"], buffer[:]["observation"])
-    lanes = [deque(lane, maxlen=20) for lane in ids[:, :written].tolist()]
+    envs = [deque(env, maxlen=20) for env in ids[:, :written].tolist()]
     ends = set(ids[ids % 1000 % 6 == 3].tolist())
     windows = draw(restored, 20)
-    check_windows(windows, lanes, ends)  # before any write, when only the cursor tells the seam
+    check_windows(windows, envs, ends)  # before any write, when only the cursor tells the seam
     assert torch.equal(windows["observation"][:10], buffer.sample()["observation"])  # same draws
 
     restored.extend(history[:, written:])  # the environments were reset in between
-    for lane, new in zip(lanes, ids[:, written:].tolist(), strict=True):
-        lane.extend(new)
-    check_windows(draw(restored, 20), lanes, ends | set(ids[:, written - 1].tolist()))
+    for env, new in zip(envs, ids[:, written:].tolist(), strict=True):
+        env.extend(new)
+    check_windows(draw(restored, 20), envs, ends | set(ids[:, written - 1].tolist()))
 
     again = make()
     again.loads(tmp_path / "buffer")  # writing after a restore leaves the saved files alone
@@ -636,7 +636,7 @@ def test_restoring_a_state_dict_keeps_the_seam_and_closes_the_episode(num_envs):
     for chunk in steps(ids, ids < 0).split(8, dim=1):
         buffer.extend(chunk)
     restored.load_state_dict(buffer.state_dict())
-    check_windows(draw(restored, 20), [deque(lane, maxlen=20) for lane in ids.tolist()], set())
+    check_windows(draw(restored, 20), [deque(env, maxlen=20) for env in ids.tolist()], set())
 
 
 def test_closing_episodes_truncates_the_newest_step_alone():

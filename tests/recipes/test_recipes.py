@@ -242,9 +242,9 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
             "training.collector must be sync with 2 processes",
         ),
         (["run.devices=2", "run.precision=auto", "run.accelerator=cpu"], "choose 32-true or bf16"),
-        (["training.collector=threads"], "not 'threads'"),
-        (["training.num_workers=2"], "num_workers"),
-        (["training.overlap=true"], "overlap"),
+        (["training.collector=threads"], "kind must be 'sync', 'multi' or 'ray'"),
+        (["training.num_workers=2"], "require kind='multi' or 'ray'"),
+        (["training.overlap=true"], "require kind='multi' or 'ray'"),
         (["training.collector=multi", "num_seeds=2"], "multi needs num_seeds=1"),
         (["training.collector=ray", "training.policy_lag=1"], "training.policy_lag=0, not 1 and 1"),
         (

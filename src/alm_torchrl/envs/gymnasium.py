@@ -138,9 +138,9 @@ def _with_own_context(env: Any) -> Any:
     """
     import gymnasium
 
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer is None:
+    if not hasattr(env.unwrapped, "mujoco_renderer"):
         return env
+    renderer = env.unwrapped.mujoco_renderer
     if renderer.camera_id == -1:  # no camera was chosen
         import mujoco
 

@@ -16,17 +16,21 @@ from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.data import make_collector
 from alm_torchrl.envs import make_env
 from alm_torchrl.modules import (
+    Actor,
     CategoricalHead,
     ContinuationModel,
     FixedScaleHead,
-    GaussianLatentModule,
     LatentDynamics,
+    LatentModule,
     MLPEncoder,
+    NoiseSchedule,
+    QValueEnsemble,
+    RewardModel,
 )
 from alm_torchrl.objectives import ALMLoss
 
 SIZES = {"latent_dim": 4, "hidden_dim": 8, "dynamics_hidden_dim": 12}
-pytestmark = pytest.mark.filterwarnings("ignore:of the observations, ")
+pytestmark = pytest.mark.filterwarnings("ignore:the encoder reads the observations")
 
 
 class Body(EnvBase):
@@ -167,11 +171,9 @@ def test_what_does_not_fit_is_refused(change: dict, error: type, says: str) -> N
 def test_images_alone_ask_for_an_encoder() -> None:
     env = Body()
     env.observation_spec = Composite(image=Unbounded((3, 8, 8)))
-    with pytest.raises(ValueError, match=r"no vector observation among .*image.*pass an `encoder`"):
+    with pytest.raises(ValueError, match="of 1 dimensions; found .*image.*another encoder"):
         ALMAgent.from_env(env)
-    encoder = GaussianLatentModule(
-        nn.Sequential(nn.Flatten(-3), nn.Linear(192, 8)), in_keys=["image"]
-    )
+    encoder = LatentModule(nn.Sequential(nn.Flatten(-3), nn.Linear(192, 8)), in_keys=["image"])
     agent = ALMAgent.from_env(env, encoder=encoder, **SIZES)
     assert agent.policy()(image=torch.randn(5, 3, 8, 8)).shape == (5, 2)
 
@@ -239,15 +241,15 @@ def test_a_save_that_fails_keeps_the_old_file(
 
 
 def test_components_of_ones_own_are_passed_again(tmp_path: Path) -> None:
-    def own() -> GaussianLatentModule:
-        return GaussianLatentModule(nn.Linear(3, 8), in_keys=["position"])
+    def own() -> LatentModule:
+        return LatentModule(nn.Linear(3, 8), in_keys=["position"])
 
     agent = ALMAgent.from_env(Body(), encoder=own(), **SIZES)
     agent.save(tmp_path / "agent.pt")
     with pytest.raises(ValueError, match="pass encoder=... to load"):
         ALMAgent.load(tmp_path / "agent.pt")
     assert torch.equal(act(ALMAgent.load(tmp_path / "agent.pt", encoder=own())), act(agent))
-    with pytest.raises(ValueError, match="do not fit the components"):
+    with pytest.raises(ValueError, match="do not fit the networks"):
         ALMAgent.load(tmp_path / "agent.pt", encoder=MLPEncoder(3, in_keys=["position"]))
 
 
@@ -263,22 +265,13 @@ def test_an_encoder_is_measured_and_checked_before_anything_is_built() -> None:
         ALMAgent.from_env(Body(), encoder=discrete, dynamics=LatentDynamics(8, 2, 8))
 
 
-def test_a_file_of_the_first_version_is_read(agent: ALMAgent, tmp_path: Path) -> None:
-    path = tmp_path / "agent.pt"
-    agent.save(path)
-    content = torch.load(path, weights_only=True)
-    del content["described"]
-    torch.save({**content, "version": 1}, path)
-    assert torch.equal(act(ALMAgent.load(path)), act(agent))
-
-
 def test_a_component_that_this_release_does_not_know_is_named(
     agent: ALMAgent, tmp_path: Path
 ) -> None:
     path = tmp_path / "agent.pt"
     agent.save(path)
     content = torch.load(path, weights_only=True)
-    content["described"]["encoder"]["component"] = "NewEncoder"
+    content["networks"]["encoder"]["component"] = "NewEncoder"
     torch.save(content, path)
     with pytest.raises(ValueError, match="no component 'NewEncoder'; upgrade"):
         ALMAgent.load(path)
@@ -290,7 +283,7 @@ def test_a_truncated_file_is_refused(agent: ALMAgent, tmp_path: Path, share: flo
     agent.save(path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ValueError, match=r"agent\.pt is damaged or is not a file that"):
+    with pytest.raises(ValueError, match=r"agent\.pt is damaged or was not written by"):
         ALMAgent.load(path)
 
 
@@ -302,7 +295,7 @@ class Payload:
 def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"format": Payload()}, "agent.pt")
-    with pytest.raises(ValueError, match="is damaged or is not"):
+    with pytest.raises(ValueError, match="is damaged or was not written"):
         ALMAgent.load("agent.pt")
     assert not Path("touched").exists()
 
@@ -312,13 +305,67 @@ def test_other_files_are_refused(agent: ALMAgent, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ALMAgent.load(path)
     torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="is not a file that ALMAgent.save wrote"):
+    with pytest.raises(ValueError, match="was not written by ALMAgent.save"):
         ALMAgent.load(path)
     agent.save(path)
     content = torch.load(path, weights_only=True)
-    torch.save({**content, "version": 99}, path)
-    with pytest.raises(ValueError, match="format version 99"):
-        ALMAgent.load(path)
+    for version in (1, 99):
+        torch.save({**content, "version": version}, path)
+        with pytest.raises(ValueError, match=f"format version {version}, this release reads 3"):
+            ALMAgent.load(path)
+
+
+def test_every_network_is_rebuilt_with_its_own_arguments(tmp_path: Path) -> None:
+    given = {
+        "qvalue_network": QValueEnsemble(4, 2, 6, num_networks=3),
+        "reward_model": RewardModel(4, 2, 7, depth=3, activation_class=nn.SiLU),
+        "actor": Actor(4, [-1.0, 0.0], [1.0, 4.0], 5, noise=NoiseSchedule(num_steps=7)),
+    }
+    agent = ALMAgent.from_env(Body(), **SIZES, **given)
+    agent.noise.advance(3)
+    agent.save(tmp_path / "agent.pt")
+    loaded = ALMAgent.load(tmp_path / "agent.pt")
+    assert loaded.noise.num_steps == 7
+    assert str(loaded) == str(agent)
+    assert torch.equal(act(loaded), act(agent))
+
+
+def test_each_network_has_its_own_depth_activation_and_norm(tmp_path: Path) -> None:
+    names = ["encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor"]
+    names.append("continuation_model")
+    options = {"depth": 3, "activation_class": nn.SiLU, "norm_class": nn.RMSNorm, "hidden_dim": 6}
+    plain = ALMAgent.from_env(Body(), continuation=True, **SIZES)
+    for name in names:
+        agent = ALMAgent.from_env(
+            Body(), continuation=True, **SIZES, network_kwargs={name: options}
+        )
+        for other, network in agent.networks().items():
+            changed = any(isinstance(layer, nn.SiLU) for layer in network.modules())
+            assert changed == (other == name)
+            if not changed:
+                assert str(network) == str(plain.networks()[other])
+        layers = list(agent.networks()[name].modules())
+        copies = 2 if name == "qvalue_network" else 1
+        assert sum(isinstance(layer, nn.Linear) for layer in layers) == 4 * copies
+        assert any(isinstance(layer, nn.RMSNorm) for layer in layers)
+        agent.save(tmp_path / "agent.pt")
+        loaded = ALMAgent.load(tmp_path / "agent.pt")
+        assert loaded.config == agent.config
+        assert str(loaded) == str(agent)
+        assert torch.equal(act(loaded), act(agent))
+
+
+def test_network_kwargs_are_checked() -> None:
+    with pytest.raises(ValueError, match="no network 'policy'; choose from encoder, dynamics"):
+        ALMAgent.from_env(Body(), network_kwargs={"policy": {"depth": 3}})
+    with pytest.raises(ValueError, match="no layer 'Swish'; pass the class or a name"):
+        ALMAgent.from_env(Body(), network_kwargs={"actor": {"activation_class": "Swish"}})
+    with pytest.raises(TypeError, match="'width'"):
+        ALMAgent.from_env(Body(), network_kwargs={"actor": {"width": 3}})
+    head = {"encoder": {"head": CategoricalHead(2)}}
+    assert ALMAgent.from_env(Body(), **SIZES, network_kwargs=head).dynamics.head == CategoricalHead(
+        2
+    )
 
 
 def test_an_unknown_component_is_refused() -> None:
@@ -401,13 +448,18 @@ WRONG = {
     "weights of another kind": {"state_dict": [torch.zeros(3)]},
     "weights that are none": {"state_dict": {"encoder.weight": "heavy"}},
     "weights of another agent": {"state_dict": {"encoder.weight": torch.zeros(3)}},
-    "custom of another kind": {"custom": 3},
-    "described of another kind": {"described": 3},
-    "described with another argument": {"described": {"encoder": {"component": "MLPEncoder"}}},
-    "described as no component": {"described": {"encoder": {"component": "GaussianHead"}}},
-    "described as text": {"described": {"encoder": "MLPEncoder"}},
-    "described class as a list": {"described": {"encoder": {"component": ["x"]}}},
-    "unknown component": {"described": {"decoder": {"component": "GaussianHead"}}},
+    "no networks": {"networks": None},
+    "networks of another kind": {"networks": 3},
+    "a network with another argument": {"networks": {"encoder": {"component": "MLPEncoder"}}},
+    "a network that is none": {"networks": {"encoder": {"component": "GaussianHead"}}},
+    "a network as text": {"networks": {"encoder": "MLPEncoder"}},
+    "a class as a list": {"networks": {"encoder": {"component": ["x"]}}},
+    "an unknown network": {"networks": {"decoder": {"component": "GaussianHead"}}},
+    "an unknown activation": {
+        "networks": {
+            "encoder": {"component": "MLPEncoder", "observation_dim": 5, "activation_class": "Not"}
+        }
+    },
 }
 
 
@@ -433,5 +485,5 @@ def test_a_foreign_file_is_a_value_error(tmp_path: Path, content: bytes | str) -
         torch.save([1, 2], path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a file that ALMAgent.save wrote"):
+    with pytest.raises(ValueError, match="not written by ALMAgent.save"):
         ALMAgent.load(path)

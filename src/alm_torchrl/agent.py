@@ -1,10 +1,11 @@
-"""Every component of Aligned Latent Models, built from an environment's specs."""
+"""The agent: all networks of Aligned Latent Models, built from the specs of an environment."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
@@ -30,41 +31,45 @@ from alm_torchrl.modules import (
     QValueEnsemble,
     RewardModel,
     TransitionClassifier,
-    describe,
-    plain_numbers,
-    rebuild,
 )
-from alm_torchrl.modules.encoders.specs import observation_shapes
+from alm_torchrl.modules.encoders.base import observation_shapes
+from alm_torchrl.modules.heads import DEFAULT_HEAD
+from alm_torchrl.modules.rebuildable import describe, rebuild
 from alm_torchrl.objectives import check_encoder
 from alm_torchrl.objectives.components import match_compiled
 
 __all__ = ["ALMAgent", "AgentConfig"]
 
 _FORMAT = "alm_torchrl.ALMAgent"
-_VERSION = 2
+_VERSION = 3
+_T = TypeVar("_T", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """What an :class:`ALMAgent` is built from; the defaults are the paper's.
+    """Sizes and options of an :class:`ALMAgent`; the defaults are the paper's.
 
     Attributes:
         observation_dims: size of each vector observation by key, in the order of concatenation.
-        action_low: lower end of the action range, one entry per dimension.
-        action_high: upper end of the action range.
+        action_low: lower bound of the action, one entry per dimension.
+        action_high: upper bound of the action.
         latent_dim: size of the latent.
-        hidden_dim: width of encoder, reward, classifier, values and actor.
+        hidden_dim: width of encoder, reward model, classifier, values and actor.
         dynamics_hidden_dim: width of the latent dynamics.
         scale_to_range: whether the actor's mean spans the action range (see
-            :class:`~alm_torchrl.modules.Actor`); the authors leave it in +-1.
-        noise_clip: largest action noise inside the losses.
-        noise_start: scale of the action noise at the first step.
+            :class:`~alm_torchrl.modules.Actor`); the authors keep it in +-1.
+        noise_clip: largest action noise in the losses.
+        noise_start: initial scale of the action noise.
         noise_end: scale of the action noise after ``noise_steps``.
-        noise_steps: steps over which the noise is annealed.
+        noise_steps: number of steps over which the noise is annealed.
         normalize_mean: whether the actor's output is kept from saturating; see
             :class:`~alm_torchrl.modules.Actor`.
-        continuation: whether there is a :class:`~alm_torchrl.modules.ContinuationModel`, for tasks
+        continuation: whether to build a :class:`~alm_torchrl.modules.ContinuationModel`, for tasks
             whose episodes terminate.
+        network_kwargs: further arguments of the networks by name, such as
+            ``{"actor": {"depth": 3, "activation_class": nn.SiLU}}``. The names are those of
+            :meth:`ALMAgent.networks`; the arguments are those of the classes in
+            :mod:`alm_torchrl.modules` that :class:`ALMAgent` builds by default.
     """
 
     observation_dims: dict[NestedKey, int]
@@ -80,31 +85,37 @@ class AgentConfig:
     noise_steps: int = 100_000
     normalize_mean: bool = False
     continuation: bool = False
+    network_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Makes numbers of NumPy's Python's own, which a file can hold."""
-        for field in fields(self):
-            object.__setattr__(self, field.name, plain_numbers(getattr(self, field.name)))
+        """Converts values to plain Python, which a file can hold."""
+        if unknown := self.network_kwargs.keys() - set(COMPONENTS):
+            raise ValueError(
+                f"network_kwargs names no network {', '.join(sorted(map(repr, unknown)))}; "
+                f"choose from {', '.join(COMPONENTS)}"
+            )
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, describe(getattr(self, entry.name)))
         for name in ("action_low", "action_high"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 class ALMAgent(nn.Module):
-    """The six networks of Aligned Latent Models and the policies made from them.
+    """The networks of Aligned Latent Models and the policy built from them.
 
-    Any component can be replaced. An agent with one of this package's encoders is saved and loaded
-    like any other; components of your own are passed to :meth:`load` again.
+    Any network can be replaced. An agent with networks of this package is saved and loaded as a
+    whole; pass your own networks to :meth:`load`.
 
     Args:
-        config: sizes and action range; see :meth:`from_env` to read them off an environment.
-        encoder: in place of :class:`~alm_torchrl.modules.MLPEncoder`.
-        dynamics: in place of :class:`~alm_torchrl.modules.LatentDynamics` with the encoder's
-            ``head``, so that their distributions have a KL divergence.
-        reward_model: in place of :class:`~alm_torchrl.modules.RewardModel`.
-        classifier: in place of :class:`~alm_torchrl.modules.TransitionClassifier`.
-        qvalue_network: in place of :class:`~alm_torchrl.modules.QValueEnsemble`.
-        actor: in place of :class:`~alm_torchrl.modules.Actor`.
-        continuation_model: in place of :class:`~alm_torchrl.modules.ContinuationModel`.
+        config: sizes and action range; :meth:`from_env` reads them off an environment.
+        encoder: replaces :class:`~alm_torchrl.modules.MLPEncoder`.
+        dynamics: replaces :class:`~alm_torchrl.modules.LatentDynamics` with the head of the
+            encoder, so that their distributions have a KL divergence.
+        reward_model: replaces :class:`~alm_torchrl.modules.RewardModel`.
+        classifier: replaces :class:`~alm_torchrl.modules.TransitionClassifier`.
+        qvalue_network: replaces :class:`~alm_torchrl.modules.QValueEnsemble`.
+        actor: replaces :class:`~alm_torchrl.modules.Actor`.
+        continuation_model: replaces :class:`~alm_torchrl.modules.ContinuationModel`.
 
     Examples:
         >>> config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
@@ -126,21 +137,21 @@ class ALMAgent(nn.Module):
         continuation_model: TensorDictModule | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        latent, action = config.latent_dim, len(config.action_low)
-        hidden = config.hidden_dim
-        self.encoder = encoder or _make_encoder(config)
-        self.dynamics = dynamics or LatentDynamics(
-            latent, action, config.dynamics_hidden_dim, head=getattr(self.encoder, "head", None)
-        )
-        self.reward_model = reward_model or RewardModel(latent, action, hidden)
-        self.classifier = classifier or TransitionClassifier(latent, action, hidden)
-        self.qvalue_network = qvalue_network or QValueEnsemble(latent, action, hidden)
-        self.actor = actor or _make_actor(config)
         if continuation_model is not None:
-            self.config = replace(config, continuation=True)
-        elif config.continuation:
-            continuation_model = ContinuationModel(latent, action, hidden)
+            config = replace(config, continuation=True)
+        self.config = config
+        build = partial(_build, config)
+        self.encoder = encoder or _make_encoder(config)
+        head = getattr(self.encoder, "head", DEFAULT_HEAD)
+        self.dynamics = dynamics or build(
+            "dynamics", LatentDynamics, hidden_dim=config.dynamics_hidden_dim, head=head
+        )
+        self.reward_model = reward_model or build("reward_model", RewardModel)
+        self.classifier = classifier or build("classifier", TransitionClassifier)
+        self.qvalue_network = qvalue_network or build("qvalue_network", QValueEnsemble)
+        self.actor = actor or _make_actor(config)
+        if config.continuation and continuation_model is None:
+            continuation_model = build("continuation_model", ContinuationModel)
         self.continuation_model = continuation_model
 
     @classmethod
@@ -148,19 +159,19 @@ class ALMAgent(nn.Module):
         """Builds an agent whose sizes fit an environment.
 
         Args:
-            env: any TorchRL environment with a bounded continuous action. Its vector observations
-                (of any numbers, also one-hot) are concatenated, and a warning names what is not
-                read; with another ``encoder`` they can be anything.
-            **options: fields of :class:`AgentConfig`, and components by name. The size of the
-                latent is that of the encoder, if one is given, and the dynamics has its head.
+            env: a TorchRL environment with a bounded continuous action. By default the agent
+                reads its vector observations, concatenated, and a warning names the others; pass
+                an ``encoder`` to read other observations.
+            **options: fields of :class:`AgentConfig`, and networks by name. With an ``encoder``,
+                the latent size and the head of the dynamics are those of the encoder.
 
         Returns:
             The agent, on the environment's device.
 
         Raises:
             TypeError: for an unknown option, or an action that is not bounded and continuous.
-            ValueError: if no vector observation is found and no encoder is given, or if the encoder
-                is not what :func:`~alm_torchrl.objectives.check_encoder` asks for.
+            ValueError: if there is no vector observation and no encoder is given, or if the encoder
+                fails :func:`~alm_torchrl.objectives.check_encoder`.
 
         Examples:
             >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
@@ -176,17 +187,22 @@ class ALMAgent(nn.Module):
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; choose from {known}")
         components = {name: options.pop(name) for name in COMPONENTS if name in options}
         low, high = _action_range(env)
-        if "observation_dims" not in options:
-            options["observation_dims"] = {} if "encoder" in components else _vector_keys(env)
+        spec = env.observation_spec_unbatched
         if "encoder" in components:
-            spec, size = env.observation_spec_unbatched, options.get("latent_dim")
-            options["latent_dim"] = check_encoder(components["encoder"], spec, latent_dim=size)
+            options.setdefault("observation_dims", {})
+            options["latent_dim"] = check_encoder(
+                components["encoder"], spec, latent_dim=options.get("latent_dim")
+            )
+        elif "observation_dims" not in options:
+            state = (*env.reward_keys, *env.state_spec.keys(True, True))
+            shapes = observation_shapes(spec, None, (1,), ignore=state)
+            options["observation_dims"] = {key: size for key, (size,) in shapes.items()}
         agent = cls(AgentConfig(action_low=low, action_high=high, **options), **components)
         agent = agent.to(env.device or "cpu")
         if "encoder" in components or "dynamics" in components:
             check_encoder(
                 agent.encoder,
-                env.observation_spec_unbatched,
+                spec,
                 agent.dynamics,
                 action_spec=env.action_spec_unbatched,
                 latent_dim=agent.config.latent_dim,
@@ -195,38 +211,35 @@ class ALMAgent(nn.Module):
 
     @property
     def noise(self) -> NoiseSchedule:
-        """The schedule of the action noise, shared by acting and the losses."""
+        """The schedule of the action noise, which policy and losses share."""
         return self.actor.noise
 
     def networks(self) -> dict[str, TensorDictModuleBase]:
-        """The components by the names of :class:`~alm_torchrl.objectives.ALMLoss`."""
+        """The networks by the argument names of :class:`~alm_torchrl.objectives.ALMLoss`."""
         networks = {name: getattr(self, name) for name in COMPONENTS}
         return {name: network for name, network in networks.items() if network is not None}
 
     def policy(self) -> TensorDictModuleBase:
         """The policy from observation to action, for collectors, rollouts and evaluation.
 
-        The action is the actor's mean, as in an evaluation. Under ``ExplorationType.RANDOM``, which
-        collectors set, it carries the scheduled noise, unclipped. The policy encodes with a sample
-        of the latent whatever the exploration type, as the authors do. What an encoder augments in
-        training is seen as it is.
+        Under ``ExplorationType.RANDOM``, which collectors set, the action has the scheduled noise,
+        unclipped; otherwise it is the actor's mean. The latent is always sampled, as the authors
+        do. Training-time augmentation is disabled.
 
         Returns:
-            A module that shares the agent's parameters and writes the action, and beside it what
-            the encoder remembers, which is what it writes under ``"next"``.
+            A module that shares the agent's parameters. It writes the action, and the memory of the
+            encoder, which is what the encoder writes under ``"next"``.
         """
-        encoder, actor = (
-            network.acting() if hasattr(network, "acting") else network
-            for network in (self.encoder, self.actor)
-        )
+        encoder = _ActingEncoder(self.encoder)
+        actor = self.actor.acting() if hasattr(self.actor, "acting") else self.actor
         memory = [key for key in encoder.out_keys if unravel_key(key)[0] == "next"]
-        sequence = TensorDictSequential(_Sampled(encoder), actor)
+        sequence = TensorDictSequential(encoder, actor)
         return sequence.select_out_keys(self.actor.dist_sample_keys[-1], *memory)
 
     def update_statistics(self, data: TensorDictBase) -> None:
-        """Moves the running statistics of the encoder's inputs on, if it keeps any.
+        """Updates the running input statistics of the encoder, if any.
 
-        Call it on what a collector returns, once. The losses never move them.
+        Call it once on each batch of a collector. The losses never change the statistics.
 
         Args:
             data: new observations, of any batch size.
@@ -235,26 +248,21 @@ class ALMAgent(nn.Module):
             self.encoder.update_statistics(data)
 
     def save(self, path: str | Path) -> None:
-        """Writes configuration and weights for acting (or for looking into the model).
+        """Writes configuration, networks and weights, without the state of a training.
 
         Args:
-            path: the file; an existing one is replaced only once the new one is whole and can be
-                read again.
+            path: the file. An existing file is replaced only after the new one has been written
+                and read back.
 
         Raises:
-            ValueError: if a component of your own keeps in its state what cannot be read again.
-            OSError: if it cannot be written.
+            ValueError: if the state of one of your own networks cannot be read back.
+            OSError: if the file cannot be written.
         """
-        described = {name: describe(getattr(self, name)) for name in ("encoder", "dynamics")}
-        plain = {name: getattr(net, "_orig_mod", net) for name, net in self.networks().items()}
-        known = {name for name, part in plain.items() if type(part) in _FROM_CONFIG}
-        known |= {name for name, description in described.items() if description is not None}
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "config": asdict(self.config),
-            "custom": [name for name in self.networks() if name not in known],
-            "described": {name: described[name] for name in described if name in known},
+            "networks": {name: _describe_or_none(net) for name, net in self.networks().items()},
             "state_dict": self.state_dict(),
         }
         save_tensors(content, path)
@@ -263,36 +271,32 @@ class ALMAgent(nn.Module):
     def load(
         cls, path: str | Path, *, device: torch.device | str = "cpu", **components: nn.Module
     ) -> ALMAgent:
-        """Reads what :meth:`save` wrote, without running any code stored in it.
+        """Reads a file of :meth:`save`, without running any code stored in it.
 
         Args:
             path: the file.
-            device: where the agent goes.
-            **components: the components of your own that the agent was saved with.
-
-        Returns:
-            The agent.
+            device: device of the agent.
+            **components: the agent's networks that are not of this package.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is not an agent, is damaged, comes from a newer version, or needs
-                components that were not given or that do not fit.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is damaged or not an agent, has another format version, or needs
+                networks that were not given or do not fit.
         """
-        content = _read_checkpoint(Path(path))
-        missing = [name for name in content["custom"] if name not in components]
+        content = _read_file(Path(path))
+        described = {**content["networks"], **components}
+        missing = ", ".join(f"{name}=..." for name, value in described.items() if value is None)
         if missing:
-            needed = ", ".join(f"{name}=..." for name in missing)
-            raise ValueError(f"{path} was saved with components of your own; pass {needed} to load")
+            raise ValueError(f"{path} holds networks of your own; pass {missing} to load")
         try:
-            described = rebuild(content.get("described", {}))  # files of version 1 have none
-            agent = cls(AgentConfig(**content["config"]), **{**described, **components})
-        except Exception as error:  # whatever a file may hold
+            agent = cls(AgentConfig(**content["config"]), **rebuild(described))
+        except Exception as error:  # the file can hold anything
             raise ValueError(f"{path} does not describe an agent: {one_line(error)}") from error
         try:
             agent.load_state_dict(content["state_dict"])
         except Exception as error:
             what = one_line(error)
-            raise ValueError(f"the weights in {path} do not fit the components: {what}") from error
+            raise ValueError(f"the weights in {path} do not fit the networks: {what}") from error
         return agent.to(device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -300,8 +304,8 @@ class ALMAgent(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Sampled(TensorDictModuleBase):
-    """Runs an encoder so that it always draws its latent."""
+class _ActingEncoder(TensorDictModuleBase):
+    """Encodes without augmentation and always samples the latent."""
 
     def __init__(self, encoder: TensorDictModuleBase) -> None:
         super().__init__()
@@ -310,81 +314,78 @@ class _Sampled(TensorDictModuleBase):
         self.out_keys = encoder.out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        with set_exploration_type(ExplorationType.RANDOM):
-            return self.encoder(tensordict)
+        with set_exploration_type(ExplorationType.DETERMINISTIC):  # which disables augmentation
+            latent = self.encoder.get_dist(tensordict).rsample()
+        return tensordict.set(self.encoder.dist_sample_keys[-1], latent)
 
 
 COMPONENTS = (
     *("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor"),
     "continuation_model",
 )
-#: Components that a file need not describe, because their arguments stand in the configuration.
-_FROM_CONFIG = (RewardModel, TransitionClassifier, QValueEnsemble, Actor, ContinuationModel)
+
+
+def _build(config: AgentConfig, name: str, network: type[_T], **options: Any) -> _T:
+    """A network of latent and action."""
+    options = {"hidden_dim": config.hidden_dim, **options}
+    options |= rebuild(config.network_kwargs.get(name, {}))
+    return network(config.latent_dim, len(config.action_low), **options)
 
 
 def _make_encoder(config: AgentConfig) -> MLPEncoder:
-    return MLPEncoder(
-        sum(config.observation_dims.values()),
-        config.latent_dim,
-        config.hidden_dim,
-        in_keys=list(config.observation_dims),
-    )
+    options = {"hidden_dim": config.hidden_dim, "in_keys": list(config.observation_dims)}
+    options |= rebuild(config.network_kwargs.get("encoder", {}))
+    return MLPEncoder(sum(config.observation_dims.values()), config.latent_dim, **options)
 
 
 def _make_actor(config: AgentConfig) -> Actor:
-    return Actor(
-        config.latent_dim,
-        config.action_low,
-        config.action_high,
-        config.hidden_dim,
-        noise=NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
-        noise_clip=config.noise_clip,
-        scale_to_range=config.scale_to_range,
-        normalize_mean=config.normalize_mean,
-    )
+    options = {
+        "hidden_dim": config.hidden_dim,
+        "noise": NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
+        "noise_clip": config.noise_clip,
+        "scale_to_range": config.scale_to_range,
+        "normalize_mean": config.normalize_mean,
+    }
+    options |= rebuild(config.network_kwargs.get("actor", {}))
+    return Actor(config.latent_dim, config.action_low, config.action_high, **options)
 
 
 def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
     spec = env.action_spec_unbatched
     if not isinstance(spec, Bounded) or spec.ndim != 1 or not spec.dtype.is_floating_point:
         raise TypeError(
-            "ALM needs one bounded continuous action vector; the action of this environment is "
-            f"{type(spec).__name__} of shape {tuple(spec.shape)}: make it "
-            "torchrl.data.Bounded(low, high, (size,)) of floating-point numbers"
+            f"ALM needs one bounded continuous action vector, got {type(spec).__name__} of shape "
+            f"{tuple(spec.shape)}; make it torchrl.data.Bounded(low, high, (size,)) of floats"
         )
     return tuple(spec.space.low.tolist()), tuple(spec.space.high.tolist())
 
 
-def _vector_keys(env: EnvBase) -> dict[NestedKey, int]:
-    spec = env.observation_spec_unbatched
-    primed = (*env.reward_keys, *env.state_spec.keys(True, True))
+def _describe_or_none(network: nn.Module) -> Any:
+    """The description of a network of this package; ``None`` for others."""
     try:
-        shapes = observation_shapes(spec, None, 1, ignore=primed, stacklevel=4)
-    except ValueError:
-        found = {str(key): tuple(leaf.shape) for key, leaf in spec.items(True, True)}
-        raise ValueError(
-            f"no vector observation among {found}; pass an `encoder` that reads what there is"
-        ) from None
-    return {key: shape[0] for key, shape in shapes.items()}
+        return describe(network)
+    except TypeError:
+        return None
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         content = load_tensors(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or is not a file that ALMAgent.save wrote: {one_line(error)}"
+            f"{path} is damaged or was not written by ALMAgent.save: {one_line(error)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a file that ALMAgent.save wrote")
-    kinds = {"version": int, "custom": list, "config": dict, "state_dict": dict}
+        raise ValueError(f"{path} was not written by ALMAgent.save")
+    version = content.get("version")
+    if isinstance(version, int) and version != _VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this release reads {_VERSION}; "
+            "load it with the release of alm-torchrl that saved it"
+        )
+    kinds = {"version": int, "config": dict, "networks": dict, "state_dict": dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
         raise ValueError(f"{path} is damaged: it has no {', no '.join(wrong)}")
-    if content["version"] > _VERSION:
-        raise ValueError(
-            f"{path} has format version {content['version']}, this release reads up to {_VERSION}; "
-            "upgrade alm-torchrl"
-        )
     return content

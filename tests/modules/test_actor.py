@@ -244,7 +244,7 @@ def test_actions_stay_inside_a_narrow_range(low: list[float], high: list[float])
 
 @pytest.mark.parametrize(("low", "high"), [([5.0], [35.0]), ([-1.0, -9.0], [1.0, -1.0])])
 def test_a_range_that_an_unscaled_mean_does_not_reach_is_refused(low, high) -> None:
-    with pytest.raises(ValueError, match=r"does not reach, so that every.*scale_to_range=True"):
+    with pytest.raises(ValueError, match=r"reaches no part of the range.*set scale_to_range=True"):
         Actor(4, low, high, 8, scale_to_range=False)
     Actor(4, low, high, 8)
 

@@ -18,7 +18,6 @@ from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import History, make_env
 from alm_torchrl.modules import (
-    Augmented,
     CategoricalHead,
     ConvNet,
     FixedScaleHead,
@@ -37,10 +36,9 @@ from alm_torchrl.modules import (
     RunningNorm,
     SimplicialHead,
     WindowEncoder,
-    describe,
-    rebuild,
     state_primer,
 )
+from alm_torchrl.modules.rebuildable import describe, rebuild
 from alm_torchrl.objectives import ALMLoss, check_encoder
 
 HEADS = [
@@ -96,8 +94,8 @@ def test_normalized_locations_lie_where_they_should() -> None:
         (lambda: FixedScaleHead(0.0), "scale must be positive, got 0.0"),
         (lambda: SimplicialHead(classes=1), "at least 2 classes"),
         (lambda: CategoricalHead(unimix=1.0), r"unimix in \[0, 1\)"),
-        (lambda: MLPEncoder(3, 50, head=CategoricalHead(8)), "groups of 8: take latent_dim=48"),
-        (lambda: MLPEncoder(3, 50, head=SimplicialHead(classes=8)), "take latent_dim=48"),
+        (lambda: MLPEncoder(3, 50, head=CategoricalHead(8)), "classes=8; use latent_dim=48"),
+        (lambda: MLPEncoder(3, 50, head=SimplicialHead(classes=8)), "use latent_dim=48"),
     ],
 )
 def test_a_head_that_cannot_be_is_refused(make, says: str) -> None:
@@ -122,9 +120,9 @@ def test_a_component_made_from_what_is_not_plain_is_not_described() -> None:
     class OwnHead(FixedScaleHead):
         pass
 
-    assert describe(Own(3)) is None
-    assert describe(MLPEncoder(3, head=OwnHead())) is None
-    assert describe(nn.Linear(3, 3)) is None
+    for own in (Own(3), MLPEncoder(3, head=OwnHead()), nn.Linear(3, 3)):
+        with pytest.raises(TypeError, match="not a component of alm_torchrl"):
+            describe(own)
     with pytest.raises(ValueError, match="no component 'Fancy'; upgrade"):
         rebuild({"component": "Fancy"})
 
@@ -177,30 +175,34 @@ def test_images_are_shifted_in_the_losses_and_never_when_acting() -> None:
 
     with set_exploration_type(ExplorationType.RANDOM):
         assert not torch.equal(location(encoder), location(encoder))
-        acting = encoder.acting()
-        assert torch.equal(location(acting), location(acting))
-        encoder.eval()
-        assert torch.equal(location(encoder), location(acting))
+        unshifted = location(encoder.eval())
+        assert torch.equal(location(encoder), unshifted)
         encoder.train()
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        assert torch.equal(location(encoder), location(acting))
-    own = {id(parameter) for parameter in encoder.parameters()}
-    assert own == {id(parameter) for parameter in acting.parameters()}
-    plain = MLPEncoder(3)
-    assert plain.acting() is plain
+        assert torch.equal(location(encoder), unshifted)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_a_policy_sees_images_as_they_are(normalize: bool) -> None:
+@pytest.mark.parametrize("mode", [None, *ExplorationType])
+def test_a_policy_sees_images_unchanged(
+    normalize: bool, mode: ExplorationType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = AgentConfig({}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
     encoder = PixelEncoder((3, 20, 20), 4, 8, channels=4, normalize=normalize)
-    policy = ALMAgent(config, encoder=encoder).policy()
-    assert not any(isinstance(module, RandomShift | Augmented) for module in policy.modules())
+    agent = ALMAgent(config, encoder=encoder)
     encoder.update_statistics(TensorDict(pixels=images(6), batch_size=[6]))
     seen = TensorDict(pixels=images(2), batch_size=[2])
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        wanted = encoder.get_dist_params(seen.copy())["latent_loc"]
-    torch.testing.assert_close(encoder.acting().get_dist_params(seen)["latent_loc"], wanted)
+        dist = encoder.get_dist(seen.copy())
+    monkeypatch.setattr(RandomShift, "forward", None)  # a call raises a TypeError
+    policy = agent.policy()
+    with set_exploration_type(mode):
+        torch.manual_seed(1)
+        action = policy(seen)["action"]
+        torch.manual_seed(1)
+        wanted = agent.actor.acting()(TensorDict(latent=dist.rsample(), batch_size=[2]))["action"]
+    assert torch.equal(action, wanted)
+    assert {id(p) for p in encoder.parameters()} <= {id(p) for p in policy.parameters()}
 
 
 def test_bytes_are_scaled_and_sizes_follow_the_image() -> None:
@@ -211,7 +213,7 @@ def test_bytes_are_scaled_and_sizes_follow_the_image() -> None:
     pixels = images(2, 5, side=32)
     torch.testing.assert_close(small(pixels), small(pixels.float() / 255 - 0.5))
     assert small(pixels[0, 0]).shape == (50,)
-    with pytest.raises(ValueError, match=r"channels last become this by .*PermuteTransform"):
+    with pytest.raises(ValueError, match=r"move channels first with .*PermuteTransform"):
         ConvNet((84, 84, 3))
 
 
@@ -222,7 +224,7 @@ def test_vectors_beside_images_are_read_as_they_are() -> None:
         before = encoder.get_dist_params(state.copy())["latent_loc"]
         state["joints"] += 1
         assert not torch.equal(encoder.get_dist_params(state)["latent_loc"], before)
-    with pytest.raises(ValueError, match=r"wanted images .* got \{'window': \(4, 5\)\}"):
+    with pytest.raises(ValueError, match=r"shapes must be images .* got \{'window': \(4, 5\)\}"):
         MultiInputEncoder({"window": (4, 5)})
 
 
@@ -335,7 +337,6 @@ def test_images_are_centered_before_they_are_shifted() -> None:
 def test_statistics_move_when_told_for_encoder_and_target_alike() -> None:
     config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
     agent = ALMAgent(config, encoder=MLPEncoder(3, 4, 8, normalize=True))
-    assert agent.encoder.acting() is agent.encoder  # there is nothing to leave out
     loss = ALMLoss(**agent.networks())
     target_update = SoftUpdate(loss, tau=0.5)
     data = TensorDict(observation=3 + torch.randn(50, 3), batch_size=[50])
@@ -384,7 +385,7 @@ SPEC = Composite(
 )
 
 
-@pytest.mark.filterwarnings("ignore:of the observations, ")
+@pytest.mark.filterwarnings("ignore:the encoder reads the observations")
 def test_sizes_come_from_the_spec() -> None:
     assert MLPEncoder.from_spec(SPEC, latent_dim=4).in_keys == ["position", "velocity"]
     assert IdentityEncoder.from_spec(SPEC).latent_dim == 5
@@ -397,10 +398,19 @@ def test_sizes_come_from_the_spec() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: PixelEncoder.from_spec(SPEC), "of several shapes.*MultiInputEncoder"),
-        (lambda: WindowEncoder.from_spec(SPEC), "2 dimensions; no entry of the observation spec"),
-        (lambda: MLPEncoder.from_spec(SPEC, in_keys=["pixels"]), "1 dimensions, which 'pixels'"),
-        (lambda: MLPEncoder.from_spec(SPEC, in_keys=["angle"]), "which 'angle' has not"),
+        (lambda: PixelEncoder.from_spec(SPEC), "images differ in shape.*use MultiInputEncoder"),
+        (
+            lambda: WindowEncoder.from_spec(SPEC),
+            "no observation of 2 dimensions; found .*add a transform",
+        ),
+        (
+            lambda: MLPEncoder.from_spec(SPEC, in_keys=["pixels"]),
+            "no observation 'pixels' of 1 dimensions; found",
+        ),
+        (
+            lambda: MLPEncoder.from_spec(SPEC, in_keys=["angle"]),
+            "no observation 'angle' of 1 dimensions",
+        ),
         (lambda: RecurrentEncoder.from_spec(SPEC), r"append alm_torchrl.modules.state_primer"),
     ],
 )
@@ -477,7 +487,7 @@ def test_one_hot_alone_is_read() -> None:
 )
 def test_what_is_not_read_is_said(path) -> None:
     env = Mixed(board=Unbounded((3, 3)), image=Unbounded((3, 20, 20), dtype=torch.uint8))
-    with pytest.warns(UserWarning, match=r"'board': \(3, 3\), 'image'.*are not: take an encoder"):
+    with pytest.warns(UserWarning, match=r"ignores .*'board': \(3, 3\), 'image'.*; choose"):
         path(env)
 
 
@@ -519,7 +529,7 @@ def test_integers_are_joined_with_actions_and_noise_as_they_are() -> None:
     assert not torch.equal(noise, noise.round())
 
 
-@pytest.mark.filterwarnings("ignore:of the observations, ")
+@pytest.mark.filterwarnings("ignore:the encoder reads the observations")
 def test_nothing_of_an_agent_is_of_a_type_that_an_apple_gpu_lacks() -> None:
     encoder = MultiInputEncoder.from_spec(mixed_spec(), latent_dim=4, hidden_dim=8)
     agent = ALMAgent.from_env(Mixed(), encoder=encoder, hidden_dim=8, dynamics_hidden_dim=8)
@@ -531,6 +541,3 @@ def test_running_statistics_count_exactly_over_a_long_training() -> None:
     norm.count.fill_(2**24)
     norm.update(torch.zeros(1, 1))
     assert norm.count.item() == 2**24 + 1
-    old = {**norm.state_dict(), "count": torch.tensor(7.0, dtype=torch.float64)}
-    norm.load_state_dict(old)  # as files before had it
-    assert norm.count.item() == 7

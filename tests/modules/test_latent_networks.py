@@ -9,11 +9,11 @@ from torch import distributions as D
 from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from alm_torchrl.distributions import BoundedNormalParamExtractor
 from alm_torchrl.modules import (
     Actor,
-    GaussianLatentModule,
+    GaussianHead,
     LatentDynamics,
+    LatentModule,
     LayerNormMLP,
     MLPEncoder,
     QValueEnsemble,
@@ -135,7 +135,7 @@ def test_dynamics_reads_latent_then_action() -> None:
     td = batch(3)
     raw = mlp(LATENT + ACT, 2 * LATENT, MODEL_HIDDEN)
     raw.load_state_dict(dynamics[0].module.state_dict())
-    loc, scale = BoundedNormalParamExtractor()(raw(torch.cat([td["latent"], td["action"]], -1)))
+    loc, scale = GaussianHead()(raw(torch.cat([td["latent"], td["action"]], -1)))
     dist = dynamics.get_dist(td)
     torch.testing.assert_close(dist.base_dist.loc, loc)
     torch.testing.assert_close(dist.base_dist.scale, scale)
@@ -212,8 +212,8 @@ def test_exploration_type_decides_between_sample_and_mean() -> None:
 
 
 def test_own_bounds_and_networks() -> None:
-    bounds = BoundedNormalParamExtractor(loc_bound=1.0, scale_min=0.5, scale_max=0.6)
-    encoder = GaussianLatentModule(nn.Linear(3, 8), ["pixels"], bounds=bounds)
+    head = GaussianHead(loc_bound=1.0, scale_min=0.5, scale_max=0.6)
+    encoder = LatentModule(nn.Linear(3, 8), ["pixels"], head=head)
     td = encoder(TensorDict(pixels=100 * torch.randn(50, 3), batch_size=[50]))
     assert td["latent_loc"].abs().max() <= 1
     assert td["latent_scale"].min() >= 0.5

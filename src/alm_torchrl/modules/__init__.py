@@ -2,7 +2,6 @@
 
 from alm_torchrl.modules.actor import Actor, NoiseSchedule
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
-from alm_torchrl.modules.described import describe, plain_numbers, rebuild
 from alm_torchrl.modules.dynamics import (
     ContinuationModel,
     LatentDynamics,
@@ -11,6 +10,7 @@ from alm_torchrl.modules.dynamics import (
 )
 from alm_torchrl.modules.encoders import (
     ConvNet,
+    Encoder,
     FrozenEncoder,
     IdentityEncoder,
     LinearEncoder,
@@ -33,6 +33,7 @@ from alm_torchrl.modules.heads import (
 )
 from alm_torchrl.modules.latent import GaussianLatentModule, LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, mlp, orthogonal_init
+from alm_torchrl.modules.rebuildable import plain_numbers
 from alm_torchrl.modules.value import QValueEnsemble
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "CategoricalHead",
     "ContinuationModel",
     "ConvNet",
+    "Encoder",
     "FixedScaleHead",
     "FrozenEncoder",
     "GaussianHead",
@@ -65,10 +67,8 @@ __all__ = [
     "SimplicialHead",
     "TransitionClassifier",
     "WindowEncoder",
-    "describe",
     "mlp",
     "orthogonal_init",
     "plain_numbers",
-    "rebuild",
     "state_primer",
 ]

@@ -1,14 +1,13 @@
-"""The policy on the latent, and the schedule of its noise."""
+"""The policy on the latent and its noise schedule."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from tensordict.nn import (
-    InteractionType,
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
@@ -18,22 +17,23 @@ from torch import Tensor, nn
 
 from alm_torchrl.distributions import ClampedNormal, full_precision
 from alm_torchrl.modules.latent import suffix_key
-from alm_torchrl.modules.networks import mlp
+from alm_torchrl.modules.networks import MLPKwargs, mlp
+from alm_torchrl.modules.rebuildable import Rebuildable
 
 __all__ = ["Actor", "NoiseSchedule"]
 
 
-class NoiseSchedule(nn.Module):
+class NoiseSchedule(Rebuildable, nn.Module):
     r"""The scale of the action noise, annealed linearly over training.
 
-    Acting and every loss read the same buffer, ``scale``, and a state dict holds it together with
-    the step count. Move it (with its actor) before an ``ALMLoss`` is built on it, or move the loss,
-    which takes its networks along.
+    The policy and every loss read the same buffer ``scale``; a state dict holds it with the step
+    count. Move the actor to its device before ``ALMLoss`` is built, or move the loss, which moves
+    its networks.
 
     Args:
-        start: standard deviation before the first step, in units of half the action range.
-        end: standard deviation from ``num_steps`` on.
-        num_steps: number of steps to anneal over; ALM counts environment steps after the random
+        start: initial standard deviation, in units of half the action range.
+        end: standard deviation from step ``num_steps`` on.
+        num_steps: number of steps to anneal over. ALM counts environment steps after the random
             warm-up.
 
     Raises:
@@ -44,9 +44,6 @@ class NoiseSchedule(nn.Module):
         >>> noise.advance(50)
         >>> round(float(noise.scale), 3)
         0.55
-        >>> noise.advance(100)
-        >>> round(float(noise.scale), 3)
-        0.1
     """
 
     scale: Tensor
@@ -67,7 +64,7 @@ class NoiseSchedule(nn.Module):
 
     @torch.no_grad()
     def advance(self, steps: int = 1) -> None:
-        """Moves the schedule on, in place and without waiting for the device."""
+        """Advances the schedule in place, without device synchronization."""
         self.step_count.add_(steps)
         progress = (self.step_count / self.num_steps).clamp(max=1.0)
         self.scale.copy_(self.start + (self.end - self.start) * progress)
@@ -77,36 +74,35 @@ class NoiseSchedule(nn.Module):
         return f"start={self.start}, end={self.end}, num_steps={self.num_steps}"
 
 
-class Actor(ProbabilisticTensorDictSequential):
-    r"""The policy :math:`\pi_\theta(a \mid z)`: a squashed mean and scheduled, clipped noise.
+class Actor(Rebuildable, ProbabilisticTensorDictSequential):
+    r"""The policy :math:`\pi_\theta(a \mid z)`: a squashed mean with scheduled, clipped noise.
 
-    It writes ``<action>_loc``, ``<action>_scale`` and an action. The mean is
-    ``tanh`` of the network: mapped onto the action range with ``scale_to_range=True``, where the
-    noise and its clip scale along (a :math:`\pm 0.4` task sees the same policy as a :math:`\pm 1`
-    one), or left in :math:`\pm 1` and clamped, as the authors do, with ``False``. An end of the
-    range beyond :math:`\pm 1` is then out of the mean's reach, which a warning says.
+    It writes ``<action>_loc``, ``<action>_scale`` and an action. The mean is the ``tanh`` of the
+    network output. With ``scale_to_range=True``, mean, noise and clip are scaled to the action
+    range, so that a :math:`\pm 0.4` task has the same policy as a :math:`\pm 1` task. With
+    ``False``, the mean stays in :math:`\pm 1` and the action is clamped, as the authors do.
 
-    Inside losses the noise is clipped; :meth:`acting` gives the same policy without the clip, for
-    a collector.
+    The noise is clipped in the losses; :meth:`acting` returns the policy without the clip.
 
     Args:
         latent_dim: size ``D`` of the latent.
-        low: lower end of the action range, one entry per action dimension.
-        high: upper end of the action range, like ``low``.
-        hidden_dim: width of the two hidden layers.
-        noise: the schedule of the noise; a new :class:`NoiseSchedule` by default.
+        low: lower bound of the action, one entry for each of its ``A`` dimensions.
+        high: upper bound of the action, like ``low``.
+        hidden_dim: width of the hidden layers.
+        noise: the noise schedule; a new :class:`NoiseSchedule` by default.
         noise_clip: largest absolute noise in the losses, in units of half the action range
-            (in action units where the range is not scaled); ``None`` for no clip.
+            (in action units with ``scale_to_range=False``); ``None`` for no clip.
         scale_to_range: whether the mean spans the action range.
-        normalize_mean: whether the network's output is scaled down before the ``tanh`` where its
-            mean absolute value exceeds one, so that the policy does not saturate (Wang et al.
+        normalize_mean: whether the network output is divided by its mean absolute value before the
+            ``tanh`` where this exceeds one, so that the policy does not saturate (Wang et al.
             2020, "Striving for Simplicity and Performance in Off-Policy DRL").
-        latent_key: where the latent ``[..., D]`` is read.
-        action_key: where the action ``[..., A]`` is written.
+        latent_key: entry of the latent ``[..., D]``.
+        action_key: entry of the action ``[..., A]``.
+        **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
-        ValueError: if the range is empty, unbounded or of unequal lengths, or if it lies beyond
-            :math:`\pm 1` where it is not scaled to.
+        ValueError: if the range is empty, unbounded or of unequal lengths, or if it does not
+            overlap :math:`\pm 1` although ``scale_to_range=False``.
 
     Examples:
         >>> import torch
@@ -130,54 +126,50 @@ class Actor(ProbabilisticTensorDictSequential):
         normalize_mean: bool = False,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         lower, upper = _check_range(low, high)
+        middle, half = (upper + lower) / 2, (upper - lower) / 2
         if not scale_to_range:
             _check_reach(lower, upper)
-        half = (upper - lower) / 2 if scale_to_range else torch.ones_like(upper)
-        middle = (upper + lower) / 2 if scale_to_range else torch.zeros_like(upper)
+            middle, half = torch.zeros_like(middle), torch.ones_like(half)
         network = _ActorNetwork(
-            mlp(latent_dim, len(lower), hidden_dim),
+            mlp(latent_dim, len(lower), hidden_dim, **mlp_kwargs),
             NoiseSchedule() if noise is None else noise,
             middle,
             half,
             normalize_mean,
         )
-        loc, scale = suffix_key(action_key, "_loc"), suffix_key(action_key, "_scale")
+        limits = {
+            "low": _uniform_or_tensor(lower),
+            "high": _uniform_or_tensor(upper),
+            "noise_clip": None if noise_clip is None else _uniform_or_tensor(noise_clip * half),
+        }
+        params = [suffix_key(action_key, "_loc"), suffix_key(action_key, "_scale")]
         super().__init__(
-            TensorDictModule(network, in_keys=[latent_key], out_keys=[loc, scale]),
-            _action_distribution(
-                loc,
-                scale,
-                action_key,
-                low=_uniform_or_tensor(lower),
-                high=_uniform_or_tensor(upper),
-                noise_clip=None if noise_clip is None else _uniform_or_tensor(noise_clip * half),
-            ),
+            TensorDictModule(network, in_keys=[latent_key], out_keys=params),
+            _ActionHead(action_key, limits, "random"),
         )
         self.action_key = action_key
 
     @property
     def noise(self) -> NoiseSchedule:
-        """The schedule of the noise, shared by acting and losses."""
+        """The noise schedule."""
         return self[0].module.noise
 
     def acting(self) -> ProbabilisticTensorDictSequential:
-        """The same networks and schedule with unclipped noise, for collecting experience.
+        """The same networks and schedule with unclipped noise, for data collection.
 
-        The noise is drawn where ``ExplorationType.RANDOM`` is set, as collectors do; anywhere else
-        the action is the mean.
+        Under ``ExplorationType.RANDOM``, which collectors set, the action has noise. Otherwise, it
+        is the mean.
         """
-        head = self[-1]
-        loc, scale = head.in_keys
-        kwargs = {**head.distribution_kwargs, "noise_clip": None}
-        acting = _action_distribution(loc, scale, self.action_key, **kwargs)
-        acting.default_interaction_type = InteractionType.DETERMINISTIC
-        return ProbabilisticTensorDictSequential(self[0], acting)
+        limits = {**self[-1].distribution_kwargs, "noise_clip": None}
+        head = _ActionHead(self.action_key, limits, "deterministic")
+        return ProbabilisticTensorDictSequential(self[0], head)
 
 
 class _ActorNetwork(nn.Module):
-    """Latent to the action's mean and noise scale, both in action units."""
+    """Maps a latent to the mean and the noise scale of the action, both in action units."""
 
     middle: Tensor
     half_range: Tensor
@@ -205,27 +197,20 @@ class _ActorNetwork(nn.Module):
         return loc, (self.half_range * self.noise.scale).expand_as(loc)
 
 
-def _action_distribution(
-    loc: NestedKey,
-    scale: NestedKey,
-    action_key: NestedKey,
-    low: Tensor | float,
-    high: Tensor | float,
-    noise_clip: Tensor | float | None,
-) -> ProbabilisticTensorDictModule:
-    return _ActionHead(
-        in_keys={"loc": loc, "scale": scale},
-        out_keys=[action_key],
-        distribution_class=ClampedNormal,
-        distribution_kwargs={"low": low, "high": high, "noise_clip": noise_clip},
-        default_interaction_type="random",
-    )
-
-
 class _ActionHead(ProbabilisticTensorDictModule):
-    """Takes the range along when it is moved, so that no draw copies it from the host."""
+    """Draws the action from a :class:`ClampedNormal` with the given limits."""
+
+    def __init__(self, action_key: NestedKey, limits: dict[str, Any], interaction: str) -> None:
+        super().__init__(
+            in_keys={name: suffix_key(action_key, f"_{name}") for name in ("loc", "scale")},
+            out_keys=[action_key],
+            distribution_class=ClampedNormal,
+            distribution_kwargs=limits,
+            default_interaction_type=interaction,
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> _ActionHead:
+        # The limits move to the device as well, so that no draw copies them from the host.
         super()._apply(fn, recurse)
         for name, value in self.distribution_kwargs.items():
             if isinstance(value, Tensor):
@@ -246,22 +231,22 @@ def _check_range(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, T
 
 
 def _check_reach(low: Tensor, high: Tensor) -> None:
-    """Raises if a mean in +-1 reaches nothing of the range; warns if it does not reach an end."""
-    remedy = "choose scale_to_range=True (agent.scale_to_range=true in the recipe)"
+    """Raises if means in +-1 reach no part of the range, and warns if they miss one of its ends."""
+    where = f"of the range {low.tolist()} to {high.tolist()}"
+    remedy = "set scale_to_range=True (agent.scale_to_range=true in the recipe)"
     if bool(((low >= 1) | (high <= -1)).any()):
         raise ValueError(
-            f"with scale_to_range=False the action's mean is in +-1, which the range "
-            f"{low.tolist()} to {high.tolist()} does not reach, so that every action is the same: "
-            f"{remedy}"
+            f"with scale_to_range=False the mean action stays in +-1 and reaches no part {where}, "
+            f"so all actions would be equal; {remedy}"
         )
     if bool(((low < -1) | (high > 1)).any()):
         warnings.warn(
-            f"with scale_to_range=False the action's mean is in +-1, and never reaches the ends of "
-            f"the range {low.tolist()} to {high.tolist()}: {remedy}",
+            f"with scale_to_range=False the mean action stays in +-1 and never reaches the ends "
+            f"{where}; {remedy}",
             stacklevel=3,
         )
 
 
 def _uniform_or_tensor(values: Tensor) -> Tensor | float:
-    """One number where all entries agree, so that the usual case needs no transfer to a GPU."""
+    """One number if all entries are equal, so that the usual case needs no copy to a GPU."""
     return values[0].item() if bool((values == values[0]).all()) else values

@@ -1,4 +1,4 @@
-"""Augmentation of observations inside the losses, and nowhere else."""
+"""Augmentation of observations inside the losses."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from tensordict.nn import InteractionType
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
-__all__ = ["Augmented", "RandomShift", "without_augmentation"]
+__all__ = ["Augmented", "RandomShift"]
 
 
 class RandomShift(nn.Module):
-    """Shifts every image by a few random pixels, and repeats the border to fill in.
+    """Shifts each image by a few random pixels and repeats the border.
 
-    The augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645): as there, padding by ``pad``
-    with the border's values and cropping at a random place. All channels of an image, and so all
-    frames of a stack, are shifted alike; images are shifted apart from one another. It is a gather
-    of pixels, exact for every dtype.
+    The augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645): padding by ``pad`` with
+    the border values, then a random crop. All channels of an image, and so all frames of a stack,
+    move together; each image of the batch has its own shift. Every dtype is kept exactly.
 
     Args:
         pad: largest shift in each direction, in pixels (DrQ-v2: 4 at 84x84).
@@ -43,7 +42,7 @@ class RandomShift(nn.Module):
         flat = images.reshape(-1, *images.shape[-3:])
         count, channels, height, width = flat.shape
         shift = torch.randint(-self.pad, self.pad + 1, (2, count, 1), device=images.device)
-        # A clamped index repeats the border, as padding before the crop would.
+        # Clamping the index repeats the border, as padding before the crop would.
         rows = (torch.arange(height, device=images.device) + shift[0]).clamp(0, height - 1)
         columns = (torch.arange(width, device=images.device) + shift[1]).clamp(0, width - 1)
         image = torch.arange(count, device=images.device).view(-1, 1, 1, 1)
@@ -57,15 +56,14 @@ class RandomShift(nn.Module):
 
 
 class Augmented(nn.Module):
-    """A network whose inputs are augmented while it is trained.
+    """A network whose inputs are augmented in training.
 
-    They are left alone in ``eval()`` mode and wherever the exploration type asks for something
-    deterministic. :meth:`LatentModule.acting` leaves the augmentation out altogether, so that a
-    policy never sees it.
+    Augmentation is off in ``eval()`` mode and under every deterministic exploration type. The
+    policy of :class:`~alm_torchrl.agent.ALMAgent` encodes under a deterministic exploration type.
 
     Args:
-        network: what reads the inputs.
-        augmentations: one for each input; ``None`` leaves an input as it is.
+        network: the network that reads the inputs.
+        augmentations: one module for each input; ``None`` leaves an input unchanged.
     """
 
     def __init__(self, network: nn.Module, augmentations: Sequence[nn.Module | None]) -> None:
@@ -77,26 +75,9 @@ class Augmented(nn.Module):
         )
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Augments the inputs, if this is training, and runs the network on them."""
+        """Runs the network on the inputs, augmented in training."""
         if self.training and interaction_type() in (None, InteractionType.RANDOM):
             inputs = tuple(
                 augment(value) for augment, value in zip(self.augmentations, inputs, strict=True)
             )
         return self.network(*inputs)
-
-    def acting(self) -> nn.Module:
-        """The network alone."""
-        return self.network
-
-
-def without_augmentation(network: nn.Module) -> nn.Module:
-    """A network as it acts, which shares every parameter with the one that is trained.
-
-    Args:
-        network: an :class:`Augmented` one, or any other with a method ``acting``.
-
-    Returns:
-        What ``acting()`` returns; the network itself if it has no such method.
-    """
-    acting = getattr(network, "acting", None)
-    return network if acting is None else acting()

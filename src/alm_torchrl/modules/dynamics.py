@@ -1,32 +1,33 @@
-"""The latent world model: dynamics, reward, and the classifier of transitions."""
+"""The latent world model: dynamics, reward, continuation, and the transition classifier."""
 
 from __future__ import annotations
+
+from typing import Any, Unpack
 
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 
-from alm_torchrl.modules.described import described
-from alm_torchrl.modules.heads import GaussianHead, LatentHead
+from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.latent import LatentModule, next_key
-from alm_torchrl.modules.networks import LayerNormMLP, mlp
+from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, mlp
+from alm_torchrl.modules.rebuildable import Rebuildable
 
 __all__ = ["ContinuationModel", "LatentDynamics", "RewardModel", "TransitionClassifier"]
 
 
-@described
 class LatentDynamics(LatentModule):
     r"""The latent dynamics :math:`m_\phi(z_{t+1} \mid z_t, a_t)`.
 
     Args:
         latent_dim: size ``D`` of the latent.
         action_dim: size ``A`` of the action.
-        hidden_dim: width of the two hidden layers.
-        head: the latent's distribution, which must have a KL divergence with the encoder's: take
-            the encoder's own head. :class:`GaussianHead` by default.
-        latent_key: where the latent ``[..., D]`` is read.
-        action_key: where the action ``[..., A]`` is read.
-        next_latent_key: where the next latent is written, with the distribution's parameters
-            beside it; ``("next", latent_key)`` by default.
+        hidden_dim: width of the hidden layers.
+        head: the distribution of the latent. It needs a KL divergence with the distribution of
+            the encoder, so pass ``encoder.head``.
+        latent_key: entry of the latent ``[..., D]``.
+        action_key: entry of the action ``[..., A]``.
+        next_latent_key: entry of the predicted latent; ``("next", latent_key)`` by default.
+        **mlp_kwargs: further arguments of :func:`mlp`.
 
     Examples:
         >>> import torch
@@ -42,14 +43,14 @@ class LatentDynamics(LatentModule):
         action_dim: int,
         hidden_dim: int = 1024,
         *,
-        head: LatentHead | None = None,
+        head: LatentHead = DEFAULT_HEAD,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
         next_latent_key: NestedKey | None = None,
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
-        head = GaussianHead() if head is None else head
         super().__init__(
-            mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim),
+            mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim, **mlp_kwargs),
             [latent_key, action_key],
             head=head,
             latent_key=next_latent_key or next_key(latent_key),
@@ -58,16 +59,17 @@ class LatentDynamics(LatentModule):
         self.action_dim = action_dim
 
 
-class RewardModel(TensorDictModule):
+class RewardModel(Rebuildable, TensorDictModule):
     r"""The reward :math:`r_\theta(z_t, a_t)` as a function of the latent.
 
     Args:
         latent_dim: size ``D`` of the latent.
         action_dim: size ``A`` of the action.
-        hidden_dim: width of the two hidden layers.
-        latent_key: where the latent ``[..., D]`` is read.
-        action_key: where the action ``[..., A]`` is read.
-        reward_key: where the prediction ``[..., 1]`` is written, in the environment's units.
+        hidden_dim: width of the hidden layers.
+        latent_key: entry of the latent ``[..., D]``.
+        action_key: entry of the action ``[..., A]``.
+        reward_key: entry of the prediction ``[..., 1]``, in the environment's units.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -85,26 +87,26 @@ class RewardModel(TensorDictModule):
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
         reward_key: NestedKey = "predicted_reward",
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         super().__init__(
-            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim),
+            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim, **mlp_kwargs),
             in_keys=[latent_key, action_key],
             out_keys=[reward_key],
         )
 
 
-class ContinuationModel(TensorDictModule):
+class ContinuationModel(RewardModel):
     r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate, as a logit.
 
-    A time limit is no termination.
+    Truncation by a time limit is not termination. The network is that of :class:`RewardModel`.
 
     Args:
         latent_dim: size ``D`` of the latent.
         action_dim: size ``A`` of the action.
-        hidden_dim: width of the two hidden layers.
-        latent_key: where the latent ``[..., D]`` is read.
-        action_key: where the action ``[..., A]`` is read.
-        logit_key: where the logit ``[..., 1]`` is written.
+        hidden_dim: width of the hidden layers.
+        logit_key: entry of the logit ``[..., 1]``.
+        **options: further arguments of :class:`RewardModel`.
 
     Examples:
         >>> import torch
@@ -119,34 +121,29 @@ class ContinuationModel(TensorDictModule):
         action_dim: int,
         hidden_dim: int = 512,
         *,
-        latent_key: NestedKey = "latent",
-        action_key: NestedKey = "action",
         logit_key: NestedKey = "continuation_logit",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim),
-            in_keys=[latent_key, action_key],
-            out_keys=[logit_key],
-        )
+        super().__init__(latent_dim, action_dim, hidden_dim, reward_key=logit_key, **options)
 
 
-class TransitionClassifier(TensorDictModule):
+class TransitionClassifier(Rebuildable, TensorDictModule):
     r"""The classifier that tells encoded transitions from imagined ones.
 
-    Class 1 is a next latent encoded from the real next observation, class 0 one drawn from the
-    latent dynamics, so that ``logits[1] - logits[0]`` estimates
+    Class 1 is a next latent encoded from the real next observation, and class 0 is one sampled
+    from the latent dynamics. Hence ``logits[1] - logits[0]`` estimates
     :math:`\log e_\phi(z_{t+1} \mid s_{t+1}) - \log m_\phi(z_{t+1} \mid z_t, a_t)`
     (see :func:`alm_torchrl.objectives.functional.log_ratio`).
 
     Args:
         latent_dim: size ``D`` of the latent.
         action_dim: size ``A`` of the action.
-        hidden_dim: width of the two hidden layers.
-        latent_key: where the latent ``[..., D]`` is read.
-        action_key: where the action ``[..., A]`` is read.
-        next_latent_key: where the next latent ``[..., D]`` is read; ``("next", latent_key)`` by
-            default.
-        logits_key: where the two logits ``[..., 2]`` are written.
+        hidden_dim: width of the hidden layers.
+        latent_key: entry of the latent ``[..., D]``.
+        action_key: entry of the action ``[..., A]``.
+        next_latent_key: entry of the next latent ``[..., D]``; ``("next", latent_key)`` by default.
+        logits_key: entry of the two logits ``[..., 2]``.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -166,9 +163,10 @@ class TransitionClassifier(TensorDictModule):
         action_key: NestedKey = "action",
         next_latent_key: NestedKey | None = None,
         logits_key: NestedKey = "transition_logits",
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         super().__init__(
-            LayerNormMLP(2 * latent_dim + action_dim, 2, hidden_dim),
+            LayerNormMLP(2 * latent_dim + action_dim, 2, hidden_dim, **mlp_kwargs),
             in_keys=[latent_key, action_key, next_latent_key or next_key(latent_key)],
             out_keys=[logits_key],
         )

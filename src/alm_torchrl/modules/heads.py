@@ -1,6 +1,6 @@
 """Output heads that map features to the latent distribution.
 
-Encoder and latent dynamics need the same one: ``LatentDynamics(..., head=encoder.head)``.
+Encoder and latent dynamics need the same head: ``LatentDynamics(..., head=encoder.head)``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from torch import Tensor
 from torch import distributions as D
 from torch.nn import functional as F
 
-from alm_torchrl.distributions import (
-    BoundedNormalParamExtractor,
-    DiagonalNormal,
-    OneHotGroups,
-    full_precision,
-)
-from alm_torchrl.modules.described import described
+from alm_torchrl.distributions import DiagonalNormal, OneHotGroups, full_precision
+from alm_torchrl.modules.rebuildable import Rebuildable
 
 __all__ = [
+    "DEFAULT_HEAD",
     "CategoricalHead",
     "FixedScaleHead",
     "GaussianHead",
@@ -33,12 +29,12 @@ __all__ = [
 
 @runtime_checkable
 class LatentHead(Protocol):
-    """Turns the output of a network into the parameters of a distribution over the latent."""
+    """Maps the output of a network to the parameters of the latent distribution."""
 
     parameter_names: ClassVar[tuple[str, ...]]
-    """Arguments of the distribution, which are written as ``<latent>_<name>``."""
+    """Arguments of the distribution; their entries are named ``<latent>_<name>``."""
     distribution_class: ClassVar[type[D.Distribution]]
-    """Its class, with ``rsample``, ``deterministic_sample``, ``entropy`` and a KL divergence."""
+    """A class with ``rsample``, ``deterministic_sample``, ``entropy`` and a KL divergence."""
 
     @property
     def distribution_kwargs(self) -> dict[str, Any]:
@@ -46,49 +42,54 @@ class LatentHead(Protocol):
         ...
 
     def network_size(self, latent_dim: int) -> int:
-        """Outputs that the network must have for a latent of size ``D``."""
+        """Number of network outputs for a latent of size ``D``."""
         ...
 
     def __call__(self, raw: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The parameters, float32 at least, from the network's output."""
+        """Maps the network output to the parameters, at least float32."""
         ...
 
 
-class _Normal:
-    """A diagonal Normal."""
+class _Head(Rebuildable):
+    """A head that writes a diagonal Normal, unless a subclass says otherwise."""
 
     parameter_names: ClassVar[tuple[str, ...]] = ("loc", "scale")
     distribution_class: ClassVar[type[D.Distribution]] = DiagonalNormal
 
     @property
     def distribution_kwargs(self) -> dict[str, Any]:
-        """Nothing more."""
+        """Further arguments of the distribution: none."""
         return {}
 
     def network_size(self, latent_dim: int) -> int:
-        """As many outputs as the latent has entries."""
+        """One output for each entry of the latent."""
         return latent_dim
 
 
-@described
 @dataclass(frozen=True)
-class GaussianHead(_Normal):
-    """ALM's latent: a diagonal Normal with softly bounded location and scale.
+class GaussianHead(_Head):
+    r"""ALM's latent: a diagonal Normal with softly bounded location and scale.
 
-    See :class:`~alm_torchrl.distributions.BoundedNormalParamExtractor` for the equations.
+    .. math::
+        \mu &= b \tanh(x_\mu / b) \\
+        \sigma' &= \sigma_{max} - \mathrm{softplus}(\sigma_{max} - x_\sigma) \\
+        \sigma &= \sigma_{min} + \mathrm{softplus}(\sigma' - \sigma_{min})
+
+    The bounds keep the KL divergence between encoder and latent dynamics finite, and the gradient
+    never vanishes entirely.
 
     Args:
-        loc_bound: bound of the location, in latent units.
-        scale_min: lower bound of the scale.
-        scale_max: upper bound of the scale.
+        loc_bound: bound :math:`b` of the location, in latent units.
+        scale_min: lower bound of the scale, in latent units.
+        scale_max: upper bound of the scale, in latent units.
 
     Raises:
         ValueError: if the bounds are not ordered or not positive.
 
     Examples:
-        >>> loc, scale = GaussianHead()(torch.zeros(2, 8))
-        >>> loc.shape, GaussianHead().network_size(4)
-        (torch.Size([2, 4]), 8)
+        >>> loc, scale = GaussianHead()(torch.tensor([1e3, -1e3, 1e3, -1e3]))
+        >>> loc.tolist(), [round(s, 3) for s in scale.tolist()]
+        ([30.0, -30.0], [10.0, 0.1])
     """
 
     loc_bound: float = 30.0
@@ -96,24 +97,38 @@ class GaussianHead(_Normal):
     scale_max: float = 10.0
 
     def __post_init__(self) -> None:
-        self._bounds()
+        if self.loc_bound <= 0 or not 0 < self.scale_min < self.scale_max:
+            raise ValueError(
+                "expected loc_bound > 0 and 0 < scale_min < scale_max, got "
+                f"loc_bound={self.loc_bound}, scale_min={self.scale_min}, "
+                f"scale_max={self.scale_max}"
+            )
 
     def network_size(self, latent_dim: int) -> int:
-        """Location and scale side by side."""
+        """One location and one scale for each entry of the latent."""
         return 2 * latent_dim
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale ``[..., D]`` from ``[..., 2 * D]``."""
-        return self._bounds()(raw)
+        """Location and scale, each ``[..., D]``, from ``[..., 2 * D]``.
 
-    def _bounds(self) -> BoundedNormalParamExtractor:
-        return BoundedNormalParamExtractor(self.loc_bound, self.scale_min, self.scale_max)
+        Raises:
+            ValueError: if the last dimension is odd.
+        """
+        if raw.shape[-1] % 2:
+            raise ValueError(
+                "the last dimension holds locations, then scales, and must be even, "
+                f"got shape {tuple(raw.shape)}"
+            )
+        loc, scale = full_precision(raw).chunk(2, dim=-1)
+        loc = self.loc_bound * torch.tanh(loc / self.loc_bound)
+        scale = self.scale_max - F.softplus(self.scale_max - scale)
+        scale = self.scale_min + F.softplus(scale - self.scale_min)
+        return loc, scale
 
 
-@described
 @dataclass(frozen=True)
-class FixedScaleHead(_Normal):
-    """A Normal around the network's output, whose scale is not learnt.
+class FixedScaleHead(_Head):
+    """A Normal around the network output with a fixed scale.
 
     Args:
         scale: standard deviation of every entry, in latent units.
@@ -142,19 +157,14 @@ class FixedScaleHead(_Normal):
         return raw
 
 
-@described
 @dataclass(frozen=True)
 class LayerNormHead(FixedScaleHead):
     """A layer-normalized location (mean 0, variance 1 over the latent) with a fixed scale.
 
-    The normalization has no parameters of its own. A sample carries noise around a location on
-    that sphere.
+    The normalization has no parameters. A sample is the location plus noise.
 
     Args:
         scale: standard deviation of every entry, in latent units.
-
-    Raises:
-        ValueError: if the scale is not positive.
 
     Examples:
         >>> loc, _ = LayerNormHead()(torch.randn(2, 16))
@@ -168,21 +178,20 @@ class LayerNormHead(FixedScaleHead):
         return F.layer_norm(raw, raw.shape[-1:])
 
 
-@described
 @dataclass(frozen=True)
 class SimplicialHead(FixedScaleHead):
-    """A location that is a softmax in each group of entries, with a fixed scale.
+    """A location with a softmax over each group of entries, and a fixed scale.
 
-    Simplicial embeddings (Lavoie et al., 2022, arXiv 2204.00616), as TD-MPC2 uses them (Hansen et
-    al., 2024, arXiv 2310.16828). A sample carries noise around a location on the simplices.
+    These are simplicial embeddings (Lavoie et al., 2022, arXiv 2204.00616), as in TD-MPC2 (Hansen
+    et al., 2024, arXiv 2310.16828). A sample is the location plus noise.
 
     Args:
         scale: standard deviation of every entry, in latent units.
-        classes: entries in a group; the latent's size must be a multiple of it.
-        temperature: what the network's output is divided by before the softmax.
+        classes: size of a group; the latent size must be a multiple of it.
+        temperature: divisor of the network output before the softmax.
 
     Raises:
-        ValueError: if an argument is not positive, or the latent's size is no multiple of
+        ValueError: if an argument is not positive, or if the latent size is not a multiple of
             ``classes``.
 
     Examples:
@@ -204,28 +213,27 @@ class SimplicialHead(FixedScaleHead):
             )
 
     def network_size(self, latent_dim: int) -> int:
-        """As many outputs as the latent has entries, if they make whole groups."""
-        return _whole_groups(latent_dim, self.classes)
+        """One output for each entry of the latent."""
+        return _check_groups(latent_dim, self.classes)
 
     def _location(self, raw: Tensor) -> Tensor:
         groups = raw.unflatten(-1, (-1, self.classes)) / self.temperature
         return groups.softmax(-1).flatten(-2)
 
 
-@described
 @dataclass(frozen=True)
-class CategoricalHead:
+class CategoricalHead(_Head):
     """Discrete latents: groups of one-hot categoricals with straight-through gradients.
 
-    See :class:`~alm_torchrl.distributions.OneHotGroups`; DreamerV2 has 32 groups of 32 classes.
+    See :class:`~alm_torchrl.distributions.OneHotGroups`. DreamerV2 uses 32 groups of 32 classes.
 
     Args:
-        classes: classes in a group; the latent's size must be a multiple of it.
-        unimix: share of a uniform categorical that is mixed in.
+        classes: classes in a group; the latent size must be a multiple of it.
+        unimix: weight of a uniform categorical in the mixture.
 
     Raises:
-        ValueError: for less than two classes, a share outside [0, 1), or a latent whose size is no
-            multiple of ``classes``.
+        ValueError: for fewer than two classes, a weight outside [0, 1), or a latent size that is
+            not a multiple of ``classes``.
 
     Examples:
         >>> CategoricalHead(classes=8)(torch.randn(2, 16)).shape
@@ -247,23 +255,27 @@ class CategoricalHead:
 
     @property
     def distribution_kwargs(self) -> dict[str, Any]:
-        """The uniform share."""
+        """The weight of the uniform categorical."""
         return {"unimix": self.unimix}
 
     def network_size(self, latent_dim: int) -> int:
-        """As many logits as the latent has entries, if they make whole groups."""
-        return _whole_groups(latent_dim, self.classes)
+        """One logit for each entry of the latent."""
+        return _check_groups(latent_dim, self.classes)
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Logits ``[..., G, C]`` from ``[..., G * C]``."""
         return full_precision(raw).unflatten(-1, (-1, self.classes))
 
 
-def _whole_groups(latent_dim: int, classes: int) -> int:
+def _check_groups(latent_dim: int, classes: int) -> int:
     if latent_dim % classes:
         below = max(classes, latent_dim // classes * classes)
         raise ValueError(
-            f"a latent of size {latent_dim} is not made of groups of {classes}: take latent_dim="
-            f"{below}, or another number of classes"
+            f"latent_dim={latent_dim} is not a multiple of classes={classes}; "
+            f"use latent_dim={below} or another number of classes"
         )
     return latent_dim
+
+
+DEFAULT_HEAD = GaussianHead()
+"""The head of the paper; a frozen dataclass, so that one instance serves every network."""

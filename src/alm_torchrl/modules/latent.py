@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tensordict import TensorDictBase
 from tensordict.nn import (
@@ -12,13 +11,12 @@ from tensordict.nn import (
     TensorDictModule,
 )
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor, nn
+from torch import nn
 
-from alm_torchrl.distributions import BoundedNormalParamExtractor
-from alm_torchrl.modules.augmentation import without_augmentation
-from alm_torchrl.modules.heads import GaussianHead, LatentHead
+from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
+from alm_torchrl.modules.rebuildable import Rebuildable
 
-__all__ = ["GaussianLatentModule", "LatentModule", "keeps_statistics", "next_key", "suffix_key"]
+__all__ = ["LatentModule", "keeps_statistics", "next_key", "suffix_key"]
 
 
 def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
@@ -44,21 +42,21 @@ def next_key(key: NestedKey) -> NestedKey:
     return unravel_key(("next", key))
 
 
-class LatentModule(ProbabilisticTensorDictSequential):
-    r"""Wraps any torch module into a distribution over a latent, which a head chooses.
+class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
+    r"""Turns any torch module into a distribution over a latent.
 
-    It writes the distribution's parameters (``<latent>_loc`` and ``<latent>_scale`` for a Normal)
-    and a sample ``<latent>``, ``[..., D]``. The sample is drawn with a gradient unless the
-    exploration type asks for the deterministic one.
+    It writes the parameters of the distribution (``<latent>_loc`` and ``<latent>_scale`` of a
+    Normal) and a sample ``<latent>``, each ``[..., D]``. The sample has a gradient; under a
+    deterministic exploration type it is the mean or the mode.
 
     Args:
-        network: a module from the tensors at ``in_keys`` to ``[..., head.network_size(D)]``, and
-            to the tensors at ``memory_keys`` after it, if there are any.
-        in_keys: where the network's inputs are read.
-        head: the latent's distribution; :class:`GaussianHead` by default.
-        latent_key: where the latent is written.
-        memory_keys: where further outputs of the network are written. What stands under
-            ``"next"`` is memory, which a policy keeps and the environment hands on.
+        network: a module from the tensors at ``in_keys`` to ``[..., head.network_size(D)]``, which
+            is ``[..., 2 * D]`` for the default head, followed by the tensors at ``memory_keys``.
+        in_keys: inputs of the network.
+        head: the distribution of the latent.
+        latent_key: entry of the latent.
+        memory_keys: entries of further outputs of the network. Entries under ``"next"`` are memory:
+            the policy writes them, and the environment passes them to the next step.
 
     Examples:
         >>> import torch
@@ -75,27 +73,15 @@ class LatentModule(ProbabilisticTensorDictSequential):
         network: nn.Module,
         in_keys: Sequence[NestedKey],
         *,
-        head: LatentHead | None = None,
+        head: LatentHead = DEFAULT_HEAD,
         latent_key: NestedKey = "latent",
-        memory_keys: Sequence[NestedKey] = (),
-    ) -> None:
-        head = GaussianHead() if head is None else head
-        self._build(network, in_keys, head, head, latent_key, memory_keys)
-
-    def _build(
-        self,
-        network: nn.Module,
-        in_keys: Sequence[NestedKey],
-        head: LatentHead,
-        extractor: Callable[[Tensor], Any],
-        latent_key: NestedKey,
         memory_keys: Sequence[NestedKey] = (),
     ) -> None:
         raw = suffix_key(latent_key, "_params")
         params = {name: suffix_key(latent_key, f"_{name}") for name in head.parameter_names}
         super().__init__(
             TensorDictModule(network, in_keys=list(in_keys), out_keys=[raw, *memory_keys]),
-            TensorDictModule(extractor, in_keys=[raw], out_keys=list(params.values())),
+            TensorDictModule(head, in_keys=[raw], out_keys=list(params.values())),
             ProbabilisticTensorDictModule(
                 in_keys=params,
                 out_keys=[latent_key],
@@ -108,37 +94,17 @@ class LatentModule(ProbabilisticTensorDictSequential):
 
     @property
     def network(self) -> nn.Module:
-        """The module from the inputs to what the head reads."""
+        """The module from the inputs to the input of the head."""
         return self[0].module
-
-    def acting(self) -> ProbabilisticTensorDictSequential:
-        """The same networks as they act, without what belongs to training alone.
-
-        Returns:
-            A module that shares every parameter; this one itself where nothing is to be left out.
-        """
-        network = without_augmentation(self.network)
-        if network is self.network:
-            return self
-        acting = LatentModule.__new__(LatentModule)
-        acting._build(
-            network,
-            self[0].in_keys,
-            self.head,
-            self[1].module,
-            self.dist_sample_keys[-1],
-            self[0].out_keys[1:],
-        )
-        return acting
 
     def update_statistics(self, tensordict: TensorDictBase) -> None:
         """Updates the running input statistics, if the network keeps any.
 
-        It calls ``network.update_statistics(*inputs)`` where there is such a method. The losses
-        never do, so that evaluating one twice gives the same result twice.
+        Calls ``network.update_statistics(*inputs)``, if the network has this method. The losses
+        never do, so a loss evaluated twice gives the same result.
 
         Args:
-            tensordict: new observations at :attr:`in_keys`, of any batch size.
+            tensordict: new observations at the input keys, of any batch size.
         """
         update = getattr(self.network, "update_statistics", None)
         if update is not None:
@@ -146,49 +112,9 @@ class LatentModule(ProbabilisticTensorDictSequential):
 
 
 def keeps_statistics(encoder: nn.Module) -> bool:
-    """Whether a layer of an encoder has running statistics that its data moves on.
-
-    Args:
-        encoder: such as a :class:`LatentModule`.
-    """
+    """Whether a layer of the encoder keeps running statistics of its inputs."""
     inner = list(encoder.modules())[1:]
     return any(hasattr(module, "update_statistics") for module in inner)
 
 
-class GaussianLatentModule(LatentModule):
-    r"""Wraps any torch module into a softly bounded diagonal Normal over a latent.
-
-    It writes ``<latent>_loc``, ``<latent>_scale`` and a sample ``<latent>``, each ``[..., D]``.
-    The sample is drawn with a reparameterized gradient unless the exploration type asks for the
-    mean. It is :class:`LatentModule` with a :class:`GaussianHead`: give it a module that maps the
-    observations to ``[..., 2 * D]``, and it is an encoder of your own.
-
-    Args:
-        network: a module from the tensors at ``in_keys`` to ``[..., 2 * D]``.
-        in_keys: where the network's inputs are read.
-        latent_key: where the latent is written.
-        bounds: the parameter head; by default ALM's bounds (location within +-30, scale within
-            [0.1, 10]).
-
-    Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> encoder = GaussianLatentModule(torch.nn.Linear(3, 8), ["pixels"])
-        >>> td = encoder(TensorDict(pixels=torch.randn(2, 3), batch_size=[2]))
-        >>> td["latent"].shape
-        torch.Size([2, 4])
-        >>> encoder.get_dist(td).entropy().shape
-        torch.Size([2])
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        in_keys: Sequence[NestedKey],
-        *,
-        latent_key: NestedKey = "latent",
-        bounds: BoundedNormalParamExtractor | None = None,
-    ) -> None:
-        bounds = BoundedNormalParamExtractor() if bounds is None else bounds
-        head = GaussianHead(bounds.loc_bound, bounds.scale_min, bounds.scale_max)
-        self._build(network, in_keys, head, bounds, latent_key)
+GaussianLatentModule = LatentModule

@@ -1,21 +1,57 @@
-"""The building blocks that ALM's networks are made of."""
+"""Building blocks of ALM's networks."""
 
 from __future__ import annotations
 
+from typing import Any, TypedDict
+
 import torch
 from torch import Tensor, nn
-from torchrl.modules import MLP
 
 from alm_torchrl.distributions import full_precision
 
-__all__ = ["FullPrecisionLinear", "LayerNormMLP", "mlp", "orthogonal_init"]
+__all__ = [
+    "ConcatSequential",
+    "FullPrecisionLinear",
+    "LayerNormMLP",
+    "MLPKwargs",
+    "concatenate",
+    "mlp",
+    "orthogonal_init",
+]
+
+
+class MLPKwargs(TypedDict, total=False):
+    """Keyword arguments that every network passes on to :func:`mlp` or :class:`LayerNormMLP`."""
+
+    depth: int
+    activation_class: type[nn.Module] | str
+    norm_class: type[nn.Module] | str | None
+
+
+def concatenate(*inputs: Tensor) -> Tensor:
+    """Concatenates along the last dimension and casts integers and booleans to float.
+
+    Examples:
+        >>> concatenate(torch.tensor([0.5]), torch.tensor([0, 1]), torch.tensor([True]))
+        tensor([0.5000, 0.0000, 1.0000, 1.0000])
+    """
+    parts = [value if value.is_floating_point() else value.float() for value in inputs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class ConcatSequential(nn.Sequential):
+    """A sequence of layers that takes several inputs and concatenates them first."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Maps inputs ``[..., D_i]`` to the output of the last layer."""
+        return super().forward(concatenate(*inputs))
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer that autocast leaves in the precision of its weights.
+    """A linear layer that autocast keeps in the precision of its weights.
 
-    For an output in units of return: bfloat16 has eight significant bits, and so steps of 2
-    between 256 and 512, as coarse as the differences between actions that a value is asked for.
+    For outputs in units of return: between 256 and 512, bfloat16 resolves steps of 2, which is as
+    coarse as the differences between the values of actions.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,12 +64,9 @@ class FullPrecisionLinear(nn.Linear):
 
 
 def orthogonal_init(module: nn.Module) -> nn.Module:
-    """Initializes every linear layer orthogonally (gain 1) with zero biases, as ALM does.
+    """Initializes linear layers orthogonally (gain 1) with zero biases, in place, as ALM does.
 
-    Convolutions are initialized orthogonally with the gain of a ReLU.
-
-    Args:
-        module: the network, changed in place.
+    Convolutions get the gain of a ReLU.
 
     Returns:
         The same module.
@@ -50,48 +83,90 @@ def orthogonal_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def mlp(in_features: int, out_features: int, hidden_dim: int) -> nn.Module:
-    """Linear-ELU-Linear-ELU-Linear, the network of encoder, latent dynamics and actor.
-
-    Args:
-        in_features: size of the (concatenated) inputs.
-        out_features: size of the output.
-        hidden_dim: width of both hidden layers.
-
-    Returns:
-        A module from one or several ``[..., D_i]`` tensors to ``[..., out_features]``.
-    """
-    network = MLP(
-        in_features=in_features,
-        out_features=out_features,
-        num_cells=[hidden_dim, hidden_dim],
-        activation_class=nn.ELU,
-    )
-    return orthogonal_init(network)
-
-
-class LayerNormMLP(nn.Sequential):
-    """Linear-LayerNorm-Tanh-Linear-ELU-Linear, the network of reward, classifier and values.
-
-    The normalized and squashed first layer keeps these heads stable on latents that reach +-30.
+def mlp(
+    in_features: int,
+    out_features: int,
+    hidden_dim: int,
+    *,
+    depth: int = 2,
+    activation_class: type[nn.Module] | str = nn.ELU,
+    norm_class: type[nn.Module] | str | None = None,
+) -> nn.Module:
+    """The network of encoder, latent dynamics and actor: Linear-ELU-Linear-ELU-Linear by default.
 
     Args:
         in_features: size of the concatenated inputs.
         out_features: size of the output.
-        hidden_dim: width of both hidden layers.
+        hidden_dim: width of the hidden layers.
+        depth: number of hidden layers; 0 makes a linear map.
+        activation_class: activation after each hidden layer, a class of ``torch.nn`` or its name.
+        norm_class: normalization before each activation, such as ``nn.LayerNorm``, called with
+            ``hidden_dim``.
+
+    Returns:
+        A module from one or several ``[..., D_i]`` tensors to ``[..., out_features]``.
+
+    Examples:
+        >>> mlp(3, 2, 8, depth=1, activation_class="SiLU")
+        ConcatSequential(
+          (0): Linear(in_features=3, out_features=8, bias=True)
+          (1): SiLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+    """
+    layers: list[nn.Module] = []
+    size = in_features
+    for _ in range(depth):
+        layers.append(nn.Linear(size, hidden_dim))
+        if norm_class is not None:
+            layers.append(_class(norm_class)(hidden_dim))
+        layers.append(_class(activation_class)())
+        size = hidden_dim
+    return orthogonal_init(ConcatSequential(*layers, nn.Linear(size, out_features)))
+
+
+class LayerNormMLP(ConcatSequential):
+    """The network of reward, classifier and values: Linear-LayerNorm-Tanh-Linear-ELU-Linear.
+
+    The normalized and squashed first layer keeps these networks stable on latents that reach +-30.
+
+    Args:
+        in_features: size of the concatenated inputs.
+        out_features: size of the output.
+        hidden_dim: width of the hidden layers.
+        depth: number of hidden layers, at least 1.
+        activation_class: activation after every hidden layer but the first, a class of
+            ``torch.nn`` or its name.
+        norm_class: normalization of the first layer, called with ``hidden_dim``; ``None`` for none.
     """
 
-    def __init__(self, in_features: int, out_features: int, hidden_dim: int) -> None:
-        super().__init__(
-            nn.Linear(in_features, hidden_dim),
-            nn.LayerNorm(hidden_dim),
-            nn.Tanh(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.ELU(),
-            FullPrecisionLinear(hidden_dim, out_features),
-        )
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_dim: int,
+        *,
+        depth: int = 2,
+        activation_class: type[nn.Module] | str = nn.ELU,
+        norm_class: type[nn.Module] | str | None = nn.LayerNorm,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        layers: list[nn.Module] = [nn.Linear(in_features, hidden_dim)]
+        if norm_class is not None:
+            layers.append(_class(norm_class)(hidden_dim))
+        layers.append(nn.Tanh())
+        for _ in range(depth - 1):
+            layers += [nn.Linear(hidden_dim, hidden_dim), _class(activation_class)()]
+        super().__init__(*layers, FullPrecisionLinear(hidden_dim, out_features))
         orthogonal_init(self)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Concatenates ``[..., D_i]`` inputs and maps them to ``[..., out_features]``."""
-        return super().forward(torch.cat(inputs, dim=-1))
+
+def _class(layer: type[nn.Module] | str) -> Any:
+    """A layer class, given itself or by its name in ``torch.nn``."""
+    if not isinstance(layer, str):
+        return layer
+    found = getattr(nn, layer, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"torch.nn has no layer {layer!r}; pass the class or a name in torch.nn")
+    return found

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, cat, nn
 
-from alm_torchrl.modules.networks import LayerNormMLP
+from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs
+from alm_torchrl.modules.rebuildable import Rebuildable
 
 __all__ = ["QValueEnsemble"]
 
 
-class QValueEnsemble(TensorDictModule):
-    r"""Several independent action values :math:`Q_\psi(z, a)` on the latent, side by side.
+class QValueEnsemble(Rebuildable, TensorDictModule):
+    r"""Several independent action values :math:`Q_\psi(z, a)` of the latent.
 
-    ALM uses two and takes their minimum everywhere. A single module that writes ``[..., 1]`` (any
-    TorchRL ``ValueOperator``) can stand in its place.
+    ALM uses two and takes their minimum. Any module that writes ``[..., 1]``, such as a TorchRL
+    ``ValueOperator``, can replace the ensemble.
 
     Args:
         latent_dim: size ``D`` of the latent.
         action_dim: size ``A`` of the action.
-        hidden_dim: width of the two hidden layers.
+        hidden_dim: width of the hidden layers.
         num_networks: number ``N`` of networks.
-        latent_key: where the latent ``[..., D]`` is read.
-        action_key: where the action ``[..., A]`` is read.
-        value_key: where the values ``[..., N]`` are written, in units of return.
+        latent_key: entry of the latent ``[..., D]``.
+        action_key: entry of the action ``[..., A]``.
+        value_key: entry of the values ``[..., N]``, in units of return.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -43,19 +47,20 @@ class QValueEnsemble(TensorDictModule):
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
         value_key: NestedKey = "state_action_value",
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
-        networks = [
-            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim) for _ in range(num_networks)
-        ]
+        size = latent_dim + action_dim
         super().__init__(
-            _SideBySide(networks), in_keys=[latent_key, action_key], out_keys=[value_key]
+            _Ensemble(LayerNormMLP(size, 1, hidden_dim, **mlp_kwargs) for _ in range(num_networks)),
+            in_keys=[latent_key, action_key],
+            out_keys=[value_key],
         )
 
 
-class _SideBySide(nn.ModuleList):
+class _Ensemble(nn.ModuleList):
     """Runs its modules on the same inputs and concatenates their outputs.
 
-    A plain loop: fusing the networks into batched matrix products was measured to be slower.
+    A plain loop: fusing the networks into batched matrix products is slower.
     """
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Encoders: observations to a distribution over the latent."""
+"""Encoders: from observations to a distribution over the latent."""
 
+from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.encoders.frozen import FrozenEncoder
 from alm_torchrl.modules.encoders.history import RecurrentEncoder, WindowEncoder, state_primer
 from alm_torchrl.modules.encoders.normalization import NormalizedInputs, RunningNorm
@@ -8,6 +9,7 @@ from alm_torchrl.modules.encoders.vectors import IdentityEncoder, LinearEncoder,
 
 __all__ = [
     "ConvNet",
+    "Encoder",
     "FrozenEncoder",
     "IdentityEncoder",
     "LinearEncoder",

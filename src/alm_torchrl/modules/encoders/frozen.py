@@ -1,42 +1,41 @@
-"""A pretrained module as the base of an encoder."""
+"""An encoder on top of a pretrained module."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Composite
 
-from alm_torchrl.modules.encoders.specs import observation_shapes
-from alm_torchrl.modules.heads import GaussianHead, LatentHead
-from alm_torchrl.modules.latent import LatentModule
-from alm_torchrl.modules.networks import mlp
+from alm_torchrl.modules.encoders.base import Encoder
+from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
+from alm_torchrl.modules.networks import MLPKwargs, mlp
 
 __all__ = ["FrozenEncoder"]
 
 
-class FrozenEncoder(LatentModule):
-    """A pretrained torch module that is not trained, and an MLP on its features that is.
+class FrozenEncoder(Encoder):
+    """A frozen pretrained module with a trained MLP on its features.
 
     The module stays in ``eval()`` mode and gets no gradient; encoder and target encoder share its
-    weights. An agent with this encoder is loaded by passing the encoder again, because a file
-    cannot hold the module's code.
+    weights. Pass the encoder to :meth:`ALMAgent.load`, because a file cannot hold the code of the
+    module.
 
     Args:
-        module: from a batch of observations ``[N, ...]`` to features ``[N, ...]``, flattened here.
+        module: from observations ``[N, ...]`` to features ``[N, ...]``, which are flattened.
         shape: shape of one observation, such as ``(3, 64, 64)``. Integers are scaled to [0, 1].
         latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the two hidden layers of the MLP.
-        in_keys: the one observation to read.
-        head: the latent's distribution; :class:`GaussianHead` by default.
-        latent_key: where the latent is written, with the distribution's parameters beside it.
+        hidden_dim: width of the hidden layers of the MLP.
+        in_keys: the observation to read, exactly one.
+        head: the distribution of the latent.
+        latent_key: entry of the latent; the distribution parameters are written beside it.
+        **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
-        ValueError: if there is more than one observation, or the module cannot read it.
+        ValueError: if there is more than one observation, or if the module cannot read it.
 
     Examples:
         >>> pretrained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
@@ -47,6 +46,9 @@ class FrozenEncoder(LatentModule):
         False
     """
 
+    _ranks: ClassVar[tuple[int, ...]] = (3,)
+    _ranks_by_name: ClassVar[tuple[int, ...]] = (1, 2, 3)
+
     def __init__(
         self,
         module: nn.Module,
@@ -55,55 +57,29 @@ class FrozenEncoder(LatentModule):
         hidden_dim: int = 512,
         *,
         in_keys: Sequence[NestedKey] = ("pixels",),
-        head: LatentHead | None = None,
+        head: LatentHead = DEFAULT_HEAD,
         latent_key: NestedKey = "latent",
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         if len(in_keys) != 1:
-            raise ValueError(f"a FrozenEncoder reads one observation, got in_keys={list(in_keys)}")
-        head = GaussianHead() if head is None else head
+            raise ValueError(f"FrozenEncoder reads one observation, got in_keys={list(in_keys)}")
         frozen = _Frozen(module, len(shape))
-        first = next(module.parameters(), torch.empty(0))
+        device = next(module.parameters(), torch.empty(0)).device
         try:
-            features = frozen(torch.zeros(1, *shape, device=first.device)).shape[-1]
+            features = frozen(torch.zeros(1, *shape, device=device)).shape[-1]
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
                 f"the module cannot read a batch of observations {(1, *shape)}: {error}"
             ) from error
-        top = mlp(features, head.network_size(latent_dim), hidden_dim).to(first.device)
-        super().__init__(nn.Sequential(frozen, top), in_keys, head=head, latent_key=latent_key)
-        self.latent_dim = latent_dim
+        top = mlp(features, head.network_size(latent_dim), hidden_dim, **mlp_kwargs).to(device)
+        network = nn.Sequential(frozen, top)
+        super().__init__(network, latent_dim, in_keys, head, latent_key=latent_key)
 
     @classmethod
-    def from_spec(
-        cls,
-        spec: Composite,
-        *,
-        module: nn.Module,
-        latent_dim: int = 50,
-        hidden_dim: int = 512,
-        in_keys: Sequence[NestedKey] | None = None,
-        **options: Any,
-    ) -> FrozenEncoder:
-        """Makes an encoder of an observation of an environment's.
-
-        Args:
-            spec: ``env.observation_spec_unbatched``.
-            module: the pretrained module.
-            latent_dim: size of the latent.
-            hidden_dim: width of the MLP.
-            in_keys: the observation to read; the only image by default.
-            **options: further arguments of the class.
-
-        Returns:
-            The encoder.
-
-        Raises:
-            ValueError: if there is no such observation.
-        """
-        ranks = (3,) if in_keys is None else (1, 2, 3)
-        shapes = observation_shapes(spec, in_keys, *ranks)
-        shape = next(iter(shapes.values()))
-        return cls(module, shape, latent_dim, hidden_dim, in_keys=list(shapes), **options)
+    def _from_shapes(
+        cls, shapes: dict[NestedKey, tuple[int, ...]], *, module: nn.Module, **options: Any
+    ) -> Self:
+        return cls(module, next(iter(shapes.values())), in_keys=list(shapes), **options)
 
 
 class _Frozen(nn.Module):
@@ -115,7 +91,7 @@ class _Frozen(nn.Module):
         self.observation_ndim = observation_ndim
         self.eval()
 
-    def train(self, mode: bool = True) -> _Frozen:  # noqa: ARG002 - stays as it was pretrained
+    def train(self, mode: bool = True) -> _Frozen:  # noqa: ARG002 - always in evaluation mode
         return super().train(False)
 
     @torch.no_grad()

@@ -1,25 +1,22 @@
-"""Encoders of images, alone or beside vectors."""
+"""Encoders of images, alone or with vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self, Unpack
 
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Composite
 
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
-from alm_torchrl.modules.described import described
+from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.encoders.normalization import (
     NormalizedInputs,
     RunningNorm,
     centered_bytes,
 )
-from alm_torchrl.modules.encoders.specs import joined, observation_shapes
-from alm_torchrl.modules.heads import GaussianHead, LatentHead
-from alm_torchrl.modules.latent import LatentModule
-from alm_torchrl.modules.networks import mlp, orthogonal_init
+from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
+from alm_torchrl.modules.networks import MLPKwargs, mlp, orthogonal_init
 
 __all__ = ["ConvNet", "MultiInputEncoder", "PixelEncoder"]
 
@@ -27,9 +24,9 @@ __all__ = ["ConvNet", "MultiInputEncoder", "PixelEncoder"]
 class ConvNet(nn.Module):
     """The convolutions of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645).
 
-    Four 3x3 convolutions with ReLU, of stride 2, 1, 1, 1, then a linear layer to few features.
-    DrQ-v2 has LayerNorm and Tanh behind that layer; here they would make the features of all images
-    of a task nearly the same, which ALM's consistency then makes entirely so.
+    Four 3x3 convolutions with ReLU and strides 2, 1, 1, 1, then a linear layer. DrQ-v2 adds
+    LayerNorm and Tanh after that layer; with ALM, they would make the features of all images of a
+    task nearly equal, and the consistency term would then collapse them.
 
     Args:
         shape: ``(C, H, W)`` of an image; frames are stacked along the channels.
@@ -50,9 +47,8 @@ class ConvNet(nn.Module):
         super().__init__()
         if len(shape) != 3 or min(shape[1:]) < 15:
             raise ValueError(
-                f"an image is (channels, height, width) with sides of 15 pixels at least, got "
-                f"{tuple(shape)}; images with the channels last become this by "
-                "torchrl.envs.PermuteTransform"
+                "an image has shape (channels, height, width) and sides of at least 15 pixels, got "
+                f"{tuple(shape)}; move channels first with torchrl.envs.PermuteTransform"
             )
         layers: list[nn.Module] = []
         size = shape[0]
@@ -65,35 +61,35 @@ class ConvNet(nn.Module):
         orthogonal_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features ``[..., feature_dim]`` of images ``[..., C, H, W]``.
+        """Maps images ``[..., C, H, W]`` to features ``[..., feature_dim]``.
 
-        Bytes are brought to [-0.5, 0.5], floating-point images are taken as they are.
+        Bytes are mapped to [-0.5, 0.5]; floating-point images are used unchanged.
         """
         flat = centered_bytes(images.reshape(-1, *images.shape[-3:]))
         features = self.trunk(self.convolutions(flat).flatten(1))
         return features.reshape(*images.shape[:-3], -1)
 
 
-@described
-class MultiInputEncoder(LatentModule):
-    """Images and vectors together: convolutions for each image, then an MLP on everything.
+class MultiInputEncoder(Encoder):
+    """Images and vectors: convolutions for each image, then an MLP on all features.
 
-    Images are augmented by a :class:`RandomShift` inside the losses, and never when acting.
+    A :class:`RandomShift` augments images in the losses, and never in the policy.
 
     Args:
         shapes: shape of each observation by key: ``(C, H, W)`` for an image of bytes, or of
             floating-point numbers around 0; ``(O,)`` for a vector.
         latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the two hidden layers behind the features.
-        feature_dim: features of each image.
+        hidden_dim: width of the hidden layers of the MLP.
+        feature_dim: number of features of each image.
         channels: channels of the convolutions.
-        pad: largest random shift in pixels; 0 for none.
-        normalize: whether the observations pass a :class:`RunningNorm` first. It takes the mean
-            image away, so that what moves is what is encoded; call
-            :meth:`ALMAgent.update_statistics` on new data. Without it, images of one background
-            have latents so alike that the consistency term makes them the same.
-        head: the latent's distribution; :class:`GaussianHead` by default.
-        latent_key: where the latent is written, with the distribution's parameters beside it.
+        pad: largest random shift in pixels; 0 disables it.
+        normalize: whether a :class:`RunningNorm` normalizes the observations. It subtracts the mean
+            image, so that the encoder sees what moves; call :meth:`ALMAgent.update_statistics` on
+            new data. Without it, images with one background have latents so similar that the
+            consistency term makes them equal.
+        head: the distribution of the latent.
+        latent_key: entry of the latent; the distribution parameters are written beside it.
+        **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
         ValueError: for a shape that is neither an image nor a vector.
@@ -107,6 +103,8 @@ class MultiInputEncoder(LatentModule):
         torch.Size([2, 8])
     """
 
+    _ranks: ClassVar[tuple[int, ...]] = (1, 3)
+
     def __init__(
         self,
         shapes: Mapping[NestedKey, Sequence[int]],
@@ -117,75 +115,42 @@ class MultiInputEncoder(LatentModule):
         channels: int = 32,
         pad: int = 4,
         normalize: bool = True,
-        head: LatentHead | None = None,
+        head: LatentHead = DEFAULT_HEAD,
         latent_key: NestedKey = "latent",
+        **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         wrong = {key: tuple(shape) for key, shape in shapes.items() if len(shape) not in (1, 3)}
         if wrong or not shapes:
-            raise ValueError(f"wanted images (C, H, W) and vectors (O,) by key, got {wrong}")
-        head = GaussianHead() if head is None else head
-        images = [len(shape) == 3 for shape in shapes.values()]
-        network: nn.Module = _SideBySideInputs(
-            [
-                ConvNet(shape, feature_dim, channels) if image else nn.Identity()
-                for shape, image in zip(shapes.values(), images, strict=True)
-            ],
-            mlp(
-                sum(
-                    feature_dim if image else shape[0]
-                    for shape, image in zip(shapes.values(), images, strict=True)
-                ),
-                head.network_size(latent_dim),
-                hidden_dim,
-            ),
-        )
-        if pad and any(images):
-            network = Augmented(network, [RandomShift(pad) if image else None for image in images])
-        if normalize:  # before a shift, which would move the background against its mean
+            raise ValueError(f"shapes must be images (C, H, W) or vectors (O,) by key, got {wrong}")
+        branches: list[nn.Module] = []
+        shifts: list[nn.Module | None] = []
+        features = 0
+        for shape in shapes.values():
+            image = len(shape) == 3
+            branches.append(ConvNet(shape, feature_dim, channels) if image else nn.Identity())
+            shifts.append(RandomShift(pad) if image and pad else None)
+            features += feature_dim if image else shape[0]
+        joint = mlp(features, head.network_size(latent_dim), hidden_dim, **mlp_kwargs)
+        network: nn.Module = _Branches(branches, joint)
+        if any(shifts):
+            network = Augmented(network, shifts)
+        if normalize:  # before the shift, which would move the background relative to its mean
             network = NormalizedInputs(network, [RunningNorm(*shape) for shape in shapes.values()])
-        super().__init__(network, list(shapes), head=head, latent_key=latent_key)
-        self.latent_dim = latent_dim
+        super().__init__(network, latent_dim, list(shapes), head, latent_key=latent_key)
 
     @classmethod
-    def from_spec(
-        cls,
-        spec: Composite,
-        *,
-        latent_dim: int = 50,
-        hidden_dim: int = 512,
-        in_keys: Sequence[NestedKey] | None = None,
-        **options: Any,
-    ) -> MultiInputEncoder:
-        """Makes an encoder of an environment's images and vectors.
-
-        Args:
-            spec: ``env.observation_spec_unbatched``.
-            latent_dim: size of the latent.
-            hidden_dim: width of the two hidden layers.
-            in_keys: the observations to read; all images and vectors by default.
-            **options: further arguments of the class.
-
-        Returns:
-            The encoder.
-
-        Raises:
-            ValueError: if there is no such observation.
-        """
-        shapes = observation_shapes(spec, in_keys, 1, 3)
-        return cls(shapes, latent_dim, hidden_dim, **options)
+    def _from_shapes(cls, shapes: dict[NestedKey, tuple[int, ...]], **options: Any) -> Self:
+        return cls(shapes, **options)
 
 
-@described
 class PixelEncoder(MultiInputEncoder):
-    """Images: the convolutions of DrQ-v2, then an MLP.
-
-    A :class:`MultiInputEncoder` of one image.
+    """Images of one shape: the convolutions of DrQ-v2, then an MLP.
 
     Args:
-        shape: ``(C, H, W)`` of the image, with frames stacked along ``C``.
+        shape: ``(C, H, W)`` of an image, with frames stacked along ``C``.
         latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the two hidden layers behind the features.
-        in_keys: the image to read.
+        hidden_dim: width of the hidden layers of the MLP.
+        in_keys: images to read.
         **options: further arguments of :class:`MultiInputEncoder`.
 
     Examples:
@@ -194,6 +159,8 @@ class PixelEncoder(MultiInputEncoder):
         >>> encoder(pixels=torch.randint(256, (2, 9, 84, 84), dtype=torch.uint8))[-1].shape
         torch.Size([2, 8])
     """
+
+    _ranks: ClassVar[tuple[int, ...]] = (3,)
 
     def __init__(
         self,
@@ -207,39 +174,15 @@ class PixelEncoder(MultiInputEncoder):
         super().__init__(dict.fromkeys(in_keys, shape), latent_dim, hidden_dim, **options)
 
     @classmethod
-    def from_spec(
-        cls,
-        spec: Composite,
-        *,
-        latent_dim: int = 50,
-        hidden_dim: int = 512,
-        in_keys: Sequence[NestedKey] | None = None,
-        **options: Any,
-    ) -> PixelEncoder:
-        """Makes an encoder of an environment's images, which have one shape.
-
-        Args:
-            spec: ``env.observation_spec_unbatched``.
-            latent_dim: size of the latent.
-            hidden_dim: width of the two hidden layers.
-            in_keys: the images to read; all of them by default.
-            **options: further arguments of the class.
-
-        Returns:
-            The encoder.
-
-        Raises:
-            ValueError: if there is no image, or images differ in shape.
-        """
-        shapes = observation_shapes(spec, in_keys, 3)
+    def _from_shapes(cls, shapes: dict[NestedKey, tuple[int, ...]], **options: Any) -> Self:
         if len(set(shapes.values())) > 1:
-            raise ValueError(f"images of several shapes, {shapes}, want a MultiInputEncoder")
+            raise ValueError(f"images differ in shape: {shapes}; use MultiInputEncoder")
         shape = next(iter(shapes.values()))
-        return cls(shape, latent_dim, hidden_dim, in_keys=list(shapes), **options)
+        return cls(shape, in_keys=list(shapes), **options)  # type: ignore[arg-type]
 
 
-class _SideBySideInputs(nn.Module):
-    """A branch for each input, and a network on what they return."""
+class _Branches(nn.Module):
+    """A branch for each input, and a joint network on their outputs."""
 
     def __init__(self, branches: Sequence[nn.Module], joint: nn.Module) -> None:
         super().__init__()
@@ -248,4 +191,4 @@ class _SideBySideInputs(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         parts = [branch(x) for branch, x in zip(self.branches, inputs, strict=True)]
-        return self.joint(joined(*parts))
+        return self.joint(*parts)

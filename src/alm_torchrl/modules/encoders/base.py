@@ -1,0 +1,139 @@
+"""The base class of encoders, which reads their sizes off an observation spec."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from tensordict.utils import NestedKey, unravel_key
+from torch import nn
+from torchrl.data import Composite, TensorSpec
+
+from alm_torchrl.data.replay import BOOKKEEPING_KEYS
+from alm_torchrl.modules.heads import LatentHead
+from alm_torchrl.modules.latent import LatentModule
+
+__all__ = ["Encoder", "observation_shapes"]
+
+
+class Encoder(LatentModule):
+    """A :class:`LatentModule` on observations, with a latent of known size.
+
+    Args:
+        network: a module from the observations to ``[..., head.network_size(latent_dim)]``.
+        latent_dim: size ``D`` of the latent.
+        in_keys: observations to read.
+        head: the distribution of the latent.
+        **options: further arguments of :class:`LatentModule`.
+    """
+
+    _ranks: ClassVar[tuple[int, ...]] = (1,)
+    """Numbers of dimensions of the observations that :meth:`from_spec` reads by default."""
+    _ranks_by_name: ClassVar[tuple[int, ...]] = ()
+    """Those that ``in_keys`` can name; by default the same."""
+    _ignored: ClassVar[tuple[NestedKey, ...]] = ()
+    """Entries that other observations include."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        latent_dim: int,
+        in_keys: Sequence[NestedKey],
+        head: LatentHead,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, in_keys, head=head, **options)
+        self.latent_dim = latent_dim
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: Composite,
+        *,
+        latent_dim: int = 50,
+        hidden_dim: int = 512,
+        in_keys: Sequence[NestedKey] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Builds an encoder for the observations of an environment.
+
+        Args:
+            spec: ``env.observation_spec_unbatched``.
+            latent_dim: size of the latent, if the encoder has a choice.
+            hidden_dim: width of the hidden layers, if the encoder has any.
+            in_keys: observations to read; by default all that the encoder can read.
+            **options: further arguments of the class.
+
+        Raises:
+            ValueError: if an observation is missing or has the wrong number of dimensions.
+        """
+        ranks = cls._ranks if in_keys is None else cls._ranks_by_name or cls._ranks
+        shapes = observation_shapes(spec, in_keys, ranks, ignore=cls._ignored)
+        return cls._from_shapes(shapes, latent_dim=latent_dim, hidden_dim=hidden_dim, **options)
+
+    @classmethod
+    def _from_shapes(cls, shapes: dict[NestedKey, tuple[int, ...]], **options: Any) -> Self:
+        size = sum(shape[-1] for shape in shapes.values())
+        return cls(size, in_keys=list(shapes), **options)  # type: ignore[call-arg]
+
+
+def observation_shapes(
+    spec: Composite,
+    in_keys: Iterable[NestedKey] | None,
+    ranks: tuple[int, ...],
+    *,
+    ignore: Iterable[NestedKey] = (),
+) -> dict[NestedKey, tuple[int, ...]]:
+    """The shapes of the observations that an encoder reads, by key.
+
+    Args:
+        spec: an observation spec without batch dimensions.
+        in_keys: entries to read; by default all numeric entries of the given ranks, and a warning
+            names the others.
+        ranks: numbers of dimensions that the encoder can read, such as ``(1,)`` for vectors.
+        ignore: entries that are not observations, in addition to those of TorchRL's transforms.
+
+    Raises:
+        ValueError: if an entry is missing or has another rank, or if no entry fits.
+    """
+    leaves = {unravel_key(key): leaf for key, leaf in spec.items(True, True)}
+    found = {key: tuple(leaf.shape) for key, leaf in leaves.items()}
+    wanted = " or ".join(map(str, ranks))
+    if in_keys is not None:
+        shapes = {key: found.get(key, ()) for key in map(unravel_key, in_keys)}
+        wrong = [key for key, shape in shapes.items() if len(shape) not in ranks]
+        if wrong:
+            raise ValueError(
+                f"no observation {', '.join(map(repr, wrong))} of {wanted} dimensions; "
+                f"found {found}; choose another key or encoder"
+            )
+        return shapes
+    others = {*BOOKKEEPING_KEYS, *map(unravel_key, ignore)}
+    shapes = {
+        key: found[key]
+        for key, leaf in leaves.items()
+        if leaf.ndim in ranks and key not in others and _is_readable(leaf)
+    }
+    if not shapes:
+        raise ValueError(
+            f"no observation of {wanted} dimensions; found {found}; "
+            "choose another encoder or add a transform"
+        )
+    unread = {k: shape for k, shape in found.items() if k not in shapes and k not in others}
+    if unread:
+        warnings.warn(
+            f"the encoder reads the observations {list(shapes)} and ignores {unread}; choose an "
+            "encoder for all of them (such as MultiInputEncoder for images), flatten them "
+            "(torchrl.envs.FlattenObservation), or select observations with in_keys",
+            stacklevel=3,
+        )
+    return shapes
+
+
+def _is_readable(leaf: TensorSpec) -> bool:
+    """Whether the entry holds real numbers; images hold floating-point numbers or bytes."""
+    if not isinstance(leaf.dtype, torch.dtype) or leaf.dtype.is_complex:
+        return False
+    return leaf.ndim < 3 or leaf.dtype.is_floating_point or leaf.dtype == torch.uint8

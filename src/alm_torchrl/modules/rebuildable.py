@@ -1,0 +1,127 @@
+"""Components that a saved agent can build again from their arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+__all__ = ["Rebuildable", "describe", "plain_numbers", "rebuild"]
+
+_NAME = "component"
+
+
+class Rebuildable:
+    """Records the arguments of an instance; :func:`describe` and :func:`rebuild` use them.
+
+    Only classes of this package can be rebuilt, so that loading a file runs no other code.
+    """
+
+    _classes: ClassVar[dict[str, type]] = {}
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("alm_torchrl."):
+            Rebuildable._classes[cls.__name__] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Records the arguments."""
+        instance = super().__new__(cls)
+        # A frozen dataclass and a torch module before its __init__ refuse a plain assignment.
+        object.__setattr__(instance, "_arguments", (args, kwargs))
+        return instance
+
+
+def plain_numbers(value: Any) -> Any:
+    """Replaces NumPy numbers by Python numbers, and arrays and tensors by tuples.
+
+    Args:
+        value: anything; dictionaries, lists and tuples are searched.
+
+    Examples:
+        >>> import numpy as np
+        >>> plain_numbers({"size": np.int64(3), "low": np.zeros(2)})
+        {'size': 3, 'low': (0.0, 0.0)}
+    """
+    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+        return _as_tuples(value.tolist())
+    if type(value) is dict:
+        return {plain_numbers(key): plain_numbers(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_numbers, value))
+    return value
+
+
+def describe(value: Any) -> Any:
+    """Turns arguments and components into plain values that a file can hold.
+
+    Args:
+        value: a component of this package, a class of ``torch.nn``, a number, a string, or
+            containers of these.
+
+    Returns:
+        A value from which :func:`rebuild` makes an equal one, with new weights.
+
+    Raises:
+        TypeError: for anything else.
+
+    Examples:
+        >>> from alm_torchrl.modules import MLPEncoder
+        >>> describe(MLPEncoder(3, latent_dim=4))
+        {'component': 'MLPEncoder', 'observation_dim': 3, 'latent_dim': 4}
+    """
+    value = plain_numbers(getattr(value, "_orig_mod", value))  # _orig_mod: compiled by torch
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, tuple | list):  # torch.Size too
+        return (list if isinstance(value, list) else tuple)(map(describe, value))
+    if isinstance(value, Mapping):
+        return {describe(key): describe(entry) for key, entry in value.items()}
+    if isinstance(value, type) and getattr(nn, value.__name__, None) is value:
+        return value.__name__
+    name = type(value).__name__
+    if Rebuildable._classes.get(name) is not type(value):
+        raise TypeError(f"{name} cannot be described: it is not a component of alm_torchrl")
+    return {_NAME: name, **{key: describe(entry) for key, entry in _named_arguments(value).items()}}
+
+
+def rebuild(description: Any) -> Any:
+    """Builds what :func:`describe` described.
+
+    Raises:
+        ValueError: if this release has no such component.
+
+    Examples:
+        >>> from alm_torchrl.modules import MLPEncoder
+        >>> rebuild(describe(MLPEncoder(3, latent_dim=4))).latent_dim
+        4
+    """
+    if isinstance(description, tuple | list):
+        return type(description)(map(rebuild, description))
+    if not isinstance(description, dict):
+        return description
+    arguments = {key: rebuild(value) for key, value in description.items() if key != _NAME}
+    if _NAME not in description:
+        return arguments
+    name = description[_NAME]
+    if name not in Rebuildable._classes:
+        raise ValueError(f"this release of alm-torchrl has no component {name!r}; upgrade it")
+    return Rebuildable._classes[name](**arguments)
+
+
+def _named_arguments(instance: Rebuildable) -> dict[str, Any]:
+    args, kwargs = instance._arguments
+    signature = inspect.signature(type(instance).__init__)
+    named = dict(signature.bind(instance, *args, **kwargs).arguments)
+    del named["self"]
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

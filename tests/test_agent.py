@@ -437,11 +437,8 @@ WRONG = {
         "config": {"observation_dims": {"x": "3"}, "action_low": ["a"], "action_high": ["b"]}
     },
     "sizes beyond memory": {
-        "config": {
-            "observation_dims": {"x": 10**12},
-            "action_low": (-1.0,),
-            "action_high": (1.0,),
-            "hidden_dim": 10**12,
+        "networks": {
+            "encoder": {"component": "MLPEncoder", "observation_dim": 5, "hidden_dim": 10**12}
         }
     },
     "no weights": {"state_dict": None},

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -42,7 +41,6 @@ __all__ = ["ALMAgent", "AgentConfig"]
 
 _FORMAT = "alm_torchrl.ALMAgent"
 _VERSION = 3
-_T = TypeVar("_T", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,12 @@ class AgentConfig:
         for entry in fields(self):
             object.__setattr__(self, entry.name, describe(getattr(self, entry.name)))
         for name in ("action_low", "action_high"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+
+    def arguments(self, network: str, **defaults: Any) -> dict[str, Any]:
+        """The keyword arguments of a network: its ``network_kwargs`` over the given defaults."""
+        own = rebuild(self.network_kwargs.get(network, {}))
+        return {"hidden_dim": self.hidden_dim, **defaults, **own}
 
 
 class ALMAgent(nn.Module):
@@ -140,18 +143,26 @@ class ALMAgent(nn.Module):
         if continuation_model is not None:
             config = replace(config, continuation=True)
         self.config = config
-        build = partial(_build, config)
-        self.encoder = encoder or _make_encoder(config)
-        head = getattr(self.encoder, "head", DEFAULT_HEAD)
-        self.dynamics = dynamics or build(
-            "dynamics", LatentDynamics, hidden_dim=config.dynamics_hidden_dim, head=head
+        latent, dims = config.latent_dim, config.observation_dims
+        sizes = (latent, len(config.action_low))
+        self.encoder = encoder or MLPEncoder(
+            sum(dims.values()), latent, **config.arguments("encoder", in_keys=list(dims))
         )
-        self.reward_model = reward_model or build("reward_model", RewardModel)
-        self.classifier = classifier or build("classifier", TransitionClassifier)
-        self.qvalue_network = qvalue_network or build("qvalue_network", QValueEnsemble)
+        head = getattr(self.encoder, "head", DEFAULT_HEAD)
+        width = config.dynamics_hidden_dim
+        self.dynamics = dynamics or LatentDynamics(
+            *sizes, **config.arguments("dynamics", hidden_dim=width, head=head)
+        )
+        self.reward_model = reward_model or RewardModel(*sizes, **config.arguments("reward_model"))
+        self.classifier = classifier or TransitionClassifier(
+            *sizes, **config.arguments("classifier")
+        )
+        self.qvalue_network = qvalue_network or QValueEnsemble(
+            *sizes, **config.arguments("qvalue_network")
+        )
         self.actor = actor or _make_actor(config)
         if config.continuation and continuation_model is None:
-            continuation_model = build("continuation_model", ContinuationModel)
+            continuation_model = ContinuationModel(*sizes, **config.arguments("continuation_model"))
         self.continuation_model = continuation_model
 
     @classmethod
@@ -160,13 +171,9 @@ class ALMAgent(nn.Module):
 
         Args:
             env: a TorchRL environment with a bounded continuous action. By default the agent
-                reads its vector observations, concatenated, and a warning names the others; pass
-                an ``encoder`` to read other observations.
+                reads its vector observations, concatenated; pass an ``encoder`` to read others.
             **options: fields of :class:`AgentConfig`, and networks by name. With an ``encoder``,
                 the latent size and the head of the dynamics are those of the encoder.
-
-        Returns:
-            The agent, on the environment's device.
 
         Raises:
             TypeError: for an unknown option, or an action that is not bounded and continuous.
@@ -175,10 +182,7 @@ class ALMAgent(nn.Module):
 
         Examples:
             >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
-            >>> env = ContinuousActionVecMockEnv()
-            >>> agent = ALMAgent.from_env(env, latent_dim=8, hidden_dim=16)
-            >>> env.rollout(3, agent.policy()).batch_size
-            torch.Size([3])
+            >>> agent = ALMAgent.from_env(ContinuousActionVecMockEnv(), hidden_dim=16)
         """
         names = {field.name for field in fields(AgentConfig)}
         unknown = options.keys() - names - set(COMPONENTS)
@@ -226,9 +230,8 @@ class ALMAgent(nn.Module):
         unclipped; otherwise it is the actor's mean. The latent is always sampled, as the authors
         do. Training-time augmentation is disabled.
 
-        Returns:
-            A module that shares the agent's parameters. It writes the action, and the memory of the
-            encoder, which is what the encoder writes under ``"next"``.
+        The policy shares the agent's parameters. It writes the action, and the memory of the
+        encoder, which is what the encoder writes under ``"next"``.
         """
         encoder = _ActingEncoder(self.encoder)
         actor = self.actor.acting() if hasattr(self.actor, "acting") else self.actor
@@ -240,19 +243,14 @@ class ALMAgent(nn.Module):
         """Updates the running input statistics of the encoder, if any.
 
         Call it once on each batch of a collector. The losses never change the statistics.
-
-        Args:
-            data: new observations, of any batch size.
         """
         if hasattr(self.encoder, "update_statistics"):
             self.encoder.update_statistics(data)
 
     def save(self, path: str | Path) -> None:
-        """Writes configuration, networks and weights, without the state of a training.
+        """Writes configuration, networks and weights to a file, without the state of a training.
 
-        Args:
-            path: the file. An existing file is replaced only after the new one has been written
-                and read back.
+        An existing file is replaced only after the new one has been written and read back.
 
         Raises:
             ValueError: if the state of one of your own networks cannot be read back.
@@ -276,7 +274,7 @@ class ALMAgent(nn.Module):
         Args:
             path: the file.
             device: device of the agent.
-            **components: the agent's networks that are not of this package.
+            **components: networks of the agent that are not of this package.
 
         Raises:
             FileNotFoundError: if the file does not exist.
@@ -325,29 +323,15 @@ COMPONENTS = (
 )
 
 
-def _build(config: AgentConfig, name: str, network: type[_T], **options: Any) -> _T:
-    """A network of latent and action."""
-    options = {"hidden_dim": config.hidden_dim, **options}
-    options |= rebuild(config.network_kwargs.get(name, {}))
-    return network(config.latent_dim, len(config.action_low), **options)
-
-
-def _make_encoder(config: AgentConfig) -> MLPEncoder:
-    options = {"hidden_dim": config.hidden_dim, "in_keys": list(config.observation_dims)}
-    options |= rebuild(config.network_kwargs.get("encoder", {}))
-    return MLPEncoder(sum(config.observation_dims.values()), config.latent_dim, **options)
-
-
 def _make_actor(config: AgentConfig) -> Actor:
-    options = {
-        "hidden_dim": config.hidden_dim,
-        "noise": NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
-        "noise_clip": config.noise_clip,
-        "scale_to_range": config.scale_to_range,
-        "normalize_mean": config.normalize_mean,
-    }
-    options |= rebuild(config.network_kwargs.get("actor", {}))
-    return Actor(config.latent_dim, config.action_low, config.action_high, **options)
+    arguments = config.arguments(
+        "actor",
+        noise=NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
+        noise_clip=config.noise_clip,
+        scale_to_range=config.scale_to_range,
+        normalize_mean=config.normalize_mean,
+    )
+    return Actor(config.latent_dim, config.action_low, config.action_high, **arguments)
 
 
 def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -121,7 +121,7 @@ def test_a_component_made_from_what_is_not_plain_is_not_described() -> None:
         pass
 
     for own in (Own(3), MLPEncoder(3, head=OwnHead()), nn.Linear(3, 3)):
-        with pytest.raises(TypeError, match="not a component of alm_torchrl"):
+        with pytest.raises(TypeError, match="it is not a component of alm_torchrl"):
             describe(own)
     with pytest.raises(ValueError, match="no component 'Fancy'; upgrade"):
         rebuild({"component": "Fancy"})

@@ -350,7 +350,7 @@ def test_images_tell_reward_and_next_latent_of_transitions_never_seen() -> None:
     seen, unseen = world.data[:800], world.data[800:]
     replay = make_replay_buffer(800, batch_size=64, window_length=1, seed=0)
     replay.extend(seen)
-    loss, encoder = world.loss, world.agent.encoder.acting()
+    loss, encoder = world.loss, world.agent.encoder
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
     target_update = SoftUpdate(loss, tau=0.02)
     for _ in range(500):

@@ -26,18 +26,13 @@ __all__ = ["Actor", "NoiseSchedule"]
 class NoiseSchedule(Rebuildable, nn.Module):
     r"""The scale of the action noise, annealed linearly over training.
 
-    The policy and every loss read the same buffer ``scale``; a state dict holds it with the step
-    count. Move the actor to its device before ``ALMLoss`` is built, or move the loss, which moves
-    its networks.
+    Policy and losses share the buffer ``scale``, which a state dict holds with the step count. Move
+    the actor to its device before ``ALMLoss`` is built, or move the loss.
 
     Args:
         start: initial standard deviation, in units of half the action range.
         end: standard deviation from step ``num_steps`` on.
-        num_steps: number of steps to anneal over. ALM counts environment steps after the random
-            warm-up.
-
-    Raises:
-        ValueError: if ``num_steps`` is not positive or a scale is negative.
+        num_steps: number of steps to anneal over; ALM counts those after the random warm-up.
 
     Examples:
         >>> noise = NoiseSchedule(start=1.0, end=0.1, num_steps=100)
@@ -69,26 +64,20 @@ class NoiseSchedule(Rebuildable, nn.Module):
         progress = (self.step_count / self.num_steps).clamp(max=1.0)
         self.scale.copy_(self.start + (self.end - self.start) * progress)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return f"start={self.start}, end={self.end}, num_steps={self.num_steps}"
-
 
 class Actor(Rebuildable, ProbabilisticTensorDictSequential):
     r"""The policy :math:`\pi_\theta(a \mid z)`: a squashed mean with scheduled, clipped noise.
 
-    It writes ``<action>_loc``, ``<action>_scale`` and an action. The mean is the ``tanh`` of the
-    network output. With ``scale_to_range=True``, mean, noise and clip are scaled to the action
-    range, so that a :math:`\pm 0.4` task has the same policy as a :math:`\pm 1` task. With
-    ``False``, the mean stays in :math:`\pm 1` and the action is clamped, as the authors do.
-
-    The noise is clipped in the losses; :meth:`acting` returns the policy without the clip.
+    From a latent ``[..., D]``, it writes ``<action>_loc``, ``<action>_scale`` and an action, each
+    ``[..., A]``. The mean is the ``tanh`` of the network output. With ``scale_to_range=True``,
+    mean, noise and clip are scaled to the action range, so that a :math:`\pm 0.4` task has the
+    same policy as a :math:`\pm 1` task. With ``False``, the mean stays in :math:`\pm 1` and the
+    action is clamped, as the authors do. The noise is clipped in the losses; :meth:`acting` returns
+    the policy without the clip.
 
     Args:
-        latent_dim: size ``D`` of the latent.
         low: lower bound of the action, one entry for each of its ``A`` dimensions.
         high: upper bound of the action, like ``low``.
-        hidden_dim: width of the hidden layers.
         noise: the noise schedule; a new :class:`NoiseSchedule` by default.
         noise_clip: largest absolute noise in the losses, in units of half the action range
             (in action units with ``scale_to_range=False``); ``None`` for no clip.
@@ -96,8 +85,6 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
         normalize_mean: whether the network output is divided by its mean absolute value before the
             ``tanh`` where this exceeds one, so that the policy does not saturate (Wang et al.
             2020, "Striving for Simplicity and Performance in Off-Policy DRL").
-        latent_key: entry of the latent ``[..., D]``.
-        action_key: entry of the action ``[..., A]``.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
@@ -107,10 +94,9 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> actor = Actor(latent_dim=50, low=[-0.4] * 17, high=[0.4] * 17)
-        >>> td = actor(TensorDict(latent=torch.randn(4, 50), batch_size=[4]))
-        >>> td["action"].shape, bool(td["action"].abs().max() <= 0.4)
-        (torch.Size([4, 17]), True)
+        >>> td = TensorDict(latent=torch.randn(4, 50), batch_size=[4])
+        >>> Actor(50, low=[-0.4] * 17, high=[0.4] * 17)(td)["action"].shape
+        torch.Size([4, 17])
     """
 
     def __init__(

@@ -22,9 +22,6 @@ class RandomShift(nn.Module):
     Args:
         pad: largest shift in each direction, in pixels (DrQ-v2: 4 at 84x84).
 
-    Raises:
-        ValueError: if ``pad`` is negative.
-
     Examples:
         >>> images = torch.arange(2 * 9 * 32 * 32).reshape(2, 9, 32, 32)
         >>> RandomShift(2)(images).shape
@@ -49,10 +46,6 @@ class RandomShift(nn.Module):
         channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
         shifted = flat[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
         return shifted.reshape(images.shape)
-
-    def extra_repr(self) -> str:
-        """The setting, for ``repr``."""
-        return f"pad={self.pad}"
 
 
 class Augmented(nn.Module):

@@ -1,4 +1,7 @@
-"""The latent world model: dynamics, reward, continuation, and the transition classifier."""
+"""The latent world model: dynamics, reward, continuation, and the transition classifier.
+
+All read a latent ``[..., D]`` and an action ``[..., A]``.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,8 @@ class LatentDynamics(LatentModule):
     r"""The latent dynamics :math:`m_\phi(z_{t+1} \mid z_t, a_t)`.
 
     Args:
-        latent_dim: size ``D`` of the latent.
-        action_dim: size ``A`` of the action.
-        hidden_dim: width of the hidden layers.
         head: the distribution of the latent. It needs a KL divergence with the distribution of
             the encoder, so pass ``encoder.head``.
-        latent_key: entry of the latent ``[..., D]``.
-        action_key: entry of the action ``[..., A]``.
         next_latent_key: entry of the predicted latent; ``("next", latent_key)`` by default.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
@@ -63,18 +61,12 @@ class RewardModel(Rebuildable, TensorDictModule):
     r"""The reward :math:`r_\theta(z_t, a_t)` as a function of the latent.
 
     Args:
-        latent_dim: size ``D`` of the latent.
-        action_dim: size ``A`` of the action.
-        hidden_dim: width of the hidden layers.
-        latent_key: entry of the latent ``[..., D]``.
-        action_key: entry of the action ``[..., A]``.
         reward_key: entry of the prediction ``[..., 1]``, in the environment's units.
         **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
-        >>> reward = RewardModel(latent_dim=50, action_dim=6)
-        >>> reward(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
+        >>> RewardModel(50, 6)(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
         torch.Size([4, 1])
     """
 
@@ -102,17 +94,8 @@ class ContinuationModel(RewardModel):
     Truncation by a time limit is not termination. The network is that of :class:`RewardModel`.
 
     Args:
-        latent_dim: size ``D`` of the latent.
-        action_dim: size ``A`` of the action.
-        hidden_dim: width of the hidden layers.
         logit_key: entry of the logit ``[..., 1]``.
         **options: further arguments of :class:`RewardModel`.
-
-    Examples:
-        >>> import torch
-        >>> continuation = ContinuationModel(latent_dim=50, action_dim=6)
-        >>> continuation(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
-        torch.Size([4, 1])
     """
 
     def __init__(
@@ -136,20 +119,14 @@ class TransitionClassifier(Rebuildable, TensorDictModule):
     (see :func:`alm_torchrl.objectives.functional.log_ratio`).
 
     Args:
-        latent_dim: size ``D`` of the latent.
-        action_dim: size ``A`` of the action.
-        hidden_dim: width of the hidden layers.
-        latent_key: entry of the latent ``[..., D]``.
-        action_key: entry of the action ``[..., A]``.
         next_latent_key: entry of the next latent ``[..., D]``; ``("next", latent_key)`` by default.
         logits_key: entry of the two logits ``[..., 2]``.
         **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
-        >>> classifier = TransitionClassifier(latent_dim=50, action_dim=6)
-        >>> z = torch.randn(4, 50)
-        >>> classifier(latent=z, action=torch.rand(4, 6), next_latent=z).shape
+        >>> z, a = torch.randn(4, 50), torch.rand(4, 6)
+        >>> TransitionClassifier(50, 6)(latent=z, action=a, next_latent=z).shape
         torch.Size([4, 2])
     """
 

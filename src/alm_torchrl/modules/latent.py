@@ -20,12 +20,7 @@ __all__ = ["LatentModule", "keeps_statistics", "next_key", "suffix_key"]
 
 
 def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
-    """Appends a suffix to the last part of a key.
-
-    Examples:
-        >>> suffix_key(("next", "latent"), "_loc")
-        ('next', 'latent_loc')
-    """
+    """Appends a suffix to the last part of a key."""
     key = unravel_key(key)
     if isinstance(key, str):
         return key + suffix
@@ -33,12 +28,7 @@ def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
 
 
 def next_key(key: NestedKey) -> NestedKey:
-    """The same key under ``"next"``.
-
-    Examples:
-        >>> next_key("latent")
-        ('next', 'latent')
-    """
+    """The same key under ``"next"``."""
     return unravel_key(("next", key))
 
 
@@ -102,9 +92,6 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
 
         Calls ``network.update_statistics(*inputs)``, if the network has this method. The losses
         never do, so a loss evaluated twice gives the same result.
-
-        Args:
-            tensordict: new observations at the input keys, of any batch size.
         """
         update = getattr(self.network, "update_statistics", None)
         if update is not None:

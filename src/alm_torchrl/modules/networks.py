@@ -29,12 +29,7 @@ class MLPKwargs(TypedDict, total=False):
 
 
 def concatenate(*inputs: Tensor) -> Tensor:
-    """Concatenates along the last dimension and casts integers and booleans to float.
-
-    Examples:
-        >>> concatenate(torch.tensor([0.5]), torch.tensor([0, 1]), torch.tensor([True]))
-        tensor([0.5000, 0.0000, 1.0000, 1.0000])
-    """
+    """Concatenates along the last dimension and casts integers and booleans to float."""
     parts = [value if value.is_floating_point() else value.float() for value in inputs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -67,9 +62,6 @@ def orthogonal_init(module: nn.Module) -> nn.Module:
     """Initializes linear layers orthogonally (gain 1) with zero biases, in place, as ALM does.
 
     Convolutions get the gain of a ReLU.
-
-    Returns:
-        The same module.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -94,33 +86,20 @@ def mlp(
 ) -> nn.Module:
     """The network of encoder, latent dynamics and actor: Linear-ELU-Linear-ELU-Linear by default.
 
+    It concatenates its inputs, each ``[..., D_i]``.
+
     Args:
         in_features: size of the concatenated inputs.
         out_features: size of the output.
         hidden_dim: width of the hidden layers.
         depth: number of hidden layers; 0 makes a linear map.
         activation_class: activation after each hidden layer, a class of ``torch.nn`` or its name.
-        norm_class: normalization before each activation, such as ``nn.LayerNorm``, called with
-            ``hidden_dim``.
-
-    Returns:
-        A module from one or several ``[..., D_i]`` tensors to ``[..., out_features]``.
-
-    Examples:
-        >>> mlp(3, 2, 8, depth=1, activation_class="SiLU")
-        ConcatSequential(
-          (0): Linear(in_features=3, out_features=8, bias=True)
-          (1): SiLU()
-          (2): Linear(in_features=8, out_features=2, bias=True)
-        )
+        norm_class: normalization before each activation, called with ``hidden_dim``.
     """
     layers: list[nn.Module] = []
     size = in_features
     for _ in range(depth):
-        layers.append(nn.Linear(size, hidden_dim))
-        if norm_class is not None:
-            layers.append(_class(norm_class)(hidden_dim))
-        layers.append(_class(activation_class)())
+        layers += _hidden_layer(size, hidden_dim, norm_class, activation_class)
         size = hidden_dim
     return orthogonal_init(ConcatSequential(*layers, nn.Linear(size, out_features)))
 
@@ -129,15 +108,8 @@ class LayerNormMLP(ConcatSequential):
     """The network of reward, classifier and values: Linear-LayerNorm-Tanh-Linear-ELU-Linear.
 
     The normalized and squashed first layer keeps these networks stable on latents that reach +-30.
-
-    Args:
-        in_features: size of the concatenated inputs.
-        out_features: size of the output.
-        hidden_dim: width of the hidden layers.
-        depth: number of hidden layers, at least 1.
-        activation_class: activation after every hidden layer but the first, a class of
-            ``torch.nn`` or its name.
-        norm_class: normalization of the first layer, called with ``hidden_dim``; ``None`` for none.
+    Arguments are those of :func:`mlp`, but ``norm_class`` applies to the first hidden layer alone,
+    and ``activation_class`` to the others.
     """
 
     def __init__(
@@ -152,14 +124,21 @@ class LayerNormMLP(ConcatSequential):
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        layers: list[nn.Module] = [nn.Linear(in_features, hidden_dim)]
-        if norm_class is not None:
-            layers.append(_class(norm_class)(hidden_dim))
-        layers.append(nn.Tanh())
+        layers = _hidden_layer(in_features, hidden_dim, norm_class, nn.Tanh)
         for _ in range(depth - 1):
-            layers += [nn.Linear(hidden_dim, hidden_dim), _class(activation_class)()]
+            layers += _hidden_layer(hidden_dim, hidden_dim, None, activation_class)
         super().__init__(*layers, FullPrecisionLinear(hidden_dim, out_features))
         orthogonal_init(self)
+
+
+def _hidden_layer(
+    in_features: int,
+    out_features: int,
+    norm_class: type[nn.Module] | str | None,
+    activation_class: type[nn.Module] | str,
+) -> list[nn.Module]:
+    norm = [] if norm_class is None else [_class(norm_class)(out_features)]
+    return [nn.Linear(in_features, out_features), *norm, _class(activation_class)()]
 
 
 def _class(layer: type[nn.Module] | str) -> Any:

@@ -1,4 +1,4 @@
-"""Components that a saved agent can build again from their arguments."""
+"""Components that a saved agent can rebuild from their arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = "component"
 
 
 class Rebuildable:
-    """Records the arguments of an instance; :func:`describe` and :func:`rebuild` use them.
+    """Records its arguments for :func:`describe`.
 
     Only classes of this package can be rebuilt, so that loading a file runs no other code.
     """
@@ -30,16 +30,13 @@ class Rebuildable:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Records the arguments."""
         instance = super().__new__(cls)
-        # A frozen dataclass and a torch module before its __init__ refuse a plain assignment.
+        # Frozen dataclasses, and torch modules before __init__, refuse a plain assignment.
         object.__setattr__(instance, "_arguments", (args, kwargs))
         return instance
 
 
 def plain_numbers(value: Any) -> Any:
     """Replaces NumPy numbers by Python numbers, and arrays and tensors by tuples.
-
-    Args:
-        value: anything; dictionaries, lists and tuples are searched.
 
     Examples:
         >>> import numpy as np
@@ -56,17 +53,10 @@ def plain_numbers(value: Any) -> Any:
 
 
 def describe(value: Any) -> Any:
-    """Turns arguments and components into plain values that a file can hold.
-
-    Args:
-        value: a component of this package, a class of ``torch.nn``, a number, a string, or
-            containers of these.
-
-    Returns:
-        A value from which :func:`rebuild` makes an equal one, with new weights.
+    """Converts components of this package and their arguments to values that a file can hold.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: for other objects.
 
     Examples:
         >>> from alm_torchrl.modules import MLPEncoder
@@ -84,20 +74,15 @@ def describe(value: Any) -> Any:
         return value.__name__
     name = type(value).__name__
     if Rebuildable._classes.get(name) is not type(value):
-        raise TypeError(f"{name} cannot be described: it is not a component of alm_torchrl")
+        raise TypeError(f"{name} cannot be saved: it is not a component of alm_torchrl")
     return {_NAME: name, **{key: describe(entry) for key, entry in _named_arguments(value).items()}}
 
 
 def rebuild(description: Any) -> Any:
-    """Builds what :func:`describe` described.
+    """Builds the components that :func:`describe` described, with new weights.
 
     Raises:
         ValueError: if this release has no such component.
-
-    Examples:
-        >>> from alm_torchrl.modules import MLPEncoder
-        >>> rebuild(describe(MLPEncoder(3, latent_dim=4))).latent_dim
-        4
     """
     if isinstance(description, tuple | list):
         return type(description)(map(rebuild, description))

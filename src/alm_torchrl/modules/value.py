@@ -15,25 +15,20 @@ __all__ = ["QValueEnsemble"]
 
 
 class QValueEnsemble(Rebuildable, TensorDictModule):
-    r"""Several independent action values :math:`Q_\psi(z, a)` of the latent.
+    r"""Several independent action values :math:`Q_\psi(z, a)`.
 
-    ALM uses two and takes their minimum. Any module that writes ``[..., 1]``, such as a TorchRL
-    ``ValueOperator``, can replace the ensemble.
+    It reads a latent ``[..., D]`` and an action ``[..., A]``. ALM uses two values and takes their
+    minimum. Any module that writes ``[..., 1]``, such as a TorchRL ``ValueOperator``, can replace
+    the ensemble.
 
     Args:
-        latent_dim: size ``D`` of the latent.
-        action_dim: size ``A`` of the action.
-        hidden_dim: width of the hidden layers.
         num_networks: number ``N`` of networks.
-        latent_key: entry of the latent ``[..., D]``.
-        action_key: entry of the action ``[..., A]``.
         value_key: entry of the values ``[..., N]``, in units of return.
         **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
-        >>> q = QValueEnsemble(latent_dim=50, action_dim=6)
-        >>> q(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
+        >>> QValueEnsemble(50, 6)(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
         torch.Size([4, 2])
     """
 

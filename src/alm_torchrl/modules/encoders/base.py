@@ -1,4 +1,4 @@
-"""The base class of encoders, which reads their sizes off an observation spec."""
+"""The base class of encoders, which takes their sizes from an observation spec."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ __all__ = ["Encoder", "observation_shapes"]
 class Encoder(LatentModule):
     """A :class:`LatentModule` on observations, with a latent of known size.
 
-    Args:
-        network: a module from the observations to ``[..., head.network_size(latent_dim)]``.
-        latent_dim: size ``D`` of the latent.
-        in_keys: observations to read.
-        head: the distribution of the latent.
-        **options: further arguments of :class:`LatentModule`.
+    The arguments are those of :class:`LatentModule`, with the size ``latent_dim`` of the latent.
     """
 
+    # Dimensions of the observations that from_spec reads by default, and those that in_keys can
+    # name if they differ; entries that other observations include.
     _ranks: ClassVar[tuple[int, ...]] = (1,)
-    """Numbers of dimensions of the observations that :meth:`from_spec` reads by default."""
     _ranks_by_name: ClassVar[tuple[int, ...]] = ()
-    """Those that ``in_keys`` can name; by default the same."""
     _ignored: ClassVar[tuple[NestedKey, ...]] = ()
-    """Entries that other observations include."""
 
     def __init__(
         self,
@@ -61,8 +55,8 @@ class Encoder(LatentModule):
 
         Args:
             spec: ``env.observation_spec_unbatched``.
-            latent_dim: size of the latent, if the encoder has a choice.
-            hidden_dim: width of the hidden layers, if the encoder has any.
+            latent_dim: size of the latent; ignored by :class:`IdentityEncoder`.
+            hidden_dim: width of the hidden layers, if any.
             in_keys: observations to read; by default all that the encoder can read.
             **options: further arguments of the class.
 
@@ -86,14 +80,10 @@ def observation_shapes(
     *,
     ignore: Iterable[NestedKey] = (),
 ) -> dict[NestedKey, tuple[int, ...]]:
-    """The shapes of the observations that an encoder reads, by key.
+    """The shapes of the observations at ``in_keys``, or of all with one of the given ranks.
 
-    Args:
-        spec: an observation spec without batch dimensions.
-        in_keys: entries to read; by default all numeric entries of the given ranks, and a warning
-            names the others.
-        ranks: numbers of dimensions that the encoder can read, such as ``(1,)`` for vectors.
-        ignore: entries that are not observations, in addition to those of TorchRL's transforms.
+    A warning names observations that are not read, except for ``ignore`` and the bookkeeping of
+    TorchRL's transforms.
 
     Raises:
         ValueError: if an entry is missing or has another rank, or if no entry fits.

@@ -27,11 +27,7 @@ class FrozenEncoder(Encoder):
     Args:
         module: from observations ``[N, ...]`` to features ``[N, ...]``, which are flattened.
         shape: shape of one observation, such as ``(3, 64, 64)``. Integers are scaled to [0, 1].
-        latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the hidden layers of the MLP.
         in_keys: the observation to read, exactly one.
-        head: the distribution of the latent.
-        latent_key: entry of the latent; the distribution parameters are written beside it.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
@@ -39,11 +35,9 @@ class FrozenEncoder(Encoder):
 
     Examples:
         >>> pretrained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
-        >>> encoder = FrozenEncoder(pretrained, (3, 32, 32), latent_dim=8, hidden_dim=16)
+        >>> encoder = FrozenEncoder(pretrained, (3, 32, 32), latent_dim=8)
         >>> encoder(pixels=torch.rand(2, 5, 3, 32, 32))[-1].shape
         torch.Size([2, 5, 8])
-        >>> any(parameter.requires_grad for parameter in pretrained.parameters())
-        False
     """
 
     _ranks: ClassVar[tuple[int, ...]] = (3,)

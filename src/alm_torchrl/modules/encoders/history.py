@@ -30,17 +30,13 @@ class WindowEncoder(Encoder):
 
     Args:
         observation_dim: size ``O`` of an observation, or the sum of several.
-        latent_dim: size ``D`` of the latent.
         hidden_dim: width of the GRU and of the MLP.
         in_keys: windows to read, each ``[..., L, O_i]``; several are concatenated.
-        head: the distribution of the latent.
-        latent_key: entry of the latent; the distribution parameters are written beside it.
         **mlp_kwargs: further arguments of :func:`mlp`; ``depth`` is 1 by default.
 
     Examples:
         >>> import torch
-        >>> encoder = WindowEncoder(3, latent_dim=8, hidden_dim=16)
-        >>> encoder(history=torch.randn(2, 10, 3))[-1].shape
+        >>> WindowEncoder(3, latent_dim=8)(history=torch.randn(2, 10, 3))[-1].shape
         torch.Size([2, 8])
     """
 
@@ -69,37 +65,30 @@ class WindowEncoder(Encoder):
 class RecurrentEncoder(Encoder):
     """A GRU that steps with the environment, and whose state is stored with each transition.
 
-    Entries, shapes and priming are those of :class:`torchrl.modules.GRUModule` in single-step
-    mode: the encoder reads the state ``[..., 1, H]`` at ``state_key`` and writes the next one under
-    ``"next"``. A :class:`~torchrl.envs.TensorDictPrimer` in the environment (:func:`state_primer`,
-    or :meth:`make_tensordict_primer`) starts every episode with zeros and passes the state on. No
-    ``is_init`` entry is needed; ``GRUModule`` branches on its values, which neither a compiled
+    The encoder reads the state ``[..., 1, H]`` at ``state_key`` and writes the next one under
+    ``"next"``, like :class:`torchrl.modules.GRUModule` in single-step mode. The environment needs a
+    :func:`state_primer`, which starts every episode with zeros and passes the state on. Unlike
+    ``GRUModule``, the encoder does not branch on ``is_init`` entries, which neither a compiled
     graph nor ``torch.vmap`` supports.
 
-    Limits, compared with :class:`WindowEncoder`:
-
-    * Gradients are truncated after one step: the losses treat the stored state as a constant.
-    * Stored states come from older encoders and become stale as the encoder learns.
-    * During random collection (``init_random_frames``) no policy runs and the state stays zero.
+    Limits, compared with :class:`WindowEncoder`: gradients are truncated after one step, because
+    the losses treat the stored state as a constant; stored states become stale as the encoder
+    learns; and during random collection (``init_random_frames``) the state stays zero.
 
     Args:
         observation_dim: total size of the observations.
-        latent_dim: size ``D`` of the latent.
         hidden_dim: width ``H`` of the state and of the MLP after it.
         in_keys: observations to read, each ``[..., O_i]``; several are concatenated.
         state_key: entry of the state; the next state is written under ``"next"``.
-        head: the distribution of the latent.
-        latent_key: entry of the latent; the distribution parameters are written beside it.
         **mlp_kwargs: further arguments of :func:`mlp`; ``depth`` is 1 by default.
 
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> encoder = RecurrentEncoder(3, latent_dim=8, hidden_dim=16)
         >>> state = {"observation": torch.randn(2, 3), "recurrent_state": torch.zeros(2, 1, 16)}
-        >>> td = encoder(TensorDict(state, batch_size=[2]))
-        >>> td["latent"].shape, td["next", "recurrent_state"].shape
-        (torch.Size([2, 8]), torch.Size([2, 1, 16]))
+        >>> td = RecurrentEncoder(3, hidden_dim=16)(TensorDict(state, batch_size=[2]))
+        >>> td["next", "recurrent_state"].shape
+        torch.Size([2, 1, 16])
     """
 
     def __init__(
@@ -127,24 +116,16 @@ class RecurrentEncoder(Encoder):
         self.state_key = unravel_key(state_key)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that the environment needs, as in ``GRUModule``.
-
-        ``torchrl.modules.utils.get_primers_from_module`` finds it.
-        """
+        """The transform for the environment; TorchRL's ``get_primers_from_module`` finds it."""
         return state_primer(self.hidden_dim, self.state_key)
 
     @classmethod
     def from_spec(
         cls, spec: Composite, *, state_key: NestedKey = "recurrent_state", **options: Any
     ) -> Self:
-        """Builds an encoder for the vectors of an environment, with the size of its primed state.
+        """Builds an encoder for the vectors of an environment that has a :func:`state_primer`.
 
-        Args:
-            spec: ``env.observation_spec_unbatched``, with a :func:`state_primer` in the
-                environment.
-            state_key: entry of the state.
-            **options: arguments of :meth:`Encoder.from_spec`. ``hidden_dim`` is ignored: it is the
-                size of the primed state.
+        Arguments are those of :meth:`Encoder.from_spec`; ``hidden_dim`` is the size of the state.
 
         Raises:
             ValueError: if an observation or the state is missing.
@@ -164,14 +145,9 @@ class RecurrentEncoder(Encoder):
 def state_primer(hidden_dim: int, state_key: NestedKey = "recurrent_state") -> TensorDictPrimer:
     """The transform by which an environment passes on the state of a :class:`RecurrentEncoder`.
 
-    It starts every episode with zeros.
-
-    Args:
-        hidden_dim: width ``H`` of the state.
-        state_key: entry of the state, float32 ``[..., 1, H]``.
+    The state is float32 ``[..., 1, hidden_dim]``, and zero at the start of every episode.
 
     Examples:
-        >>> import torch
         >>> from torchrl.envs import TransformedEnv
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
         >>> env = TransformedEnv(ContinuousActionVecMockEnv(), state_primer(16))

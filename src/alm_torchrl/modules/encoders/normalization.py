@@ -15,12 +15,7 @@ __all__ = ["NormalizedInputs", "RunningNorm", "centered_bytes"]
 
 
 def centered_bytes(images: Tensor) -> Tensor:
-    """Maps bytes to [-0.5, 0.5], as float32, and leaves floating-point images unchanged.
-
-    Examples:
-        >>> centered_bytes(torch.tensor([0, 255], dtype=torch.uint8))
-        tensor([-0.5000,  0.5000])
-    """
+    """Maps bytes to [-0.5, 0.5], as float32, and leaves floating-point images unchanged."""
     return images if images.is_floating_point() else images.to(torch.float32) / 255 - 0.5
 
 
@@ -44,11 +39,9 @@ class RunningNorm(nn.Module):
     Examples:
         >>> norm = RunningNorm(2)
         >>> x = 3 + 5 * torch.randn(1000, 2)
-        >>> torch.allclose(norm(x), x.clamp(-10, 10), rtol=1e-5)  # before the first update
-        True
         >>> norm.update(x)
-        >>> bool(norm(x).mean().abs() < 1e-4), round(float(norm(x).std()), 2)
-        (True, 1.0)
+        >>> round(float(norm(x).std()), 2)
+        1.0
     """
 
     mean: Tensor
@@ -86,10 +79,6 @@ class RunningNorm(nn.Module):
 
     def _as_float(self, x: Tensor) -> Tensor:
         return centered_bytes(x) if self.mean.ndim > 1 else concatenate(x)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return f"{tuple(self.mean.shape)}, clip={self.clip}, epsilon={self.epsilon}"
 
 
 class NormalizedInputs(nn.Module):

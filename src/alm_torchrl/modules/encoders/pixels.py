@@ -38,8 +38,7 @@ class ConvNet(nn.Module):
 
     Examples:
         >>> import torch
-        >>> network = ConvNet((9, 32, 32))
-        >>> network(torch.randint(256, (2, 5, 9, 32, 32), dtype=torch.uint8)).shape
+        >>> ConvNet((9, 32, 32))(torch.randint(256, (2, 5, 9, 32, 32), dtype=torch.uint8)).shape
         torch.Size([2, 5, 50])
     """
 
@@ -78,8 +77,6 @@ class MultiInputEncoder(Encoder):
     Args:
         shapes: shape of each observation by key: ``(C, H, W)`` for an image of bytes, or of
             floating-point numbers around 0; ``(O,)`` for a vector.
-        latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the hidden layers of the MLP.
         feature_dim: number of features of each image.
         channels: channels of the convolutions.
         pad: largest random shift in pixels; 0 disables it.
@@ -87,8 +84,6 @@ class MultiInputEncoder(Encoder):
             image, so that the encoder sees what moves; call :meth:`ALMAgent.update_statistics` on
             new data. Without it, images with one background have latents so similar that the
             consistency term makes them equal.
-        head: the distribution of the latent.
-        latent_key: entry of the latent; the distribution parameters are written beside it.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
@@ -97,7 +92,7 @@ class MultiInputEncoder(Encoder):
     Examples:
         >>> import torch
         >>> shapes = {"pixels": (3, 32, 32), "joints": (5,)}
-        >>> encoder = MultiInputEncoder(shapes, latent_dim=8, hidden_dim=16)
+        >>> encoder = MultiInputEncoder(shapes, latent_dim=8)
         >>> pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
         >>> encoder(pixels=pixels, joints=torch.randn(2, 5))[-1].shape
         torch.Size([2, 8])
@@ -148,14 +143,12 @@ class PixelEncoder(MultiInputEncoder):
 
     Args:
         shape: ``(C, H, W)`` of an image, with frames stacked along ``C``.
-        latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the hidden layers of the MLP.
         in_keys: images to read.
         **options: further arguments of :class:`MultiInputEncoder`.
 
     Examples:
         >>> import torch
-        >>> encoder = PixelEncoder((9, 84, 84), latent_dim=8, hidden_dim=16)
+        >>> encoder = PixelEncoder((9, 84, 84), latent_dim=8)
         >>> encoder(pixels=torch.randint(256, (2, 9, 84, 84), dtype=torch.uint8))[-1].shape
         torch.Size([2, 8])
     """

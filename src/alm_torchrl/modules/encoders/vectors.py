@@ -21,21 +21,16 @@ class MLPEncoder(Encoder):
 
     Args:
         observation_dim: total size of the observations.
-        latent_dim: size ``D`` of the latent.
-        hidden_dim: width of the hidden layers.
         in_keys: observations to read, each ``[..., O_i]``; several are concatenated.
-        head: the distribution of the latent.
         normalize: whether a :class:`RunningNorm` normalizes the observations.
-        latent_key: entry of the latent; the distribution parameters are written beside it.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> encoder = MLPEncoder(observation_dim=17)
-        >>> td = encoder(TensorDict(observation=torch.randn(4, 17), batch_size=[4]))
-        >>> td["latent"].shape, td["latent_scale"].shape
-        (torch.Size([4, 50]), torch.Size([4, 50]))
+        >>> td = TensorDict(observation=torch.randn(4, 17), batch_size=[4])
+        >>> MLPEncoder(17)(td)["latent_scale"].shape
+        torch.Size([4, 50])
     """
 
     def __init__(
@@ -60,10 +55,7 @@ class MLPEncoder(Encoder):
 class LinearEncoder(MLPEncoder):
     r"""One linear layer from the observations to the latent distribution.
 
-    Args:
-        observation_dim: total size of the observations.
-        latent_dim: size ``D`` of the latent.
-        **options: further arguments of :class:`MLPEncoder`.
+    Further arguments are those of :class:`MLPEncoder`.
 
     Examples:
         >>> import torch
@@ -86,13 +78,10 @@ class IdentityEncoder(Encoder):
         in_keys: observations to read, each ``[..., O_i]``; several are concatenated.
         scale: standard deviation of every entry, in units of the (normalized) observation.
         normalize: whether a :class:`RunningNorm` normalizes the observations.
-        latent_key: entry of the latent; the distribution parameters are written beside it.
 
     Examples:
-        >>> import torch
-        >>> encoder = IdentityEncoder(3)
-        >>> sum(1 for _ in encoder.parameters()), encoder.latent_dim
-        (0, 3)
+        >>> IdentityEncoder(3).latent_dim
+        3
     """
 
     def __init__(

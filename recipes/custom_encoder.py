@@ -21,7 +21,7 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl import ALMAgent, ALMLoss, make_collector, make_env, make_replay_buffer
 from alm_torchrl.evaluation import evaluate_policy
-from alm_torchrl.modules import GaussianLatentModule
+from alm_torchrl.modules import LatentModule
 
 
 class Skip(nn.Module):
@@ -41,10 +41,10 @@ class Skip(nn.Module):
 
 def make_encoder(
     observation_spec: Composite, latent_dim: int = 50, hidden_dim: int = 256
-) -> GaussianLatentModule:
+) -> LatentModule:
     """Builds the encoder for the vector ``"observation"``."""
     observation_dim = observation_spec["observation"].shape[-1]
-    return GaussianLatentModule(
+    return LatentModule(
         Skip(observation_dim, latent_dim, hidden_dim), in_keys=["observation"]
     )
 

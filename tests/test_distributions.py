@@ -14,11 +14,11 @@ from torch import distributions as D
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.distributions import (
-    BoundedNormalParamExtractor,
     ClampedNormal,
     OneHotGroups,
     full_precision,
 )
+from alm_torchrl.modules import GaussianHead
 
 DRAWS = 200_000
 reproducible = settings(deadline=None, derandomize=True, max_examples=60)
@@ -54,7 +54,7 @@ def censored_moments(loc: float, scale: float, low: float, high: float) -> tuple
 
 def test_bounds_follow_the_formula() -> None:
     raw = torch.linspace(-40, 40, 24, dtype=torch.float64).reshape(3, 8)
-    loc, scale = BoundedNormalParamExtractor(loc_bound=5.0, scale_min=0.2, scale_max=3.0)(raw)
+    loc, scale = GaussianHead(loc_bound=5.0, scale_min=0.2, scale_max=3.0)(raw)
     for row in range(3):
         for i in range(4):
             x, s = raw[row, i].item(), raw[row, 4 + i].item()
@@ -69,7 +69,7 @@ def test_bounds_follow_the_formula() -> None:
 def test_wild_inputs_stay_within_the_bounds(locs: list[float], scales: list[float]) -> None:
     size = min(len(locs), len(scales))
     raw = torch.tensor([*locs[:size], *scales[:size]], requires_grad=True)
-    loc, scale = BoundedNormalParamExtractor()(raw)
+    loc, scale = GaussianHead()(raw)
     assert (loc.abs() <= 30).all()
     # The lower softplus leaks by softplus(9.9) - 9.9 = 5e-5 over the upper bound.
     assert ((scale >= 0.1) & (scale <= 10 + 6e-5)).all()
@@ -81,7 +81,7 @@ def test_wild_inputs_stay_within_the_bounds(locs: list[float], scales: list[floa
 
 def test_gradient_is_alive_inside_the_bounds_and_beyond_them() -> None:
     raw = torch.tensor([0.0, 60.0, 1.0, 14.0], requires_grad=True)
-    loc, scale = BoundedNormalParamExtractor()(raw)
+    loc, scale = GaussianHead()(raw)
     (loc.sum() + scale.sum()).backward()
     assert raw.grad is not None
     assert raw.grad[0] == 1
@@ -98,7 +98,7 @@ def test_gradient_is_alive_inside_the_bounds_and_beyond_them() -> None:
     ],
 )
 def test_half_precision_alone_is_raised(given_dtype: torch.dtype, wanted: torch.dtype) -> None:
-    loc, scale = BoundedNormalParamExtractor()(torch.zeros(3, 4, dtype=given_dtype))
+    loc, scale = GaussianHead()(torch.zeros(3, 4, dtype=given_dtype))
     assert loc.dtype == scale.dtype == full_precision(torch.zeros(1, dtype=given_dtype)).dtype
     assert loc.dtype == wanted
 
@@ -106,9 +106,9 @@ def test_half_precision_alone_is_raised(given_dtype: torch.dtype, wanted: torch.
 def test_bad_bounds_and_odd_sizes_are_refused() -> None:
     for kwargs in ({"loc_bound": 0}, {"scale_min": 0}, {"scale_min": 2, "scale_max": 1}):
         with pytest.raises(ValueError, match="0 < scale_min < scale_max"):
-            BoundedNormalParamExtractor(**kwargs)
+            GaussianHead(**kwargs)
     with pytest.raises(ValueError, match=r"must be even, got shape \(2, 5\)"):
-        BoundedNormalParamExtractor()(torch.zeros(2, 5))
+        GaussianHead()(torch.zeros(2, 5))
 
 
 # ------------------------------------------------------------------------------- the action noise

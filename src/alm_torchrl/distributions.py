@@ -1,7 +1,6 @@
 """The distributions of Aligned Latent Models.
 
-* The latent is a diagonal Normal (:class:`DiagonalNormal`) whose parameters are softly bounded by
-  :class:`BoundedNormalParamExtractor`; or, for discrete latents, groups of one-hot categoricals
+* The latent is a diagonal Normal (:class:`DiagonalNormal`) or groups of one-hot categoricals
   (:class:`OneHotGroups`).
 * The action is a Normal around the actor's output, with optional clipping of the noise and a
   straight-through clamp to the action range: :class:`ClampedNormal`.
@@ -12,84 +11,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
-from torch.nn import functional as F
 from torchrl.modules import IndependentNormal
 
-__all__ = ["BoundedNormalParamExtractor", "ClampedNormal", "DiagonalNormal", "OneHotGroups"]
-
-
-class BoundedNormalParamExtractor(nn.Module):
-    r"""Splits a tensor into the location and the scale of a Normal, both softly bounded.
-
-    .. math::
-        \mu &= b \tanh(x_\mu / b) \\
-        \sigma' &= \sigma_{max} - \mathrm{softplus}(\sigma_{max} - x_\sigma) \\
-        \sigma &= \sigma_{min} + \mathrm{softplus}(\sigma' - \sigma_{min})
-
-    The bounds keep the KL divergence between encoder and latent dynamics finite throughout
-    training while the gradient never vanishes entirely. Half-precision inputs are raised to
-    float32 first, because the KL divergence needs it.
-
-    Args:
-        loc_bound: bound :math:`b` of the location, in latent units.
-        scale_min: lower bound of the scale, in latent units.
-        scale_max: upper bound of the scale, in latent units.
-
-    Raises:
-        ValueError: if the bounds are not ordered or not positive.
-
-    Examples:
-        >>> import torch
-        >>> loc, scale = BoundedNormalParamExtractor()(torch.tensor([1e3, -1e3, 1e3, -1e3]))
-        >>> loc.tolist()
-        [30.0, -30.0]
-        >>> [round(s, 3) for s in scale.tolist()]
-        [10.0, 0.1]
-    """
-
-    def __init__(
-        self, loc_bound: float = 30.0, scale_min: float = 0.1, scale_max: float = 10.0
-    ) -> None:
-        super().__init__()
-        if loc_bound <= 0 or not 0 < scale_min < scale_max:
-            raise ValueError(
-                "expected loc_bound > 0 and 0 < scale_min < scale_max, got "
-                f"loc_bound={loc_bound}, scale_min={scale_min}, scale_max={scale_max}"
-            )
-        self.loc_bound = loc_bound
-        self.scale_min = scale_min
-        self.scale_max = scale_max
-
-    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds the two halves of the last dimension.
-
-        Args:
-            raw: unbounded parameters, ``[..., 2 * D]``.
-
-        Returns:
-            The location and the scale, each ``[..., D]``.
-
-        Raises:
-            ValueError: if the last dimension is odd.
-        """
-        if raw.shape[-1] % 2:
-            raise ValueError(
-                "the last dimension holds location and scale side by side and must be even, "
-                f"got shape {tuple(raw.shape)}"
-            )
-        raw = full_precision(raw)
-        loc, scale = raw.chunk(2, dim=-1)
-        loc = self.loc_bound * torch.tanh(loc / self.loc_bound)
-        scale = self.scale_max - F.softplus(self.scale_max - scale)
-        scale = self.scale_min + F.softplus(scale - self.scale_min)
-        return loc, scale
-
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return f"loc_bound={self.loc_bound}, scale=[{self.scale_min}, {self.scale_max}]"
+__all__ = ["ClampedNormal", "DiagonalNormal", "OneHotGroups"]
 
 
 class DiagonalNormal(IndependentNormal):

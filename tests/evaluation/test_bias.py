@@ -19,7 +19,7 @@ from alm_torchrl.evaluation import (
     rollout_for_bias,
     value_bias,
 )
-from alm_torchrl.modules import Actor, GaussianLatentModule, NoiseSchedule
+from alm_torchrl.modules import Actor, LatentModule, NoiseSchedule
 from alm_torchrl.objectives import ALMLoss
 
 GAMMA, LENGTH = 0.9, 6
@@ -109,10 +109,8 @@ def exact_loss(values: Tensor, rewards: Tensor, offset: float = 0.0, wrong: floa
             return self.weight.expand(*state.shape[:-1], 2)
 
     loss = ALMLoss(
-        encoder=GaussianLatentModule(Shift(0.0), ["observation"]),
-        dynamics=GaussianLatentModule(
-            Shift(1.0), ["latent", "action"], latent_key=("next", "latent")
-        ),
+        encoder=LatentModule(Shift(0.0), ["observation"]),
+        dynamics=LatentModule(Shift(1.0), ["latent", "action"], latent_key=("next", "latent")),
         reward_model=module(Lookup(rewards, offset=wrong), "predicted_reward"),
         classifier=module(Even(), "logits", ("next", "latent")),
         qvalue_network=module(Lookup(values, 2, offset), "state_action_value"),

@@ -20,8 +20,8 @@ from torchrl.objectives.value import TDLambdaEstimator
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.modules import (
-    GaussianLatentModule,
     LatentDynamics,
+    LatentModule,
     MLPEncoder,
     QValueEnsemble,
     RewardModel,
@@ -1015,7 +1015,7 @@ def test_a_wrong_size_is_named(
         ),
         (
             "dynamics",
-            GaussianLatentModule(
+            LatentModule(
                 LayerNormMLP(6, 2, 8), ["latent", "action"], latent_key=("next", "latent")
             ),
             r"the dynamics writes latents of shape \(6, 1, 1\), the encoder of shape \(6, 1, 4\)",

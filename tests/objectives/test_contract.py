@@ -20,7 +20,6 @@ from alm_torchrl.distributions import DiagonalNormal
 from alm_torchrl.modules import (
     Augmented,
     CategoricalHead,
-    GaussianLatentModule,
     LatentDynamics,
     LatentModule,
     MLPEncoder,
@@ -32,8 +31,8 @@ SPEC = Composite(observation=Unbounded(3), image=Unbounded((1, 4, 4)))
 ACTION = Unbounded(2)
 
 
-def gaussian(network: nn.Module, **options: Any) -> GaussianLatentModule:
-    return GaussianLatentModule(network, options.pop("in_keys", ["observation"]), **options)
+def gaussian(network: nn.Module, **options: Any) -> LatentModule:
+    return LatentModule(network, options.pop("in_keys", ["observation"]), **options)
 
 
 def ending_in(distribution: Any, names: tuple[str, ...], network: nn.Module | None = None) -> Any:
@@ -142,7 +141,7 @@ class Remembers(nn.Linear):
 WRONG = {
     "no_distribution": (
         lambda: TensorDictModule(nn.Linear(3, 4), ["observation"], ["latent"]),
-        ["ends in no distribution", r"write GaussianLatentModule\(network"],
+        ["ends in no distribution", r"write LatentModule\(network"],
     ),
     "wrong_key": (
         lambda: gaussian(nn.Linear(3, 8), in_keys=["position"]),
@@ -216,7 +215,7 @@ def test_all_findings_come_at_once() -> None:
     with pytest.raises(ValueError, match="does not satisfy the encoder contract") as error:
         check_encoder(encoder, SPEC, LatentDynamics(4, 2, 8), latent_dim=5)
     lines = str(error.value).splitlines()
-    assert lines[0] == "GaussianLatentModule does not satisfy the encoder contract:"
+    assert lines[0] == "LatentModule does not satisfy the encoder contract:"
     assert [line.startswith("- ") for line in lines[1:]] == [True] * 3
     assert error.match("size 6, but the other components are built for latent_dim=5")
 
@@ -245,9 +244,7 @@ def test_the_dynamics_is_checked_too() -> None:
     network = TensorDictModule(nn.Linear(6, 4), ["latent", "action"], [("next", "latent")])
     with pytest.raises(ValueError, match="the dynamics, TensorDictModule, ends in no distribution"):
         check_encoder(encoder, SPEC, network)
-    joined = GaussianLatentModule(
-        nn.Bilinear(4, 2, 8), ["latent", "action"], latent_key=("next", "latent")
-    )
+    joined = LatentModule(nn.Bilinear(4, 2, 8), ["latent", "action"], latent_key=("next", "latent"))
     with pytest.raises(ValueError, match="pass action_spec=env.action_spec"):
         check_encoder(encoder, SPEC, joined)
     assert check_encoder(encoder, SPEC, joined, action_spec=ACTION) == 4
@@ -259,7 +256,7 @@ def test_augmentation_and_torchrls_recurrent_module_will_do() -> None:
     noise = Augmented(nn.Linear(3, 8), [nn.Dropout(0.5)])
     assert check_encoder(gaussian(noise), SPEC) == 4
     memory = GRUModule(3, 5, in_keys=["observation", "state"], out_keys=["h", ("next", "state")])
-    head = GaussianLatentModule(nn.Linear(5, 8), ["h"])
+    head = LatentModule(nn.Linear(5, 8), ["h"])
     spec = SPEC.clone()
     spec["state"], spec["is_init"] = Unbounded((1, 5)), Unbounded(1, dtype=torch.bool)
     assert check_encoder(ProbabilisticTensorDictSequential(memory, *head), spec) == 4

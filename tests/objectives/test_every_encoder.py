@@ -21,8 +21,8 @@ from alm_torchrl.envs import History, make_env
 from alm_torchrl.modules import (
     CategoricalHead,
     FrozenEncoder,
-    GaussianLatentModule,
     IdentityEncoder,
+    LatentModule,
     LayerNormHead,
     LinearEncoder,
     MLPEncoder,
@@ -81,7 +81,7 @@ def drawn() -> list[Transform]:
 def own(spec: Any, **_: Any) -> nn.Module:
     """As a user would write one."""
     network = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 16))
-    return GaussianLatentModule(network, in_keys=["observation"])
+    return LatentModule(network, in_keys=["observation"])
 
 
 def pretrained() -> nn.Module:

@@ -22,7 +22,7 @@ from alm_torchrl.modules.heads import (
     LayerNormHead,
     SimplicialHead,
 )
-from alm_torchrl.modules.latent import GaussianLatentModule, LatentModule
+from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, mlp, orthogonal_init
 from alm_torchrl.modules.rebuildable import plain_numbers
 from alm_torchrl.modules.value import QValueEnsemble
@@ -37,7 +37,6 @@ __all__ = [
     "FixedScaleHead",
     "FrozenEncoder",
     "GaussianHead",
-    "GaussianLatentModule",
     "IdentityEncoder",
     "LatentDynamics",
     "LatentHead",

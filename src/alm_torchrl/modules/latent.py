@@ -102,6 +102,3 @@ def keeps_statistics(encoder: nn.Module) -> bool:
     """Whether a layer of the encoder keeps running statistics of its inputs."""
     inner = list(encoder.modules())[1:]
     return any(hasattr(module, "update_statistics") for module in inner)
-
-
-GaussianLatentModule = LatentModule

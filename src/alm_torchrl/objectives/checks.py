@@ -175,7 +175,7 @@ def check_networks(
         if not isinstance(module, ProbabilisticTensorDictSequential):
             raise ValueError(
                 f"{name} must end in a distribution: wrap it in a "
-                "ProbabilisticTensorDictSequential (or a GaussianLatentModule for a latent), got "
+                "ProbabilisticTensorDictSequential (or a LatentModule for a latent), got "
                 f"{type(module).__name__}"
             )
     plain = {

@@ -48,7 +48,7 @@ class EncoderProtocol(Protocol):
     Parameters and statistics are ``nn.Parameter`` or buffers; evaluating the encoder changes
     neither them nor the input; and it is deterministic under ``ExplorationType.DETERMINISTIC``. An
     entry written under ``"next"`` is memory: it is read again one step later at the same key
-    without ``"next"``. Optional methods: ``acting()`` returns the encoder as a policy uses it,
+    without ``"next"``. Optional methods:
     ``update_statistics(tensordict)`` moves running statistics on, and ``make_tensordict_primer()``
     makes the transform that hands memory on.
     """
@@ -188,7 +188,7 @@ class _Check:
             return True
         self._add(
             f"it ends in no distribution ({type(self.encoder).__name__}): write "
-            "GaussianLatentModule(network, in_keys=[...]) around a network with 2 * latent_dim "
+            "LatentModule(network, in_keys=[...]) around a network with 2 * latent_dim "
             "outputs, or LatentModule(network, in_keys=[...], head=...) for another distribution"
         )
         return False

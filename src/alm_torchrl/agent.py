@@ -54,20 +54,16 @@ class AgentConfig:
         latent_dim: size of the latent.
         hidden_dim: width of encoder, reward model, classifier, values and actor.
         dynamics_hidden_dim: width of the latent dynamics.
-        scale_to_range: whether the actor's mean spans the action range (see
-            :class:`~alm_torchrl.modules.Actor`); the authors keep it in +-1.
+        scale_to_range: whether the actor's mean spans the action range; the authors keep it in +-1.
         noise_clip: largest action noise in the losses.
         noise_start: initial scale of the action noise.
         noise_end: scale of the action noise after ``noise_steps``.
         noise_steps: number of steps over which the noise is annealed.
-        normalize_mean: whether the actor's output is kept from saturating; see
-            :class:`~alm_torchrl.modules.Actor`.
+        normalize_mean: whether the actor's output is kept from saturating.
         continuation: whether to build a :class:`~alm_torchrl.modules.ContinuationModel`, for tasks
             whose episodes terminate.
-        network_kwargs: further arguments of the networks by name, such as
-            ``{"actor": {"depth": 3, "activation_class": nn.SiLU}}``. The names are those of
-            :meth:`ALMAgent.networks`; the arguments are those of the classes in
-            :mod:`alm_torchrl.modules` that :class:`ALMAgent` builds by default.
+        network_kwargs: further arguments of the default networks, by the names of
+            :meth:`ALMAgent.networks`: ``{"actor": {"depth": 3, "activation_class": nn.SiLU}}``.
     """
 
     observation_dims: dict[NestedKey, int]
@@ -112,8 +108,7 @@ class ALMAgent(nn.Module):
     Args:
         config: sizes and action range; :meth:`from_env` reads them off an environment.
         encoder: replaces :class:`~alm_torchrl.modules.MLPEncoder`.
-        dynamics: replaces :class:`~alm_torchrl.modules.LatentDynamics` with the head of the
-            encoder, so that their distributions have a KL divergence.
+        dynamics: replaces :class:`~alm_torchrl.modules.LatentDynamics` with the encoder's head.
         reward_model: replaces :class:`~alm_torchrl.modules.RewardModel`.
         classifier: replaces :class:`~alm_torchrl.modules.TransitionClassifier`.
         qvalue_network: replaces :class:`~alm_torchrl.modules.QValueEnsemble`.

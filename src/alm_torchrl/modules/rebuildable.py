@@ -63,16 +63,17 @@ def describe(value: Any) -> Any:
         >>> describe(MLPEncoder(3, latent_dim=4))
         {'component': 'MLPEncoder', 'observation_dim': 3, 'latent_dim': 4}
     """
-    value = plain_numbers(getattr(value, "_orig_mod", value))  # _orig_mod: compiled by torch
+    value = getattr(value, "_orig_mod", value)  # what torch.compile wrapped
+    value = plain_numbers(value)
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple | list):  # torch.Size too
         return (list if isinstance(value, list) else tuple)(map(describe, value))
     if isinstance(value, Mapping):
         return {describe(key): describe(entry) for key, entry in value.items()}
-    if isinstance(value, type) and getattr(nn, value.__name__, None) is value:
-        return value.__name__
-    name = type(value).__name__
+    name = getattr(value, "__name__", type(value).__name__)
+    if getattr(nn, name, None) is value:
+        return name
     if Rebuildable._classes.get(name) is not type(value):
         raise TypeError(f"{name} cannot be saved: it is not a component of alm_torchrl")
     return {_NAME: name, **{key: describe(entry) for key, entry in _named_arguments(value).items()}}
@@ -97,7 +98,7 @@ def rebuild(description: Any) -> Any:
     return Rebuildable._classes[name](**arguments)
 
 
-def _named_arguments(instance: Rebuildable) -> dict[str, Any]:
+def _named_arguments(instance: Any) -> dict[str, Any]:
     args, kwargs = instance._arguments
     signature = inspect.signature(type(instance).__init__)
     named = dict(signature.bind(instance, *args, **kwargs).arguments)

@@ -70,7 +70,7 @@ class Encoder(LatentModule):
     @classmethod
     def _from_shapes(cls, shapes: dict[NestedKey, tuple[int, ...]], **options: Any) -> Self:
         size = sum(shape[-1] for shape in shapes.values())
-        return cls(size, in_keys=list(shapes), **options)  # type: ignore[call-arg]
+        return cls(size, in_keys=list(shapes), **options)  # type: ignore[arg-type]
 
 
 def observation_shapes(

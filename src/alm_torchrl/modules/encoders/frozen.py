@@ -70,7 +70,7 @@ class FrozenEncoder(Encoder):
         super().__init__(network, latent_dim, in_keys, head, latent_key=latent_key)
 
     @classmethod
-    def _from_shapes(
+    def _from_shapes(  # type: ignore[override]
         cls, shapes: dict[NestedKey, tuple[int, ...]], *, module: nn.Module, **options: Any
     ) -> Self:
         return cls(module, next(iter(shapes.values())), in_keys=list(shapes), **options)

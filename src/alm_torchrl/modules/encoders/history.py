@@ -158,7 +158,8 @@ def state_primer(hidden_dim: int, state_key: NestedKey = "recurrent_state") -> T
 
 
 def _readout(hidden_dim: int, out_features: int, mlp_kwargs: MLPKwargs) -> nn.Module:
-    return mlp(hidden_dim, out_features, hidden_dim, **{"depth": 1, **mlp_kwargs})
+    kwargs: MLPKwargs = {"depth": 1, **mlp_kwargs}
+    return mlp(hidden_dim, out_features, hidden_dim, **kwargs)
 
 
 class _WindowGRU(nn.Module):

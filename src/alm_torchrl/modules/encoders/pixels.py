@@ -171,7 +171,7 @@ class PixelEncoder(MultiInputEncoder):
         if len(set(shapes.values())) > 1:
             raise ValueError(f"images differ in shape: {shapes}; use MultiInputEncoder")
         shape = next(iter(shapes.values()))
-        return cls(shape, in_keys=list(shapes), **options)  # type: ignore[arg-type]
+        return cls(shape, in_keys=list(shapes), **options)
 
 
 class _Branches(nn.Module):

@@ -100,7 +100,6 @@ def loop(
             title="",
             eval_every=steps,
             accelerator=config.run.accelerator,
-            precision=config.run.precision,
             tensorboard=False,
         )
         trainer.limit_val_batches = 0

@@ -12,7 +12,8 @@ from typing import Any
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 
-from alm_torchrl.training import Checkpoints, make_trainer
+from alm_torchrl.training import make_trainer
+from alm_torchrl.training.checkpoints import Checkpoints
 from benchmarks.long import recipe_config
 from benchmarks.measure import synchronize
 from recipes.build import make_module

@@ -10,7 +10,7 @@ from torchrl.objectives import REDQLoss, SACLoss
 
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import frame_stacks, make_env
-from alm_torchrl.training import choose_precision
+from alm_torchrl.training.runtime import choose_precision
 from benchmarks.measure import Case, copy_case, matmul_case
 from benchmarks.workloads import (
     QUICKSTART,

@@ -18,8 +18,13 @@ from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.modules import PixelEncoder
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training import CapturedUpdate, Update, make_optimizer, stack_seeds
-from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
+from alm_torchrl.training import (
+    CapturedUpdate,
+    TargetUpdate,
+    Update,
+    make_optimizer,
+    stack_seeds,
+)
 from experiments.sac import make_loss
 
 
@@ -128,11 +133,10 @@ class ALMWork:
         self.agent, self.loss = stack_seeds(agents, losses)
         shape = (sizes.batch, sizes.horizon)
         self.batch = windows(task, shape if seeds == 1 else (seeds, *shape), device)
-        targets = StackedSoftUpdate if isinstance(self.loss, StackedLoss) else SoftUpdate
         update = Update(
             self.loss,
             make_optimizer(self.loss),
-            targets(self.loss, tau=0.005),
+            TargetUpdate(self.loss, tau=0.005),
             precision=precision,
             compiled=compiled,
         )

@@ -27,9 +27,9 @@ from alm_torchrl.training import (
     StackedAgent,
     ValueBias,
     VersionedPolicy,
-    rank_seed,
     stack_seeds,
 )
+from alm_torchrl.training.runtime import rank_seed
 from recipes.config import Config, env_options, num_processes, pick
 
 
@@ -124,6 +124,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         eval_max_steps=config.evaluation.max_steps,
         ema_decay=config.evaluation.ema_decay,
         log_every=config.run.log_every,
+        precision=config.run.precision,
         compile=config.run.compile,
     )
 

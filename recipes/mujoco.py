@@ -31,10 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 from alm_torchrl.files import one_line
 from alm_torchrl.training import (
     EnvironmentFailedError,
-    is_lost_process,
     make_trainer,
     silence_library_warnings,
 )
+from alm_torchrl.training.runtime import is_lost_process
 from recipes.build import env_factory, make_measurements, make_module
 from recipes.config import Config, pick
 from recipes.run_folder import Run, prepare
@@ -70,12 +70,11 @@ def fit(config: Config, run: Run) -> None:
             checkpoint_every=int(config.checkpoint.every * training.updates_per_step),
             keep_checkpoints=config.checkpoint.keep,
             start=start,
-            **pick(config.run, "accelerator", "devices", "num_nodes"),
-            **pick(config.run, "precision", "tensorboard", "wandb"),
+            **pick(config.run, "accelerator", "devices", "num_nodes", "tensorboard", "wandb"),
             measurements=make_measurements(config),
             video_env=env_factory(config)(from_pixels=True) if video else None,
+            callbacks=run.record(config),
         )
-        trainer.callbacks += run.record(config)  # type: ignore[attr-defined]
         module = make_module(config, trainer.strategy.root_device, trainer.global_rank)
     except (
         *(ValueError, TypeError, OSError, ImportError),
@@ -88,7 +87,7 @@ def fit(config: Config, run: Run) -> None:
     if module.compiles:
         say("compiling the losses takes minutes (run.compile=never disables it)")
     try:
-        trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
+        trainer.fit(module)
     except SystemExit:  # raised by Lightning after Ctrl-C or SIGTERM
         when = f"after {module.experience.steps} steps" if module.restored else "before training"
         say(f"interrupted {when}; {_kept(folder)}", file=sys.stderr)

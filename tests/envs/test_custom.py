@@ -348,7 +348,7 @@ def test_what_fails_as_it_is_made_or_closed_says_so_in_one_line():
         make_env(Broken, where="closed", num_envs=2)
     env = make_env(Broken, where="closed")
     experience = ExperienceStream(make_collector(env, None), None, total_steps=1)
-    with pytest.warns(UserWarning, match="failed as it was closed: RuntimeError: the motor is"):
+    with pytest.warns(UserWarning, match="failed on closing: RuntimeError: the motor is"):
         experience.shutdown()
 
 

@@ -207,7 +207,7 @@ def test_a_time_limit_is_no_end_of_the_return() -> None:
     bias = value_bias(loss, rollout_for_bias(loss, env, 80), tail=0.03)
     assert bias.states == 2 * 7
     assert 0 < bias.value.item() < 0.03
-    with pytest.raises(UnknownReturnsError, match="visit more steps, or raise `tail`"):
+    with pytest.raises(UnknownReturnsError, match="play more steps, or raise `tail`"):
         value_bias(loss, rollout_for_bias(loss, env, 20), tail=0.03)
 
 

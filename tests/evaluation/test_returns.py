@@ -182,7 +182,7 @@ def test_what_is_not_finite_stops_with_the_environments_name(value: float, key: 
             return super()._step(tensordict).set(key, torch.tensor([value]))
 
     for env in (Diverging(), make_env(Diverging), make_env(Diverging, num_envs=2)):
-        with pytest.raises(FloatingPointError, match=f"not finite .*{key}.* of .*Diverging: a sim"):
+        with pytest.raises(FloatingPointError, match=f"non-finite .*{key}.* of .*Diverging: a sim"):
             evaluate_policy(env, POLICY, episodes=1)
 
 

@@ -135,7 +135,7 @@ def test_with_the_time_in_its_name_the_newest_run_goes_on(make_run, config, tmp_
     with prepare(config("resume=auto", folder=later)) as run:
         assert run.folder == new
     spoil(new)
-    with pytest.raises(OSError, match="20260102-000000/checkpoints is whole"):
+    with pytest.raises(OSError, match="20260102-000000/checkpoints are damaged"):
         prepare(config("resume=auto", folder=later))
     with prepare(config(folder=later)) as run:
         assert (run.folder, run.start) == (later, None)

@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
         start=start,
     )
     trainer.progress_bar_callback.disable()
-    trainer.fit(make_module(400), ckpt_path=start.state if start else None, weights_only=True)
+    trainer.fit(make_module(400))
 
 
 if __name__ == "__main__":

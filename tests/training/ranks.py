@@ -81,7 +81,6 @@ def main(mode: str, folder: Path, updates: int) -> None:
         checkpoint_every=None if mode == "step" else 10,
         accelerator="cpu",
         devices=2,
-        precision="bf16-mixed" if mode == "bf16" else "32-true",
         tensorboard=False,
         start=start,
     )
@@ -93,8 +92,9 @@ def main(mode: str, folder: Path, updates: int) -> None:
     else:
         fails = mode == "fail" and trainer.global_rank == 1
         env = TransformedEnv(tiny.make_env(), Failing()) if fails else None
-        module = tiny.make_module(updates, num_processes=2, env=env)
-    trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
+        precision = "bf16-mixed" if mode == "bf16" else "32-true"
+        module = tiny.make_module(updates, num_processes=2, env=env, precision=precision)
+    trainer.fit(module)
     torch.save(
         {
             "loss": module.loss.state_dict(),

@@ -73,7 +73,7 @@ def fit(
     trainer.progress_bar_callback.disable()
     interrupted = False
     try:
-        trainer.fit(module, ckpt_path=start and start.state, weights_only=True)
+        trainer.fit(module)
     except SystemExit:
         interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -237,11 +237,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         harm(tmp_path / "checkpoints/replay-0" / newest.replay[0][-1].file)
     else:
         harm(newest.folder / what)
-    with pytest.warns(UserWarning, match="passing over a checkpoint that is not whole"):
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint"):
         found = find_checkpoint(tmp_path / "checkpoints")
     assert found.update == 20
     notes = Losses()
-    with pytest.warns(UserWarning, match="passing over"):
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint"):
         fit(make_module(24), tmp_path, notes, resume=True)
     assert list(notes.seen) == [21, 22, 23, 24]
     assert find_checkpoint(tmp_path / "checkpoints").update == 24
@@ -432,7 +432,7 @@ def test_files_of_the_user_among_the_checkpoints_stay(make_module, tmp_path: Pat
     (elsewhere / "state.ckpt").write_text("mine")
     for name in ("update-0000000008", "update-0000000015.partial"):
         (checkpoints / name).symlink_to(elsewhere)
-    with pytest.warns(UserWarning, match="holds what is not a checkpoint's: it is now"):
+    with pytest.warns(UserWarning, match="holds other files: it was renamed to"):
         fit(make_module(24), tmp_path, resume=True)
     found = {path.read_text() for path in checkpoints.rglob("*") if path.stat().st_size < 99}
     assert found - {"mine"} == mine
@@ -517,6 +517,6 @@ def test_a_run_goes_on_with_another_number_of_evaluation_environments(
         return make_module(steps, env=env(), eval_env=env(num_envs=num_envs))
 
     fit(pendulums(1, 6), tmp_path)
-    with pytest.warns(UserWarning, match="other evaluation environments than before"):
+    with pytest.warns(UserWarning, match="evaluation environments have changed"):
         fit(pendulums(3, 12), tmp_path, resume=True)
     assert [step for step, _ in curve(tmp_path)] == ["6", "12"]

@@ -67,7 +67,7 @@ def test_checkpoints_of_which_none_is_whole_are_no_reason_to_begin_anew(
     """The oldest replay part belongs to all checkpoints."""
     for path in sorted(checkpoints.glob(what))[: 1 if "replay" in what else None]:
         harm(path)
-    with pytest.raises(OSError, match="no checkpoint in .*checkpoints is whole; of the newest, "):
+    with pytest.raises(OSError, match="all checkpoints in .*checkpoints are damaged; the newest: "):
         find_checkpoint(checkpoints)
 
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_no_reason_to_begin_anew(
         find_checkpoint(tmp_path / "file")
     with monkeypatch.context() as patch:
         patch.setattr("alm_torchrl.training.checkpoints.sha256", refuse)
-        with pytest.raises(OSError, match="is whole; of the newest, .*denied"):
+        with pytest.raises(OSError, match="are damaged; the newest: .*denied"):
             find_checkpoint(checkpoints)
     monkeypatch.setattr(os, "listdir", refuse)
     monkeypatch.setattr(os, "scandir", refuse)
@@ -115,9 +115,7 @@ def refuse(path: Path) -> None:
 )
 def test_a_hostile_manifest_is_not_followed(checkpoints: Path, change) -> None:
     rewrite(checkpoints / "update-0000000012/manifest.json", change)
-    with pytest.warns(
-        UserWarning, match="passing over a checkpoint that is not whole: .*12/"
-    ) as one:
+    with pytest.warns(UserWarning, match="skipping a damaged checkpoint: .*12/") as one:
         assert find_checkpoint(checkpoints).update < 12
     assert len(one) == 1
 
@@ -125,7 +123,7 @@ def test_a_hostile_manifest_is_not_followed(checkpoints: Path, change) -> None:
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"", b"{}" + b" " * 2**25, b"\xff"])
 def test_a_manifest_that_is_none_is_passed_over(checkpoints: Path, content: bytes) -> None:
     (checkpoints / "update-0000000012/manifest.json").write_bytes(content)
-    with pytest.warns(UserWarning, match="manifest.json is not as it was written"):
+    with pytest.warns(UserWarning, match="manifest.json is damaged"):
         assert find_checkpoint(checkpoints).update < 12
 
 
@@ -136,7 +134,7 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_passed_over(checkpoints: Path
     checksum, size = hashlib.sha256(state.read_bytes()).hexdigest(), state.stat().st_size
     path = state.with_name("manifest.json")
     rewrite(path, lambda m: m.update(state_sha256=checksum, sizes={"update-12/state.ckpt": size}))
-    with pytest.warns(UserWarning, match="state.ckpt is not as it was written"):
+    with pytest.warns(UserWarning, match="state.ckpt is damaged"):
         assert find_checkpoint(checkpoints).update < 12
 
 

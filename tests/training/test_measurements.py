@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 def fit(folder: Path, module: ALMModule, *callbacks: Measurement, **options) -> None:
     folder.mkdir(exist_ok=True)
-    trainer = make_trainer(
-        folder, seed=7, title="", eval_every=6, accelerator="cpu", tensorboard=False, **options
-    )
-    trainer.callbacks[2:2] = callbacks  # before the checkpoints, as the trainer's own
+    common = {"seed": 7, "eval_every": 6, "accelerator": "cpu", "tensorboard": False}
+    trainer = make_trainer(folder, callbacks=callbacks, **common, **options)
     trainer.fit(module)
-
-
-class Brief(Diagnostics):
-    def __init__(self, folder: Path, *, seed: int, seed_index: int = 0) -> None:
-        super().__init__(folder, seed=seed, steps=10, seed_index=seed_index)
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -113,9 +107,21 @@ def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
     assert len(curves[0]) == 2
 
 
+def test_a_measurement_of_the_user(tmp_path: Path) -> None:
+    class Reward(Measurement):
+        name = "reward"
+
+        def measure(self, loss, rollout):
+            return {"reward": rollout["next", "reward"].mean()}
+
+    fit(tmp_path, make_module(6), measurements=[partial(Reward, steps=5)])
+    assert rows(tmp_path / "reward.csv")[0].keys() == {"step", "seed", "reward"}
+    assert (tmp_path / "reward.png").stat().st_size > 1000
+
+
 def test_every_seed_has_its_own(tmp_path: Path) -> None:
     module = make_stacked()
-    options = {"measurements": [Brief], "num_seeds": 2}
+    options = {"measurements": [partial(Diagnostics, steps=10)], "num_seeds": 2}
     fit(tmp_path, module, **options)
     first, second = (rows(tmp_path / f"seed{seed}/diagnostics.csv") for seed in (7, 8))
     assert [row["seed"] for row in first + second] == [7, 7, 8, 8]
@@ -128,7 +134,10 @@ def test_every_seed_has_its_own(tmp_path: Path) -> None:
 def test_a_run_outlasts_a_time_limit_that_hides_every_return(tmp_path: Path) -> None:
     """The environment's episodes end after ten steps."""
     bias = ValueBias(tmp_path, seed=0, steps=30)
-    with pytest.warns(UserWarning, match="left out: .* too near to a time limit"):
+    with pytest.warns(
+        UserWarning,
+        match="bias is not measured .*: .* time limit",
+    ):
         fit(tmp_path, make_module(), bias)
     found = rows(tmp_path / "bias.csv")
     assert [row["step"] for row in found] == [6, 12]

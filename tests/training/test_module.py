@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +18,13 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
-    Checkpoints,
     EnvironmentFailedError,
-    StopOnSignal,
-    Video,
+    Update,
     find_checkpoint,
     make_trainer,
 )
+from alm_torchrl.training.callbacks import StopOnSignal, Video
+from alm_torchrl.training.checkpoints import Checkpoints
 from tests.training.tiny import make_env
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
@@ -157,7 +158,7 @@ class Broken(Transform):
 def test_an_evaluation_that_fails_stops_the_run(make_module, tmp_path: Path, how: str) -> None:
     module = make_module(eval_env=TransformedEnv(make_env(), Broken(how)))
     says = r"the evaluation in ContinuousActionVecMockEnv failed after frame 14: .*" + (
-        "AttributeError: the joint came off" if how == "raises" else "not finite.*reward"
+        "AttributeError: the joint came off" if how == "raises" else "non-finite value in .reward"
     )
     with pytest.raises(EnvironmentFailedError, match=says):
         trainer(tmp_path).fit(module)
@@ -241,6 +242,42 @@ def test_learning_rates_by_group(make_module) -> None:
     assert {group["name"]: group["lr"] for group in groups} == rates
     with pytest.raises(ValueError, match="critic"):
         make_module(learning_rates={**rates, "critic": 1.0}).configure_optimizers()
+
+
+def test_encoder_and_dynamics_have_rates_of_their_own(make_module) -> None:
+    rates = {"encoder": 0.0, "dynamics": 1e-3, "reward": 1e-3, "value": 1e-3, "actor": 1e-3}
+    module = make_module(learning_rates=rates)
+    optimizer = module.configure_optimizers()
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == rates
+    encoder, dynamics = (
+        [p.clone() for p in getattr(module.loss, f"{name}_params").parameters()]
+        for name in ("encoder", "dynamics")
+    )
+    update = Update(module.loss, optimizer, module.target_update)
+    metrics = update(next(iter(module.experience)))
+    assert "grad_norm/world_model" in metrics.keys()  # noqa: SIM118 - clipped as one group
+    assert all(map(torch.equal, module.loss.encoder_params.parameters(), encoder))
+    assert not any(map(torch.equal, module.loss.dynamics_params.parameters(), dynamics))
+
+
+def test_another_optimizer_and_a_schedule_resume(make_module, tmp_path: Path) -> None:
+    options = {
+        "optimizer": partial(torch.optim.AdamW, weight_decay=0.1),
+        "schedule": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+    }
+    for steps in (6, 12):
+        start = find_checkpoint(tmp_path / "checkpoints")
+        run = trainer(tmp_path, start=start, tensorboard=False)
+        run.fit(make_module(steps, **options))
+        (optimizer,) = run.optimizers
+        assert type(optimizer) is torch.optim.AdamW
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * 0.5**steps)
+
+
+def test_an_optimizer_that_is_not_fused_is_refused(make_module) -> None:
+    with pytest.raises(ValueError, match="no fused implementation"):
+        make_module(optimizer=torch.optim.RMSprop).configure_optimizers()
 
 
 def test_a_loss_built_on_other_networks_is_refused(make_module) -> None:

@@ -12,7 +12,6 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
@@ -22,13 +21,13 @@ from alm_torchrl.training import (
     ExperienceStream,
     StackedAgent,
     StackedLoss,
+    TargetUpdate,
     Update,
     find_checkpoint,
     make_optimizer,
     make_trainer,
     stack_seeds,
 )
-from alm_torchrl.training.seeds import StackedSoftUpdate
 from tests.training.tiny import make_env
 
 SEEDS = 3
@@ -66,9 +65,7 @@ def make_windows(*shape: int) -> TensorDict:
 
 
 def make_update(loss: ALMLoss | StackedLoss, **options) -> Update:
-    stacked = isinstance(loss, StackedLoss)
-    targets = (StackedSoftUpdate if stacked else SoftUpdate)(loss, tau=0.1)
-    return Update(loss, make_optimizer(loss, 1e-2), targets, **options)
+    return Update(loss, make_optimizer(loss, 1e-2), TargetUpdate(loss, tau=0.1), **options)
 
 
 @pytest.mark.filterwarnings("ignore:No target network updater")
@@ -112,7 +109,7 @@ def test_seeds_draw_random_numbers_of_their_own() -> None:
     agents, _ = make_seeds(count=1)
     twins = [copy.deepcopy(agents[0]) for _ in range(2)]
     loss = StackedLoss([ALMLoss(**agent.networks()) for agent in twins])
-    StackedSoftUpdate(loss, tau=0.1)
+    TargetUpdate(loss, tau=0.1)
     windows = make_windows(1, 6, 3).expand(2, 6, 3)
     for key, value in loss(windows).items():
         if key.startswith("loss_") and key != "loss_classifier":

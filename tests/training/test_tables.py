@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import lightning as L  # noqa: N812
@@ -13,12 +14,16 @@ from lightning.pytorch.callbacks import LambdaCallback
 from alm_torchrl.training import (
     Checkpoint,
     EnvironmentFailedError,
-    LearningCurve,
     ValueBias,
     find_checkpoint,
     make_trainer,
 )
-from alm_torchrl.training.tables import check_table, significant, write_table
+from alm_torchrl.training.curves import (
+    LearningCurve,
+    check_table,
+    significant,
+    write_table,
+)
 from tests.training.tiny import make_module
 
 FIELDS = ["step", "seed", "return"]
@@ -32,11 +37,11 @@ def steps(path: Path) -> list[str]:
 
 def test_a_table_that_goes_on_is_left_as_it_is(tmp_path: Path, recwarn) -> None:
     path = tmp_path / "curve.csv"
-    assert not check_table(path, [], 3, goes_on=False)
+    assert not check_table(path, [], 3, resumed=False)
     for rows in ([], ROWS, [*ROWS, LATER]):
         write_table(path, FIELDS, rows)
         before = path.read_bytes()
-        assert not check_table(path, rows[:2], 3, goes_on=bool(rows))
+        assert not check_table(path, rows[:2], 3, resumed=bool(rows))
         assert path.read_bytes() == before
     assert not recwarn.list
 
@@ -59,15 +64,15 @@ def test_what_is_not_as_the_run_left_it_is_kept_and_said(tmp_path: Path, content
     path = tmp_path / "curve.csv"
     for kept in ("curve.csv.kept", "curve.csv.2.kept"):
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match=f"is not as this run left it: it is now .*{kept}"):
-            assert check_table(path, ROWS, 3, goes_on=True)
+        with pytest.warns(UserWarning, match=f"does not match the checkpoint; .*{kept}"):
+            assert check_table(path, ROWS, 3, resumed=True)
         assert not path.exists()
         assert (tmp_path / kept).read_bytes() == content
 
 
 def test_a_table_that_is_missing_is_written_again(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="curve.csv was lacking"):
-        assert check_table(tmp_path / "curve.csv", ROWS, 3, goes_on=True)
+    with pytest.warns(UserWarning, match="curve.csv is missing; it was restored"):
+        assert check_table(tmp_path / "curve.csv", ROWS, 3, resumed=True)
 
 
 @pytest.mark.parametrize("name", ["curve.csv", "curve.png"])
@@ -75,14 +80,14 @@ def test_a_folder_in_its_place_is_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "note.txt").write_text("mine")
     with pytest.warns(UserWarning, match=f"{name}.kept"):
-        check_table(tmp_path / "curve.csv", [], 3, goes_on=True)
+        check_table(tmp_path / "curve.csv", [], 3, resumed=True)
     assert (tmp_path / f"{name}.kept/note.txt").read_text() == "mine"
 
 
 def test_a_run_that_begins_keeps_the_curve_of_another(tmp_path: Path) -> None:
     write_table(tmp_path / "curve.csv", FIELDS, ROWS)
-    with pytest.warns(UserWarning, match="is of another run: it is now .*curve.csv.kept"):
-        assert not check_table(tmp_path / "curve.csv", [], 3, goes_on=False)
+    with pytest.warns(UserWarning, match="belongs to another run; .*curve.csv.kept"):
+        assert not check_table(tmp_path / "curve.csv", [], 3, resumed=False)
     assert steps(tmp_path / "curve.csv.kept") == ["6", "12"]
 
 
@@ -105,8 +110,7 @@ def test_a_run_goes_on_with_the_curve_of_its_checkpoint(tmp_path: Path, harm) ->
             start=start,
         )
         trainer.callbacks.append(LambdaCallback(**hooks))
-        module = make_module(total_steps)
-        trainer.fit(module, ckpt_path=start and start.state, weights_only=True)
+        trainer.fit(make_module(total_steps))
 
     fit(12, None)
     harm(tmp_path / "curve.csv")
@@ -131,11 +135,7 @@ def test_small_returns_are_written_as_they_are(tmp_path: Path, value, written) -
 
 
 def test_a_measurement_that_fails_leaves_the_other_tables_whole(tmp_path: Path) -> None:
-    class Brief(ValueBias):
-        def __init__(self, folder: Path, *, seed: int, seed_index: int = 0) -> None:
-            super().__init__(folder, seed=seed, steps=20, seed_index=seed_index, tail=1.0)
-
-    class Failing(Brief):
+    class Failing(ValueBias):
         name = "second"
         broken = True
 
@@ -154,9 +154,9 @@ def test_a_measurement_that_fails_leaves_the_other_tables_whole(tmp_path: Path) 
             accelerator="cpu",
             tensorboard=False,
             start=start,
-            measurements=[Brief, Failing],
+            measurements=[partial(one, steps=20, tail=1.0) for one in (ValueBias, Failing)],
         )
-        trainer.fit(make_module(12), ckpt_path=start and start.state, weights_only=True)
+        trainer.fit(make_module(12))
 
     with pytest.raises(EnvironmentFailedError):
         fit(None)

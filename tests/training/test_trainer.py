@@ -6,10 +6,12 @@ from pathlib import Path
 
 import lightning as L  # noqa: N812
 import pytest
+import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from alm_torchrl.training import make_trainer
+from alm_torchrl import training
+from alm_torchrl.training import find_checkpoint, make_trainer
 from tests.training import tiny
 
 SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
@@ -22,8 +24,8 @@ def unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer(folder: Path, **options) -> L.Trainer:
-    settings = {"seed": 0, "title": "", "eval_every": 6, "checkpoint_every": 6}
-    return make_trainer(folder, **settings, accelerator="cpu", tensorboard=False, **options)
+    settings = {"seed": 0, "eval_every": 6, "checkpoint_every": 6, "accelerator": "cpu"}
+    return make_trainer(folder, **{**settings, "tensorboard": False, **options})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,41 @@ def test_a_run_of_one_process_is_its_first_wherever_it_is_started(
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"curve.csv", "curve.png", "agent_last.pt", "checkpoints", "logs"}
     assert (tmp_path / "logs/csv/metrics.csv").stat().st_size > 0
+
+
+def test_a_checkpoint_is_given_once(tmp_path: Path) -> None:
+    trainer(tmp_path).fit(tiny.make_module(6))
+    start = find_checkpoint(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="would not restore the replay buffer"):
+        trainer(tmp_path).fit(tiny.make_module(12), ckpt_path=start.state)
+    with pytest.raises(ValueError, match="start needs checkpoint_every"):
+        trainer(tmp_path, start=start, checkpoint_every=None)
+    module = tiny.make_module(12)
+    trainer(tmp_path, start=start).fit(module)
+    assert (module.global_step, len(module.experience.replay)) == (12, 20)
+
+
+def test_callbacks_and_trainer_options_of_the_user(tmp_path: Path) -> None:
+    class Count(L.Callback):
+        batches = 0
+
+        def on_train_batch_end(self, *_) -> None:
+            self.batches += 1
+
+        def state_dict(self) -> dict[str, int]:
+            return {"batches": self.batches}
+
+    count = Count()
+    run = trainer(tmp_path, callbacks=[count], limit_train_batches=6, logger=False)
+    run.fit(tiny.make_module(12))
+    assert count.batches == run.global_step == 6
+    assert not (tmp_path / "logs").exists()
+    state = torch.load(find_checkpoint(tmp_path / "checkpoints").state, weights_only=True)
+    assert state["callbacks"][count.state_key] == {"batches": 6}
+
+
+def test_the_public_names_are_few() -> None:
+    assert len(training.__all__) <= 20
 
 
 def test_several_processes_know_who_has_started_them(tmp_path: Path, monkeypatch) -> None:

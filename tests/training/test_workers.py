@@ -137,7 +137,7 @@ def fit(module: ALMModule, folder: Path, *callbacks: L.Callback, start=None) -> 
     trainer.callbacks += callbacks
     trainer.progress_bar_callback.disable()
     try:
-        trainer.fit(module, ckpt_path=start.state if start else None, weights_only=True)
+        trainer.fit(module)
     finally:
         module.experience.shutdown()
 

@@ -1,14 +1,14 @@
-"""How good a policy is, and what its model claims."""
+"""Returns of a policy, bias of its estimated values, diagnostics of its model."""
 
 from alm_torchrl.evaluation.bias import (
     Bias,
     UnknownReturnsError,
+    lower_bound,
     monte_carlo_returns,
     normalized_bias,
     rollout_for_bias,
     value_bias,
 )
-from alm_torchrl.evaluation.bound import lower_bound
 from alm_torchrl.evaluation.diagnostics import (
     Calibration,
     calibration,

@@ -1,4 +1,4 @@
-"""How far the estimates of the return are from the returns that follow."""
+"""The bound on the return, and the bias of values and bound against Monte-Carlo returns."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives.value.functional import reward2go
 
-from alm_torchrl.evaluation.bound import lower_bound
 from alm_torchrl.objectives.alm import ALMLoss
 
 __all__ = [
     "Bias",
     "UnknownReturnsError",
+    "lower_bound",
     "monte_carlo_returns",
     "normalized_bias",
     "rollout_for_bias",
@@ -27,38 +27,59 @@ __all__ = [
 
 
 class UnknownReturnsError(ValueError):
-    """No return of a rollout is known: all are hidden by a time limit or by the rollout's end."""
+    """No return of a rollout is known: a time limit or the rollout's end hides them all."""
 
 
 class Bias(NamedTuple):
-    """What the estimates of a loss are off by, over the states of a rollout."""
+    """Normalized biases over the states of a rollout."""
 
     value: Tensor
-    """Normalized bias of the smallest action value, a mean over states."""
+    """Bias of the smallest action value, a mean over states."""
     value_std: Tensor
     """Its standard deviation over states."""
     bound: Tensor
-    """Normalized bias of the K-step bound."""
+    """Bias of the K-step bound."""
     bound_std: Tensor
     """Its standard deviation over states."""
     monte_carlo: Tensor
-    """Mean discounted return that followed, in units of return."""
+    """Mean discounted return."""
     states: Tensor
-    """How many states counted."""
+    """Number of states."""
+
+
+@torch.no_grad()
+def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> Tensor:
+    r"""The K-step bound that ALM maximizes, along one imagined rollout.
+
+    .. math:: L^K = \sum_{t<K} \gamma^t \left(r(z_t, a_t) + c \cdot \mathrm{logratio}_t\right)
+              + \gamma^K \min_i Q_i(z_K, a_K)
+
+    With learned rewards and values, and without the theorem's logarithms, it estimates the return
+    and may exceed it; :func:`value_bias` measures by how much. For the theorem itself see
+    :func:`~alm_torchrl.objectives.functional.log_return_bound`.
+
+    Args:
+        loss: the objective.
+        latent: start of the rollout, ``[B, D]``.
+        action: the first action, ``[B, A]``; drawn from the actor by default.
+
+    Returns:
+        The bound, ``[B, 1]``, in units of return.
+    """
+    return loss.bound(loss.imagine(latent, action))
 
 
 @torch.no_grad()
 def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDictBase:
-    """Plays with the policy that the loss's values are about: its actor, with its clipped noise.
+    """Plays with the policy whose value the loss estimates: its actor, with clipped noise.
 
     Args:
         loss: the objective.
-        env: one environment, or several stepped together; an episode that ends is followed by
-            another.
-        steps: steps of each.
+        env: one environment, or a batch of them; finished episodes are followed by new ones.
+        steps: steps of each environment.
 
     Returns:
-        What the loss reads, ``[N, steps]``.
+        The entries that the loss reads, ``[N, steps]``.
     """
     policy = TensorDictSequential(loss.encoder, loss.actor)
     with set_exploration_type(ExplorationType.RANDOM):
@@ -70,22 +91,22 @@ def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDi
 def monte_carlo_returns(
     reward: Tensor, done: Tensor, terminated: Tensor, gamma: float, *, tail: float = 0.03
 ) -> tuple[Tensor, Tensor]:
-    r"""The discounted returns of a rollout, and for which steps they are known.
+    r"""The discounted returns of a rollout, and the steps for which they are known.
 
-    A return ends with a termination. A time limit, or the end of the rollout, only hides the rest
-    of it, so that a step counts only if no more than a share ``tail`` of an endless return lies
-    beyond: :math:`\gamma^n \le` ``tail`` with :math:`n` steps up to there (349 of them at a
-    discount of 0.99). Nothing is bootstrapped, since that would bring in the values in question.
+    A termination ends a return. A time limit, or the end of the rollout, hides the rest of it, so
+    a step counts only if at most a share ``tail`` of an infinite-horizon return is hidden:
+    :math:`\gamma^n \le` ``tail`` with :math:`n` steps left (349 at a discount of 0.99). Nothing is
+    bootstrapped, since that would use the values under test.
 
     Args:
         reward: ``[..., T, 1]``.
-        done: whether an episode ended with the step, for any reason, bool ``[..., T, 1]``.
-        terminated: whether it ended in a terminal state, bool ``[..., T, 1]``.
+        done: end of an episode for any reason, bool ``[..., T, 1]``.
+        terminated: end in a terminal state, bool ``[..., T, 1]``.
         gamma: discount.
-        tail: largest share that may be missing.
+        tail: largest share that may be hidden.
 
     Returns:
-        The returns, and whether each counts, bool; both ``[..., T, 1]``.
+        The returns, and whether each is known, bool; both ``[..., T, 1]``.
 
     Examples:
         >>> reward, never = torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.bool)
@@ -101,11 +122,11 @@ def monte_carlo_returns(
 def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and standard deviation of :math:`(\mathrm{estimate} - G) / |\mathrm{mean}\, G|`.
 
-    As Chen et al. (2021, REDQ) plot it: the error of each state over the size of the mean return.
+    The normalization is that of Chen et al. (2021, REDQ).
 
     Args:
-        estimate: of the discounted return, ``[N]``.
-        returns: the discounted returns :math:`G` that followed, ``[N]``.
+        estimate: estimates of the discounted return, ``[N]``.
+        returns: the discounted returns :math:`G`, ``[N]``.
 
     Returns:
         Both over the ``N`` states, scalars.
@@ -120,13 +141,12 @@ def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) -> Bias:
-    """Compares the estimates of a loss with the returns that followed the states of a rollout.
+    """Compares value and bound with the returns that followed the states of a rollout.
 
     Args:
-        loss: the objective, whose discount is used.
-        rollout: what :func:`rollout_for_bias` returns, ``[N, T]``.
-        tail: largest share of an endless return that may lie beyond a time limit; see
-            :func:`monte_carlo_returns`.
+        loss: the objective.
+        rollout: see :func:`rollout_for_bias`, ``[N, T]``.
+        tail: see :func:`monte_carlo_returns`.
 
     Returns:
         The normalized biases; positive ones overestimate.
@@ -144,7 +164,7 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
     if not counted.any():
         raise UnknownReturnsError(
             f"no return is known to within {tail:.0%}: each of the {rollout.shape[-1]} steps is "
-            "too near to a time limit or the end of the rollout; visit more steps, or raise `tail`"
+            "too near to a time limit or the end of the rollout: play more steps, or raise `tail`"
         )
     rows = counted.squeeze(-1)
     visited, returns = rollout[rows], returns[rows].squeeze(-1)

@@ -1,4 +1,4 @@
-"""What became of the parts of a model: its latents, its dynamics, its classifier."""
+"""Diagnostics of a model: its latents, dynamics and classifier."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Calibration(NamedTuple):
     frequency: Tensor
     """Share of label 1 in each bin, NaN in an empty one, ``[bins]``."""
     sizes: Tensor
-    """How many fell into each bin, ``[bins]``."""
+    """Samples in each bin, ``[bins]``."""
 
 
 def effective_rank(latents: Tensor) -> Tensor:
-    r"""In how many directions latents vary: the exponential of the entropy of the spectrum.
+    r"""The number of directions in which latents vary: exponential entropy of the spectrum.
 
     .. math:: \exp\Big(-\sum_d p_d \log p_d\Big), \qquad p_d = \sigma_d / \sum_k \sigma_k
 
-    over the singular values of the centered latents (Roy and Vetterli, 2007). It is ``D`` if they
-    vary alike in all directions, 1 if in one alone.
+    over the singular values of the centered latents (Roy and Vetterli, 2007). It is ``D`` for equal
+    variance in all directions, and 1 for variance in one direction.
 
     Args:
         latents: ``[N, D]``.
@@ -62,19 +62,19 @@ def effective_rank(latents: Tensor) -> Tensor:
 
 
 def rollout_error(predicted: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
-    r"""The squared error of predicted latents by rollout length, in units of their variance.
+    r"""The squared error of predicted latents by rollout length, relative to their variance.
 
     .. math:: \frac{\mathbb{E} \lVert \hat z_t - z_t \rVert^2}{\sum_d \mathrm{Var}(z_{t, d})}
 
-    A model that always predicts the mean has 1 (the fraction of variance unexplained).
+    It is 1 for a model that always predicts the mean (the fraction of variance unexplained).
 
     Args:
         predicted: latents after 1, 2, ... steps, ``[B, T, D]``.
-        encoded: what they should be, ``[B, T, D]``.
-        mask: which count, bool ``[B, T]``.
+        encoded: encoded latents of the same steps, ``[B, T, D]``.
+        mask: valid steps, bool ``[B, T]``.
 
     Returns:
-        The error after each number of steps, ``[T]``; NaN where nothing counts, or varies.
+        The error after each number of steps, ``[T]``; NaN without valid steps or variance.
 
     Examples:
         >>> z = torch.tensor([[[1.0]], [[-1.0]]])
@@ -88,20 +88,17 @@ def rollout_error(predicted: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
 
 
 def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibration:
-    r"""Sorts probabilities into bins of equal width and compares them with what was the case.
+    r"""Expected calibration error over bins of equal width.
 
     .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{N} \, | \mathrm{frequency}_b -
               \mathrm{confidence}_b |
 
-    (Guo et al., 2017, of the probability of class 1.)
+    (Guo et al., 2017, for the probability of class 1.)
 
     Args:
-        probability: of label 1, in [0, 1], ``[N]``.
+        probability: probability of label 1, ``[N]``.
         label: bool ``[N]``.
-        bins: how many.
-
-    Returns:
-        The error and the bins.
+        bins: number of bins.
 
     Examples:
         >>> calibration(torch.tensor([0.7, 0.7]), torch.tensor([True, False]), bins=2).error
@@ -119,14 +116,7 @@ def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibrati
 
 
 def split_into_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
-    """Cuts a rollout into windows, without overlap.
-
-    Args:
-        rollout: ``[N, T]``.
-        length: steps of a window.
-
-    Returns:
-        ``[N * (T // length), length]``.
+    """Cuts a rollout ``[N, T]`` into windows ``[N * (T // length), length]`` without overlap.
 
     Raises:
         ValueError: if the rollout is shorter than a window.
@@ -139,14 +129,14 @@ def split_into_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
 
 @torch.no_grad()
 def model_error(loss: ALMLoss, windows: TensorDictBase) -> Tensor:
-    """The error of the latent dynamics against the length of its rollout.
+    """The error of the latent dynamics by rollout length.
 
-    From the encoder's mean for the first observation, the dynamics follows its own means along the
-    recorded actions; each is held against the mean of the target encoder for what was observed.
+    The rollout starts at the encoder's mean for the first observation and follows the means of the
+    dynamics along the recorded actions. Each is compared with the target encoder's mean.
 
     Args:
         loss: the objective.
-        windows: what the loss reads, ``[B, T]`` of any length ``T``.
+        windows: see the loss's ``forward``, ``[B, T]`` of any length ``T``.
 
     Returns:
         :func:`rollout_error` after 1 to ``T`` steps, ``[T]``.
@@ -167,18 +157,15 @@ def model_error(loss: ALMLoss, windows: TensorDictBase) -> Tensor:
 def classifier_calibration(
     loss: ALMLoss, transitions: TensorDictBase, bins: int = 10
 ) -> Calibration:
-    """How well the classifier's probabilities agree with what it was shown.
+    """The calibration of the classifier's probabilities.
 
-    Every transition is shown twice, with the next latent from the target encoder (label 1) and
-    from the latent dynamics (label 0).
+    The classifier sees every transition twice: with the next latent from the target encoder
+    (label 1) and from the latent dynamics (label 0).
 
     Args:
         loss: the objective.
-        transitions: what the loss reads, ``[N]``.
-        bins: how many bins the probabilities are sorted into.
-
-    Returns:
-        The calibration of the probability of label 1.
+        transitions: see the loss's ``forward``, ``[N]``.
+        bins: number of bins.
     """
     latent_key, action_key = loss.encoder.dist_sample_keys[-1], loss.actor.dist_sample_keys[-1]
     action = transitions.get(loss.tensor_keys.action)

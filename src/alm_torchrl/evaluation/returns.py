@@ -16,8 +16,8 @@ from alm_torchrl.envs.failures import env_name
 
 __all__ = ["evaluate_policy"]
 
-_PIECE = 100  # steps rolled out at a time
-_LONGEST = 100_000  # steps of an episode, where no other number is asked for
+_PIECE = 100  # steps per rollout
+_LONGEST = 100_000  # default for max_steps
 
 
 @torch.no_grad()
@@ -34,26 +34,24 @@ def evaluate_policy(
     """Undiscounted returns of a policy, by default with its mean action.
 
     Args:
-        env: one environment, or several stepped together (batch size ``[N]``), each of which
-            plays one episode at a time. Use environments apart from those that are learnt from.
+        env: one environment, or a batch of them, each of which plays one episode at a time; not
+            those of the collector.
         policy: the policy, such as :meth:`alm_torchrl.agent.ALMAgent.policy`.
-        episodes: how many episodes.
-        max_steps: steps after which an episode that has not ended is cut off, with a warning; by
-            default, so that no evaluation goes on forever, 100,000.
+        episodes: number of episodes.
+        max_steps: steps after which an episode is cut, with a warning; 100,000 by default.
         exploration_type: how the policy draws its action.
-        reward_key: the reward, read under ``"next"``, whose sum is the return. By default it is
-            ``"reward"``, unless the environment keeps its return in ``"episode_reward"``, as those
-            of :func:`~alm_torchrl.envs.make_env` do: that is in the task's own units, whatever the
-            environment's ``transforms`` make of the reward.
-        done_key: the end of an episode, read under ``"next"``.
+        reward_key: the reward under ``"next"``, whose sum is the return. By default the return is
+            read from ``"episode_reward"`` if the environment has it, as those of
+            :func:`~alm_torchrl.envs.make_env` do (in the task's units, whatever ``transforms`` do
+            to the reward), and else summed over ``"reward"``.
+        done_key: the end of an episode under ``"next"``.
 
     Returns:
-        One return per episode, ``[episodes]``, in the environment's own units.
+        One return per episode, ``[episodes]``.
 
     Raises:
-        ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment was closed
-            and cannot go on.
-        FloatingPointError: if something in an episode is not finite.
+        ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment is closed.
+        FloatingPointError: if an episode holds a non-finite value.
 
     Examples:
         >>> from torchrl.testing.mocking_classes import CountingEnv
@@ -82,9 +80,9 @@ def _play(
     reward_key: NestedKey | None,
     done_key: NestedKey,
 ) -> Tensor:
-    """Returns of the first episodes, rolled out piece by piece until all of them have ended.
+    """Returns of the first episodes, rolled out in pieces until all have ended.
 
-    Whole rollouts of pixels are large, and an episode may end long before ``max_steps``.
+    A rollout of ``max_steps`` pixel observations would be large, and mostly unused.
     """
     batched = bool(env.batch_size)
     start = _reset(env)
@@ -111,9 +109,8 @@ def _play(
         start = step_mdp(rollout[..., -1])
     else:
         warnings.warn(
-            f"episodes were cut after {max_steps} steps, and their returns are of these alone: "
-            "give the environment a time limit, or choose another number (max_steps of "
-            "evaluate_policy, evaluation.max_steps of the recipe)",
+            f"episodes were cut after {max_steps} steps, so their returns are partial: give the "
+            "environment a time limit, or raise max_steps (evaluation.max_steps of the recipe)",
             stacklevel=4,  # past this function, evaluate_policy, and torch.no_grad
         )
     done, value = torch.cat(dones, -1), torch.cat(values, -1)
@@ -124,23 +121,23 @@ def _play(
 
 
 def _check_finite(rollout: TensorDictBase, env: EnvBase) -> None:
-    """Raises if there is a number in a rollout that is not finite."""
+    """Raises if a rollout holds a non-finite number."""
     for key, leaf in rollout.items(include_nested=True, leaves_only=True):
         if leaf.is_floating_point() and not leaf.isfinite().all():
             raise FloatingPointError(
-                f"a value that is not finite was found in {key!r} of {env_name(env)}: a simulation "
-                "may have diverged, or the action range is too large"
+                f"non-finite value in {key!r} of {env_name(env)}: a simulation may have diverged, "
+                "or the action range is too large"
             )
 
 
 def _reset(env: EnvBase) -> TensorDictBase:
-    """Begins the episodes."""
+    """Resets the environment, and names the remedy if it is closed."""
     try:
         return env.reset()
     except Exception as error:
         if not env.is_closed:
             raise
         raise ValueError(
-            f"the environment was closed ({type(error).__name__}), as a collector does with its "
-            "own when it ends: evaluate in another one"
+            f"the environment is closed ({type(error).__name__}), as a collector closes its own: "
+            "evaluate in another one"
         ) from error

@@ -15,10 +15,9 @@ __all__ = ["CPUPolicy", "PolicyPublisher", "VersionedPolicy"]
 
 
 class VersionedPolicy(TensorDictModuleBase):
-    """A policy that notes with every action how many updates its weights have seen.
+    """Writes with every action the number of updates behind the policy's weights.
 
-    The number is a buffer beside the weights, so that it goes wherever they go: it says what was
-    acted with, and not what should have been.
+    The number is a buffer, so it travels with the weights to workers.
 
     Args:
         policy: the policy.
@@ -45,18 +44,18 @@ class VersionedPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Acts, and writes ``"policy_update"``, int64 of the batch's shape."""
         tensordict = self.policy(tensordict)
-        # A copy: the buffer may have moved on before the steps of a batch are put together.
+        # A copy, because the buffer may change before the steps of a batch are stacked.
         return tensordict.set("policy_update", self.update.expand(tensordict.shape).clone())
 
 
 class PolicyPublisher:
-    """Sends the weights that are learnt to the workers of a collector.
+    """Sends the trained weights to the workers of a collector.
 
     Args:
-        policy: the policy that is learnt, on any device; the collector acts with a copy of it.
-        collector: one with workers, such as
+        policy: the trained policy, on any device; the collector acts with a copy of it.
+        collector: a collector with workers, such as
             :func:`make_collector(kind="multi") <alm_torchrl.data.make_collector>`.
-        every: updates between two times that the weights are sent.
+        every: updates between two transfers.
 
     Raises:
         ValueError: if ``every`` is less than 1.
@@ -64,18 +63,18 @@ class PolicyPublisher:
 
     def __init__(self, policy: VersionedPolicy, collector: BaseCollector, every: int = 1) -> None:
         if every < 1:
-            raise ValueError(f"weights can be sent every 1 or more updates, not {every}")
+            raise ValueError(f"every={every} must be at least 1")
         self._policy, self._collector, self._every = policy, collector, every
         self._sent = 0
 
     def publish(self, update: int) -> None:
-        """Sends the weights as they are after ``update`` updates, if it is time to."""
+        """Sends the weights after ``update`` updates if a transfer is due."""
         if update - self._sent >= self._every:
             self.restart(update)
 
     @torch.no_grad()
     def restart(self, update: int) -> None:
-        """Sends the weights as they are after ``update`` updates."""
+        """Sends the weights after ``update`` updates."""
         self._policy.update.fill_(update)
         weights = TensorDict.from_module(self._policy).data.to("cpu")
         self._collector.update_policy_weights_(weights)
@@ -83,19 +82,17 @@ class PolicyPublisher:
 
 
 class CPUPolicy(TensorDictModuleBase):
-    """A policy that acts on the CPU with weights published after an update.
+    """Acts on the CPU with a copy of the trained weights.
 
-    On a single observation, small networks are faster on the CPU than the launches of a GPU. The
-    weights are copied behind the update that is running, without waiting for it (on CUDA).
+    For a single observation, a small network is faster on the CPU than on a GPU. On CUDA, the
+    weights are copied after the running update, without waiting for it.
 
-    With ``lag=0``, acting waits for the update before it, as the algorithm has it. With ``lag=1``
-    it takes the weights that the update before started from, and so happens while a GPU computes
-    that update. What changes is who collected the data: a policy that is one update old (off-policy
-    learning allows for any; the authors' code has none). On a CPU there is nothing to gain.
+    With ``lag=0``, acting waits for the last update, as in the authors' code. With ``lag=1``, it
+    uses the weights before that update, and so overlaps with it on a GPU.
 
     Args:
-        policy: the policy that is learnt, on any device.
-        lag: publications that acting is behind, 0 or 1.
+        policy: the trained policy, on any device.
+        lag: how many publications acting is behind, 0 or 1.
 
     Raises:
         ValueError: for any other lag.
@@ -104,7 +101,7 @@ class CPUPolicy(TensorDictModuleBase):
     def __init__(self, policy: TensorDictModuleBase, lag: int = 0) -> None:
         super().__init__()
         if lag not in (0, 1):
-            raise ValueError(f"the policy may lag 0 or 1 updates behind, not {lag}")
+            raise ValueError(f"lag={lag} must be 0 or 1")
         stamped = VersionedPolicy(policy)
         self.in_keys, self.out_keys = stamped.in_keys, stamped.out_keys
         self._source, self._update = _tensors(stamped), stamped.update
@@ -115,20 +112,20 @@ class CPUPolicy(TensorDictModuleBase):
         self.restart()
 
     def restart(self, update: int = 0) -> None:
-        """Acts with the weights as they are after ``update`` updates, as at the start."""
+        """Publishes the weights after ``update`` updates and forgets older ones."""
         self._slots.clear()
         for _ in range(self._lag + 1):
             self.publish(update)
 
     @torch.no_grad()
     def publish(self, update: int) -> None:
-        """Copies the weights as they are once the ``update`` updates launched so far are done."""
+        """Copies the weights once the ``update`` updates launched so far have finished."""
         self._update.fill_(update)
         if self._shares:
             return
         full = len(self._slots) > self._lag
         slot = self._slots.popleft()[0] if full else [_host_copy(value) for value in self._source]
-        # Only CUDA has an event to wait for; from any other device the copy itself waits
+        # Only CUDA has an event to wait for; on other devices the copy itself waits.
         on_cuda = self._source[0].is_cuda
         torch._foreach_copy_(slot, self._source, non_blocking=on_cuda)
         event = None
@@ -138,7 +135,7 @@ class CPUPolicy(TensorDictModuleBase):
         self._slots.append((slot, event))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Acts with the oldest weights kept: the newest published, or those before them."""
+        """Acts with the newest published weights, or with those ``lag`` publications before."""
         if not self._shares:
             slot, event = self._slots[0]
             if event is not None:
@@ -149,10 +146,10 @@ class CPUPolicy(TensorDictModuleBase):
 
 
 def _tensors(policy: TensorDictModuleBase) -> list[Tensor]:
-    """Parameters and buffers, which hold the scale of the noise."""
+    """Parameters and buffers; a buffer holds the noise scale."""
     return [*policy.parameters(), *policy.buffers()]
 
 
 def _host_copy(value: Tensor) -> Tensor:
-    """Memory on the host like that of a tensor, which a GPU can write to by itself."""
+    """Host memory like a tensor's, pinned for asynchronous copies."""
     return torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)

@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from as if nothing had happened."""
+"""Checkpoints of everything a run needs to resume, the replay buffer included."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from alm_torchrl.envs import random_states, set_random_states
 from alm_torchrl.files import atomic_write, load_tensors, save_tensors, set_aside, sha256, sync
 from alm_torchrl.training.experience import EnvironmentFailedError
 from alm_torchrl.training.module import ALMModule
-from alm_torchrl.training.processes import gather
+from alm_torchrl.training.runtime import gather
 
 __all__ = ["Checkpoint", "Checkpoints", "check_processes", "find_checkpoint", "validates_next"]
 
@@ -36,7 +36,7 @@ _VERSION = 1
 _NAME = re.compile(r"update-\d{10}")
 _STATE = "state.ckpt"
 _MANIFEST = "manifest.json"
-#: Bytes; a replay part takes about 200.
+#: Bytes; an entry of a replay file takes about 200.
 _LARGEST_MANIFEST = 2**24
 _PACKAGES = ("alm-torchrl", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "mujoco")
 
@@ -46,10 +46,10 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        folder: what it lies in, beside the folders ``replay-<n>`` of the run's processes.
-        update: updates made before it.
-        step: environment steps made before it, after the warm-up.
-        replay: what the replay buffer of each process of the run is restored from.
+        folder: its folder, beside the folders ``replay-<n>`` of the run's processes.
+        update: updates before it.
+        step: environment steps before it, after the warm-up.
+        replay: chunks of the replay buffer of each process.
     """
 
     folder: Path
@@ -59,19 +59,17 @@ class Checkpoint:
 
     @property
     def state(self) -> Path:
-        """Lightning's checkpoint, for ``Trainer.fit(ckpt_path=..., weights_only=True)``."""
+        """Lightning's part: networks, targets, optimizer, counters, callbacks, generators."""
         return self.folder / _STATE
 
     @property
     def num_processes(self) -> int:
-        """How many processes the run had, each with a replay buffer of its own."""
+        """Processes of the run, each with a replay buffer of its own."""
         return len(self.replay)
 
 
 def find_checkpoint(folder: str | Path) -> Checkpoint | None:
-    """Finds the newest checkpoint of a run that is whole, and warns of newer ones that are not.
-
-    It also warns if the packages have changed since.
+    """Finds the newest intact checkpoint, and warns of damaged ones and of changed packages.
 
     Args:
         folder: the run's ``checkpoints``.
@@ -80,8 +78,8 @@ def find_checkpoint(folder: str | Path) -> Checkpoint | None:
         The checkpoint; ``None`` if the run has made none yet.
 
     Raises:
-        OSError: if there are checkpoints and none of them is whole, or the folder cannot be read.
-        ValueError: if a checkpoint was written by a newer version of this package.
+        OSError: if all checkpoints are damaged, or the folder cannot be read.
+        ValueError: if a newer version of this package wrote the checkpoint.
     """
     folder = Path(folder)
     if not (folder.exists() or folder.is_symlink()):
@@ -95,17 +93,16 @@ def find_checkpoint(folder: str | Path) -> Checkpoint | None:
             damaged.append(error)
             continue
         for damage in damaged:
-            message = f"passing over a checkpoint that is not whole: {damage}"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(f"skipping a damaged checkpoint: {damage}", stacklevel=2)
         _compare_versions(checkpoint, versions)
         return checkpoint
     if damaged:
-        raise OSError(f"no checkpoint in {folder} is whole; of the newest, {damaged[0]}")
+        raise OSError(f"all checkpoints in {folder} are damaged; the newest: {damaged[0]}")
     return None
 
 
 def _read(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
-    """Reads a manifest and compares everything with it, before anything is loaded."""
+    """Reads a manifest and compares all files with it, before anything is loaded."""
     path = folder / _MANIFEST
     try:
         if path.stat().st_size > _LARGEST_MANIFEST:
@@ -115,56 +112,57 @@ def _read(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
         if manifest["format"] != _FORMAT or checksum != _digest(manifest):
             raise ValueError
         newer = manifest["version"] > _VERSION
-        replay = () if newer else tuple(tuple(map(_part, parts)) for parts in manifest["replay"])
+        replay = () if newer else tuple(tuple(map(_chunk, one)) for one in manifest["replay"])
         checkpoint = Checkpoint(folder, int(manifest["update"]), int(manifest["step"]), replay)
         sizes, versions = dict(manifest.get("sizes", {})), dict(manifest["versions"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise OSError(f"{path} is not as it was written") from None
+        raise OSError(f"{path} is damaged") from None
     if newer:
-        raise ValueError(f"{folder} was written by a newer alm_torchrl: update this one")
+        raise ValueError(f"{folder} was written by a newer alm_torchrl: update the package")
     for file in _files(checkpoint):
         _check_archive(file, sizes.get(file.relative_to(folder.parent).as_posix()))
     if sha256(checkpoint.state) != manifest["state_sha256"]:
-        raise OSError(f"{checkpoint.state} is not as it was written")
-    for rank, parts in enumerate(replay):
-        for part in parts:
-            part.check(_replay_folder(folder.parent, rank))
+        raise OSError(f"{checkpoint.state} is damaged")
+    for rank, chunks in enumerate(replay):
+        for chunk in chunks:
+            chunk.check(_replay_folder(folder.parent, rank))
     return checkpoint, versions
 
 
-def _part(entry: dict[str, Any]) -> ReplayChunk:
-    """A part as a manifest describes it, which may be anybody's."""
-    part = ReplayChunk(**entry)
-    if not re.fullmatch(r"[\w-]+\.pt", part.file) or not 0 <= part.start < part.stop:
+def _chunk(entry: dict[str, Any]) -> ReplayChunk:
+    """Reads a manifest's entry, which is not trusted."""
+    chunk = ReplayChunk(**entry)
+    if not re.fullmatch(r"[\w-]+\.pt", chunk.file) or not 0 <= chunk.start < chunk.stop:
         raise ValueError
-    return part
+    return chunk
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Everything that belongs to a checkpoint but its manifest."""
+    """All files of a checkpoint except its manifest."""
     yield checkpoint.state
-    for rank, parts in enumerate(checkpoint.replay):
-        yield from (_replay_folder(checkpoint.folder.parent, rank) / part.file for part in parts)
+    for rank, chunks in enumerate(checkpoint.replay):
+        folder = _replay_folder(checkpoint.folder.parent, rank)
+        yield from (folder / chunk.file for chunk in chunks)
 
 
 def _check_archive(path: Path, size: int | None) -> None:
-    """Raises an :class:`OSError` unless a file has its size, and unpacks to no more than that."""
+    """Raises an :class:`OSError` unless a file has its size and is not compressed."""
     if not path.is_file():
         raise OSError(f"{path} is missing")
     if size is not None and path.stat().st_size != size:
-        raise OSError(f"{path} has {path.stat().st_size} bytes, not the {size} that were written")
+        raise OSError(f"{path} has {path.stat().st_size} bytes instead of {size}")
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.filelist)
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         stored = False
     if not stored:
-        raise OSError(f"{path} is not as it was written")
+        raise OSError(f"{path} is damaged")
 
 
 def _compare_versions(checkpoint: Checkpoint, before: Mapping[str, str]) -> None:
-    """Warns of packages that have changed since."""
-    now = dict(_versions())
+    """Warns of packages whose version has changed."""
+    now = _versions()
     changed = [
         f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
         for name in _PACKAGES
@@ -172,40 +170,29 @@ def _compare_versions(checkpoint: Checkpoint, before: Mapping[str, str]) -> None
     ]
     if changed:
         warnings.warn(
-            f"{checkpoint.folder} was written with other packages, so that what follows may "
-            f"differ: {', '.join(changed)}",
+            f"{checkpoint.folder} was written with other package versions, so the run may "
+            f"continue differently: {', '.join(changed)}",
             stacklevel=3,
         )
 
 
 class Checkpoints(L.Callback):
-    """Keeps everything that a run needs to go on: the last few checkpoints, and the replay buffer.
+    """Saves the last few checkpoints of a run, and restores the one it resumes from.
 
-    A checkpoint is a folder ``update-<n>`` with Lightning's state (networks, targets, optimizer,
-    counters, callbacks and every random generator) and a manifest with checksums and versions.
-    The replay buffer is written to ``replay-0`` beside it, each transition once. A folder gets its
-    name when all that belongs to it is on the disk, so that a run can be killed at any moment.
+    A checkpoint is a folder ``update-<n>`` with Lightning's state and a manifest of checksums and
+    versions; the replay buffer is written incrementally to ``replay-<rank>`` beside it. A folder
+    gets its final name once all its files are on disk, so a run can be killed at any moment.
+    Only files of this callback are ever removed. The folder must be visible to all processes.
 
-    Where the trainer has :class:`TensorFiles` among its plugins, as that of :func:`make_trainer`,
-    nothing is kept that could not be read again.
-
-    To go on, give ``Trainer.fit`` the checkpoint's ``state``. The environments are reset, so the
-    episodes that were running then end there, truncated.
-
-    Only what was written by this callback is ever removed, whatever else lies in its folders.
-
-    A run of several processes has one checkpoint, with the replay buffer and the random generators
-    of each. Its folder must be one that all of them see.
+    Use it through :func:`make_trainer`: the trainer's ``fit`` restores Lightning's state, and the
+    plugin :class:`TensorFiles` refuses to write what could not be read again. Environments are
+    reset when a run resumes, so their running episodes end there, truncated.
 
     Args:
         folder: where checkpoints go.
         every: updates between two; one more is made when training ends or is interrupted.
-        keep: how many of the newest are kept.
-        start: the checkpoint that the run goes on from.
-
-    Raises:
-        ValueError: when training starts, if the run that it goes on with had another number of
-            processes.
+        keep: number of newest checkpoints to keep.
+        start: the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -226,21 +213,21 @@ class Checkpoints(L.Callback):
             return
         self._envs = [pl_module.experience.env, pl_module.eval_env]
         replay, rank = pl_module.experience.replay, trainer.global_rank
-        self._journal = IncrementalReplay(replay, _replay_folder(self.folder, rank))
+        self._replay = IncrementalReplay(replay, _replay_folder(self.folder, rank))
         if self.start is not None:
             check_processes(self.start, trainer.world_size)
-            self._journal.load(self.start.replay[rank])
+            self._replay.load(self.start.replay[rank])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every random generator of every process."""
+        """The states of all random generators of all processes."""
         return {"generators": self._generators}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the state until training starts, when nothing is drawn any more to prepare it."""
+        """Keeps the states until training starts, because setup draws random numbers."""
         self._restored = state_dict["generators"]
 
     def _generator_states(self) -> dict[str, Any]:
-        numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - whoever draws from it
+        numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - environments may use it
         return {
             "python": random.getstate(),
             "numpy": json.dumps(numpy, default=np.ndarray.tolist),
@@ -252,7 +239,7 @@ class Checkpoints(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: ALMModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Has a run that was done go on if it has been given more steps."""
+        """Lets a finished run continue if it was given more steps."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if progress["current"]["ready"] < len(pl_module.experience):
             progress["is_last_batch"] = False
@@ -269,34 +256,34 @@ class Checkpoints(L.Callback):
         torch.set_rng_state(state["torch"])
         if len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
-        with torch.random.fork_rng():  # resets are no part of what goes on
+        with torch.random.fork_rng():  # the resets must not change the restored generators
             env, eval_env = self._envs
             acting, evaluating = state["envs"]
             set_random_states(env, acting)
             try:
                 set_random_states(eval_env, evaluating)
             except ValueError:
-                rank_zero_warn("there are other evaluation environments than before: seeded anew")
+                rank_zero_warn("the evaluation environments have changed: they get new seeds")
                 set_random_states(eval_env, [])
             pl_module.experience.restart()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves, if it is time to; where an evaluation follows, after that."""
+        """Saves if a checkpoint is due, unless an evaluation follows."""
         if not validates_next(trainer, batch_idx):
             self._save_if_due(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Saves, if it is time to."""
+        """Saves if a checkpoint is due."""
         self._save_if_due(trainer, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Saves when an environment failed, since no update was under way.
+        """Saves after an environment failed, since no update was in progress.
 
-        Of several processes the others cannot be asked then, and their last checkpoint remains.
+        With several processes the others cannot take part, so the last checkpoint remains.
         """
         failed = isinstance(exception, EnvironmentFailedError) and pl_module.restored
         if failed and trainer.world_size == 1 and pl_module.experience.updates:
@@ -306,13 +293,13 @@ class Checkpoints(L.Callback):
         """Writes a checkpoint, between two updates.
 
         Raises:
-            OSError: if it cannot be written; the ones before it stay.
+            OSError: if it cannot be written; earlier checkpoints stay.
         """
         experience = pl_module.experience
         name = f"update-{experience.updates:010d}"
         if self.kept and self.kept[-1].folder.name == name:
             return
-        replay = tuple(gather(trainer, tuple(self._journal.save())))
+        replay = tuple(gather(trainer, tuple(self._replay.save())))
         self._generators = gather(trainer, self._generator_states())
         checkpoint = Checkpoint(self.folder / name, experience.updates, experience.steps, replay)
         if trainer.is_global_zero:
@@ -322,7 +309,7 @@ class Checkpoints(L.Callback):
         self._remove_others(trainer)
 
     def _write(self, trainer: L.Trainer, checkpoint: Checkpoint, frames: int) -> None:
-        """Writes what lies in the checkpoint's folder; all processes call, and the first writes."""
+        """Writes the checkpoint's folder on rank 0; all processes must call."""
         partial = checkpoint.folder.with_name(checkpoint.folder.name + ".partial")
         first = trainer.is_global_zero
         try:
@@ -333,7 +320,7 @@ class Checkpoints(L.Callback):
             if first:
                 sync(partial / _STATE)
                 _write_manifest(partial, checkpoint, frames)
-                _remove(checkpoint.folder)  # damaged, or not gone on from
+                _remove(checkpoint.folder)  # damaged, or newer than the one resumed from
                 partial.rename(checkpoint.folder)
                 sync(self.folder)
         except BaseException:
@@ -343,12 +330,12 @@ class Checkpoints(L.Callback):
         trainer.strategy.barrier()
 
     def _check_shared(self, replay: tuple[tuple[ReplayChunk, ...], ...]) -> None:
-        """Raises if what other processes have written is not to be seen from here."""
-        for rank, parts in enumerate(replay):
+        """Raises if the files of other processes are not visible here."""
+        for rank, chunks in enumerate(replay):
             folder = _replay_folder(self.folder, rank)
-            if lacking := [part.file for part in parts if not (folder / part.file).is_file()]:
+            if missing := [one.file for one in chunks if not (folder / one.file).is_file()]:
                 raise OSError(
-                    f"process {rank} has written {lacking[0]}, which is not in {folder}: choose a "
+                    f"process {rank} has written {missing[0]}, which is not in {folder}: choose a "
                     "run.folder on a file system that all machines share"
                 )
 
@@ -360,19 +347,19 @@ class Checkpoints(L.Callback):
             self.save(trainer, pl_module)
 
     def _remove_others(self, trainer: L.Trainer) -> None:
-        """Removes what belongs to none of the checkpoints kept."""
+        """Removes all files that belong to no kept checkpoint."""
         kept = {checkpoint.folder.name for checkpoint in self.kept}
         if trainer.is_global_zero:
             for found in self.folder.glob("update-*"):
                 if found.name not in kept and _NAME.fullmatch(found.name.removesuffix(".partial")):
-                    with contextlib.suppress(OSError):  # what is left is removed after the next
+                    with contextlib.suppress(OSError):  # tried again after the next
                         _remove(found)
         rank = trainer.global_rank
-        self._journal.remove_all_but(part for one in self.kept for part in one.replay[rank])
+        self._replay.remove_all_but(chunk for one in self.kept for chunk in one.replay[rank])
 
 
 class TensorFiles(TorchCheckpointIO):
-    """Has Lightning read and write its part of a checkpoint as the rest of a run is."""
+    """Lets Lightning read and write its state through :mod:`alm_torchrl.files`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -388,33 +375,26 @@ class TensorFiles(TorchCheckpointIO):
 
 
 def check_processes(start: Checkpoint, num_processes: int) -> None:
-    """Refuses to go on with another number of processes than a run had.
+    """Raises a :class:`ValueError` unless a run resumes with its number of processes.
 
-    Each has a replay buffer and environments of its own, which cannot be divided anew.
-
-    Args:
-        start: the checkpoint to go on from.
-        num_processes: of the run that goes on.
-
-    Raises:
-        ValueError: if the numbers differ.
+    Each process has a replay buffer of its own, and the buffers cannot be divided again.
     """
     if start.num_processes != num_processes:
         raise ValueError(
-            f"{start.folder} is of a run of {start.num_processes} processes, each with a replay "
-            f"buffer of its own, and cannot go on with {num_processes}: take run.devices times "
-            f"run.num_nodes = {start.num_processes}"
+            f"{start.folder} has the replay buffers of {start.num_processes} processes and cannot "
+            f"resume with {num_processes}: set run.devices times run.num_nodes to "
+            f"{start.num_processes}"
         )
 
 
 def validates_next(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether an evaluation follows this update, after which a run that goes on skips it."""
+    """Whether an evaluation follows this update; a resumed run would skip it."""
     every = trainer.val_check_batch
     return bool(trainer.enable_validation and every and (batch_idx + 1) % every == 0)
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint; what else lies in its folder is kept under another name."""
+    """Removes a checkpoint; other files in its folder are kept under another name."""
     if not os.path.lexists(folder):
         return
     if not folder.is_symlink() and folder.is_dir():
@@ -425,7 +405,7 @@ def _remove(folder: Path) -> None:
         if not any(folder.iterdir()):
             folder.rmdir()
             return
-    rank_zero_warn(f"{folder} holds what is not a checkpoint's: it is now {set_aside(folder)}")
+    rank_zero_warn(f"{folder} holds other files: it was renamed to {set_aside(folder)}")
 
 
 def _replay_folder(checkpoints: Path, rank: int) -> Path:
@@ -439,10 +419,10 @@ def _write_manifest(folder: Path, checkpoint: Checkpoint, frames: int) -> None:
         "update": checkpoint.update,
         "step": checkpoint.step,
         "frames": frames,
-        "versions": dict(_versions()),
+        "versions": _versions(),
         "sizes": _sizes(folder, checkpoint),
         "state_sha256": sha256(folder / _STATE),
-        "replay": [[asdict(part) for part in parts] for parts in checkpoint.replay],
+        "replay": [[asdict(chunk) for chunk in chunks] for chunks in checkpoint.replay],
     }
     manifest["sha256"] = _digest(manifest)
     with atomic_write(folder / _MANIFEST) as file:
@@ -450,21 +430,21 @@ def _write_manifest(folder: Path, checkpoint: Checkpoint, frames: int) -> None:
 
 
 def _sizes(partial: Path, checkpoint: Checkpoint) -> dict[str, int]:
-    """The bytes of every file, by its name under ``checkpoints``."""
-    state, *parts = _files(checkpoint)
+    """The bytes of every file by its name under ``checkpoints``."""
+    state, *chunks = _files(checkpoint)
     root = checkpoint.folder.parent
     sizes = {state.relative_to(root).as_posix(): (partial / _STATE).stat().st_size}
-    return sizes | {part.relative_to(root).as_posix(): part.stat().st_size for part in parts}
+    return sizes | {chunk.relative_to(root).as_posix(): chunk.stat().st_size for chunk in chunks}
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def _versions() -> dict[str, str]:
+    versions = {}
     for package in _PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """A checksum of everything in a manifest but the checksum itself."""
+    """A checksum of a manifest without its checksum."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -22,36 +22,32 @@ __all__ = ["EnvironmentFailedError", "ExperienceStream"]
 
 
 class ExperienceStream:
-    """Steps the environment, stores what happened, and yields the batches to learn from.
+    """Steps the environment, stores the steps, and yields training batches.
 
-    Warm-up frames are stored without an update, and then learnt from by ``warmup_updates``, before
-    the policy acts for the first time. After them every collected batch is stored first, then
-    sampled as often as ``updates_per_step`` asks, and only then is the noise moved on, so that
-    acting and the updates after it see the same scale. Workers act with the scale that came with
-    their weights.
-
-    Where Ray actors were replaced, the episodes that were running are closed in the replay buffer,
-    so that no window joins what does not follow.
+    The warm-up stores frames without an update, and then yields ``warmup_updates`` batches before
+    the policy first acts. After that, each collected batch is stored, ``updates_per_step`` batches
+    are yielded per environment step, and then the noise advances, so acting and the updates after
+    it use the same noise scale. When a Ray actor was replaced, running episodes are truncated in
+    the replay buffer.
 
     Args:
-        collector: a TorchRL collector that never stops by itself.
-        replay: the buffer that :func:`alm_torchrl.data.make_replay_buffer` makes.
-        total_steps: environment steps to learn from, after the warm-up (the authors' counter).
+        collector: a TorchRL collector without an end.
+        replay: see :func:`alm_torchrl.data.make_replay_buffer`.
+        total_steps: environment steps after the warm-up (the authors' counter).
         warmup_steps: frames collected before the first update.
-        warmup_updates: updates after the warm-up, on its frames alone.
-        updates_per_step: updates for each environment step after that; may be a fraction.
+        warmup_updates: updates on the warm-up's frames.
+        updates_per_step: updates per environment step after the warm-up; may be a fraction.
         noise: the schedule to advance with every environment step.
-        policy: what has to be told when there are new weights: the collector's policy, or what
-            sends them to its workers.
-        on_batch: what is to see every collected batch once it is stored, such as
+        policy: receives new weights: the collector's policy, or the publisher to its workers.
+        on_batch: called with every collected batch once it is stored, such as
             :meth:`ALMAgent.update_statistics`.
-        num_seeds: seeds trained at once, between which the collector's environments are divided;
-            steps, frames and updates are then those of one seed.
-        num_processes: processes that train one agent together, each with experience of its own;
-            steps and frames are then those of all of them.
+        num_seeds: seeds trained together, which share the environments equally; steps, frames and
+            updates are those of one seed.
+        num_processes: processes that train one agent, each with its own experience; steps and
+            frames are those of all.
 
     Raises:
-        ValueError: if a number is out of range, or so small that no update would follow.
+        ValueError: if a number is out of range, or no update would follow.
     """
 
     def __init__(
@@ -79,8 +75,8 @@ class ExperienceStream:
             )
         if warmup_updates < 0 or (warmup_updates and not warmup_steps):
             raise ValueError(
-                f"warmup_updates={warmup_updates} at warmup_steps={warmup_steps}: at least 0, and "
-                "0 where there are no frames to learn from"
+                f"warmup_updates={warmup_updates} with warmup_steps={warmup_steps}: must be at "
+                "least 0, and 0 without warm-up frames"
             )
         self.collector = collector
         self.replay = replay
@@ -95,7 +91,7 @@ class ExperienceStream:
         self.num_processes = num_processes
         self.frames = 0
         self.updates = 0
-        self.stopping = False  # set to end the warm-up, which nothing is kept of
+        self.stopping = False  # set to end the warm-up, of which nothing is saved
         self._batches = 0
         self._last_frames = 0
         self._restarts = 0
@@ -113,28 +109,28 @@ class ExperienceStream:
 
     @property
     def env(self) -> EnvBase | BaseCollector:
-        """The environments, or the collector where they are in its workers: what is seeded."""
+        """The environments, or the collector if its workers hold them."""
         return getattr(self.collector, "env", self.collector)
 
     @property
     def policy_staleness(self) -> float | None:
-        """Updates between the weights acted with and the newest, when a batch arrives.
+        """Updates that a policy's weights are behind the newest when its batch arrives.
 
-        The mean over the last 100 batches, by what the policy noted with its actions (see
-        :class:`~alm_torchrl.training.VersionedPolicy`); None before the first such batch.
+        The mean over the last 100 batches; None before the first batch of a
+        :class:`~alm_torchrl.training.VersionedPolicy`.
         """
         return sum(self._ages) / len(self._ages) if self._ages else None
 
     def __len__(self) -> int:
-        """Updates altogether. Without a length, Lightning would collect one step ahead."""
+        """All updates. Without a length, Lightning would collect one step ahead."""
         return self._due(self.total_steps)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Yields batches until there have been ``len(self)``, collecting as it goes.
+        """Collects and yields batches, ``len(self)`` in all.
 
         Raises:
-            EnvironmentFailedError: if the environment raises, or returns what is not finite.
-            KeyboardInterrupt: before the first update, once ``stopping`` is set.
+            EnvironmentFailedError: if the environment raises or returns a non-finite value.
+            KeyboardInterrupt: if ``stopping`` is set before the first update.
         """
         batches = iter(self.collector)
         while True:
@@ -147,14 +143,15 @@ class ExperienceStream:
                 return
             if self.stopping and not self.updates:
                 raise KeyboardInterrupt
-            self._conclude()
+            if self.steps and self.noise is not None:
+                self.noise.advance(self._last_frames)
             data = self._collect(batches)
             if data is None:
                 return
             self._store(data)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on, the replay buffer apart."""
+        """The counters, without the replay buffer."""
         return {
             "frames": self.frames,
             "updates": self.updates,
@@ -164,7 +161,7 @@ class ExperienceStream:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting where the state was taken, between two updates."""
+        """Restores the counters."""
         self.frames = state_dict["frames"]
         self.updates = state_dict["updates"]
         self._last_frames = state_dict["last_frames"]
@@ -175,7 +172,7 @@ class ExperienceStream:
         self.collector.load_state_dict(counts, strict=False)
 
     def restart(self) -> None:
-        """Resets the environments and acts with the newest weights, as a run does that goes on.
+        """Resets the environments and publishes the newest weights, for a resumed run.
 
         Raises:
             EnvironmentFailedError: if an environment raises.
@@ -186,28 +183,18 @@ class ExperienceStream:
             self.policy.restart(self.updates)
 
     def shutdown(self) -> None:
-        """Closes the environments and ends the workers; there is no more to collect after it.
-
-        What an environment raises as it is closed is a warning, since a run has ended by then.
-        """
+        """Closes the environments and ends the workers; errors on closing only warn."""
         try:
             self.collector.shutdown()
         except Exception as error:  # noqa: BLE001 - an environment may raise anything
-            warnings.warn(
-                f"the environment failed as it was closed: {one_line(error)}", stacklevel=2
-            )
+            warnings.warn(f"the environment failed on closing: {one_line(error)}", stacklevel=2)
 
     def _due(self, steps: int) -> int:
-        """Updates that there should have been after as many steps."""
+        """Updates due after this many steps."""
         return self.warmup_updates + int(steps * self.updates_per_step)
 
-    def _conclude(self) -> None:
-        """Ends the step that was learnt from."""
-        if self.steps and self.noise is not None:
-            self.noise.advance(self._last_frames)
-
     def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
-        """The collector's next batch, if there is one and nothing is wrong with it."""
+        """The collector's next batch, checked to be finite; None at its end."""
         with failing_as(f"the environment failed after frame {self.frames}"):
             if (self.steps or self.updates) and self.policy is not None:
                 self.policy.publish(self.updates)
@@ -237,7 +224,7 @@ class ExperienceStream:
 
 
 def _check_finite(data: TensorDictBase, frames: int) -> None:
-    """Raises if there is a number in a batch that is not finite."""
+    """Raises if a batch holds a non-finite number."""
     for key, leaf in data.items(include_nested=True, leaves_only=True):
         if leaf.is_floating_point() and not leaf.isfinite().all():
             raise EnvironmentFailedError(

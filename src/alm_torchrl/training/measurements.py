@@ -1,10 +1,10 @@
-"""What a run measures of its model at every evaluation, if it is asked to."""
+"""Measurements of the model after every evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
@@ -24,144 +24,88 @@ from alm_torchrl.evaluation import (
     split_into_windows,
     value_bias,
 )
-from alm_torchrl.files import atomic_write
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training.curves import CurveFile, plot_column, significant
 from alm_torchrl.training.module import ALMModule
-from alm_torchrl.training.seeds import StackedLoss
-from alm_torchrl.training.tables import check_table, significant, write_table
+from alm_torchrl.training.seeds import losses_of
 
 __all__ = ["Diagnostics", "Measurement", "ValueBias"]
 
 
-class Measurement(L.Callback):
-    """Measures after every evaluation, and keeps the numbers as a CSV file and a plot.
+class Measurement(CurveFile):
+    """Plays with the current policy after every evaluation and keeps what :meth:`measure` returns.
 
-    The policy of the losses plays in the evaluation's environments. Generators of random numbers
-    are set back afterwards, so that a run is the same with and without it. Of several seeds trained
-    at once, each has files of its own, and the loggers get the first one's numbers, as
-    ``eval/...``.
+    A subclass sets ``name``, the stem of its files, and implements :meth:`measure`; it may override
+    ``draw(figure)``. Random generators are restored afterwards, so training does not depend on
+    measurements. The loggers receive the numbers of the first seed as ``eval/...``.
 
     Args:
         folder: where the files go.
-        seed: the seed to note.
-        steps: steps played in each environment.
-        seed_index: which of several seeds trained at once this is.
+        seed: the seed noted in each row.
+        seed_index: position of this seed among the seeds trained together.
+        steps: steps played in each evaluation environment.
+
+    Examples:
+        >>> class RewardMean(Measurement):
+        ...     name = "reward"
+        ...
+        ...     def measure(self, loss, rollout):
+        ...         return {"reward_mean": rollout["next", "reward"].mean()}
     """
 
-    #: What both files are called.
-    name: str
-
     def __init__(
-        self, folder: str | Path, *, seed: int, steps: int = 1000, seed_index: int = 0
+        self, folder: str | Path, *, seed: int, seed_index: int = 0, steps: int = 1000
     ) -> None:
-        self.folder = Path(folder)
-        self.seed = int(seed)  # of Python's own, which a checkpoint can hold
+        super().__init__(folder, seed=seed, seed_index=seed_index)
         self.steps = steps
-        self.seed_index = seed_index
-        self.rows: list[dict[str, float]] = []
-        self._goes_on = False
 
-    @property
-    def state_key(self) -> str:
-        """Where a checkpoint keeps the numbers of this seed."""
-        return self._generate_state_key(seed_index=self.seed_index)
+    def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
+        """Computes the numbers, scalars by name.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers so far."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self.rows, self._goes_on = list(state_dict["rows"]), True
-
-    @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Compares the file with the numbers so far, and loses nothing if they differ."""
-        path = self.folder / f"{self.name}.csv"
-        if check_table(path, self.rows, self.seed, goes_on=self._goes_on):
-            self._write()
+        Args:
+            loss: the objective of this seed.
+            rollout: steps played by its policy, ``[N, steps]``.
+        """
+        raise NotImplementedError
 
     @rank_zero_only
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
-        """Plays, measures, and rewrites both files."""
-        loss, device, env = pl_module.loss, pl_module.device, pl_module.eval_env
-        one = loss.losses[self.seed_index] if isinstance(loss, StackedLoss) else loss
-        devices = [device] if device.type == "cuda" else []
+        """Plays, measures, logs, and rewrites both files."""
+        loss = losses_of(pl_module.loss)[self.seed_index]
+        device, env = pl_module.device, pl_module.eval_env
         states = random_states(env)
-        failing = failing_as(f"playing in {env_name(env)} for the {self.name} failed")
-        with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
-            with failing:
-                rollout = rollout_for_bias(cast("ALMLoss", one), env, self.steps).to(device)
-            found = self.measure(cast("ALMLoss", one), rollout)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with failing_as(f"playing in {env_name(env)} for the {self.name} failed"):
+                rollout = rollout_for_bias(loss, env, self.steps).to(device)
+            found = self.measure(loss, rollout)
         if states:
             set_random_states(env, states)
         numbers = {name: significant(float(value)) for name, value in found.items()}
-        self.rows.append({"step": pl_module.experience.steps, "seed": self.seed, **numbers})
+        step = pl_module.experience.steps
         if self.seed_index == 0:
             for logger in trainer.loggers:
-                metrics = {f"eval/{name}": value for name, value in numbers.items()}
-                logger.log_metrics(metrics, step=pl_module.experience.steps)
-        self._write()
-
-    def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
-        """The numbers, scalars by name.
-
-        Args:
-            loss: the objective of the seed.
-            rollout: what its policy has just played, ``[N, steps]``.
-        """
-        raise NotImplementedError
-
-    def draw(self, figure: Any) -> None:
-        """Draws :attr:`rows` on a figure of matplotlib's."""
-        raise NotImplementedError
-
-    def _write(self) -> None:
-        write_table(self.folder / f"{self.name}.csv", list(self.rows[0]), self.rows)
-        with atomic_write(self.folder / f"{self.name}.png") as file:
-            self._render(file)
-
-    def _render(self, file: BinaryIO) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 3.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        self.draw(figure)
-        figure.savefig(file, format="png", dpi=150)
-
-    def _column(self, name: str) -> list[float]:
-        return [row[name] for row in self.rows]
+                logger.log_metrics({f"eval/{k}": v for k, v in numbers.items()}, step=step)
+        self.add(step, numbers)
 
 
 class ValueBias(Measurement):
     """The normalized bias of action values and bound, as ``bias.csv`` and ``bias.png``.
 
-    See :func:`alm_torchrl.evaluation.value_bias`. Where a time limit hides every return, the run
-    goes on: it warns, and the numbers are NaN.
+    See :func:`alm_torchrl.evaluation.value_bias`. If a time limit hides every return, the numbers
+    are NaN and a warning is issued.
 
     Args:
         folder: where the files go.
-        seed: the seed to note.
-        steps: steps played in each environment.
-        seed_index: which of several seeds trained at once this is.
-        tail: largest share of an endless return that a time limit may hide.
+        tail: largest share of an infinite-horizon return that a time limit may hide.
+        options: as for :class:`Measurement`.
     """
 
     name = "bias"
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        seed: int,
-        steps: int = 1000,
-        seed_index: int = 0,
-        tail: float = 0.03,
-    ) -> None:
-        super().__init__(folder, seed=seed, steps=steps, seed_index=seed_index)
+    def __init__(self, folder: str | Path, *, tail: float = 0.03, **options: int) -> None:
+        super().__init__(folder, **options)
         self.tail = tail
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
@@ -169,50 +113,36 @@ class ValueBias(Measurement):
         try:
             bias = value_bias(loss, rollout, tail=self.tail)
         except UnknownReturnsError as error:
-            rank_zero_warn(f"the bias of this evaluation is left out: {error}")
+            rank_zero_warn(f"the bias is not measured at this evaluation: {error}")
             nan = torch.tensor(float("nan"))
             bias = Bias(nan, nan, nan, nan, nan, states=torch.tensor(0))
         return {f"bias_{name}": value for name, value in bias._asdict().items()}
 
     def draw(self, figure: Any) -> None:
-        """Mean and standard deviation over states, of values and bound."""
-        steps = self._column("step")
+        """Draws mean and standard deviation over states, of values and bound."""
+        steps = self.column("step")
         for axes, name in zip(figure.subplots(1, 2, sharey=True), ("value", "bound"), strict=True):
-            mean, std = self._column(f"bias_{name}"), self._column(f"bias_{name}_std")
-            low, high = zip(*((m - s, m + s) for m, s in zip(mean, std, strict=True)), strict=True)
-            axes.plot(steps, mean, marker="o", markersize=3)
-            axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
+            mean, std = self.column(f"bias_{name}"), self.column(f"bias_{name}_std")
+            plot_column(axes, steps, mean, std, title=f"bias of the {name}")
             axes.axhline(0, color="black", linewidth=0.5)
-            axes.set(xlabel="environment steps after the warm-up", title=f"bias of the {name}")
-            axes.grid(alpha=0.3)
 
 
 class Diagnostics(Measurement):
     """Latents, dynamics and classifier, as ``diagnostics.csv`` and ``diagnostics.png``.
 
-    The effective rank of the target encoder's means over the states visited; the model's error
-    after 1, 2, ... steps; the calibration of the classifier.
+    The effective rank of the target encoder's means over the visited states, the model error after
+    1, 2, ... steps, and the calibration of the classifier.
 
     Args:
         folder: where the files go.
-        seed: the seed to note.
-        steps: steps played in each environment.
-        seed_index: which of several seeds trained at once this is.
-        length: steps of the model's longest rollout.
+        length: steps of the longest model rollout.
+        options: as for :class:`Measurement`.
     """
 
     name = "diagnostics"
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        seed: int,
-        steps: int = 1000,
-        seed_index: int = 0,
-        length: int = 20,
-    ) -> None:
-        super().__init__(folder, seed=seed, steps=steps, seed_index=seed_index)
+    def __init__(self, folder: str | Path, *, length: int = 20, **options: int) -> None:
+        super().__init__(folder, **options)
         self.length = length
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
@@ -229,20 +159,21 @@ class Diagnostics(Measurement):
         }
 
     def draw(self, figure: Any) -> None:
-        """Rank over time, and the newest error by length and reliability."""
+        """Draws the rank over time, and the newest model error and reliability diagram."""
         newest = self.rows[-1]
 
         def values(prefix: str) -> list[float]:
             return [value for name, value in newest.items() if name.startswith(prefix)]
 
         rank, error, reliability = figure.subplots(1, 3)
-        rank.plot(self._column("step"), self._column("effective_rank"), marker="o", markersize=3)
-        rank.set(xlabel="environment steps after the warm-up", title="effective rank")
+        plot_column(
+            rank, self.column("step"), self.column("effective_rank"), title="effective rank"
+        )
         errors = values("model_error_")
         error.plot(range(1, len(errors) + 1), errors, marker="o", markersize=3)
-        error.set(xlabel="steps imagined", title="model error / variance")
+        error.set(xlabel="model steps", title="model error / variance")
         reliability.plot([0, 1], [0, 1], color="black", linewidth=0.5)
         reliability.plot(values("confidence_"), values("frequency_"), marker="o", markersize=3)
-        reliability.set(xlabel="classifier's probability", title="share of encoded latents")
-        for axes in (rank, error, reliability):
+        reliability.set(xlabel="predicted probability", title="observed frequency")
+        for axes in (error, reliability):
             axes.grid(alpha=0.3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import lightning as L  # noqa: N812 - Lightning's own convention
@@ -12,9 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.envs import EnvBase
-from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.envs.failures import env_name, failing_as
@@ -22,55 +22,56 @@ from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.modules import plain_numbers
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training.compilation import worth_compiling
 from alm_torchrl.training.experience import ExperienceStream
-from alm_torchrl.training.processes import rank_seed
-from alm_torchrl.training.seeds import StackedAgent, StackedLoss, StackedSoftUpdate
+from alm_torchrl.training.runtime import choose_precision, rank_seed, worth_compiling
+from alm_torchrl.training.seeds import (
+    StackedAgent,
+    StackedLoss,
+    TargetUpdate,
+    agents_of,
+    losses_of,
+)
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
 __all__ = ["ALMModule"]
 
 
 class ALMModule(L.LightningModule):
-    """One update for every batch of experience, and an evaluation as the validation step.
+    """Makes one update per batch of experience, and evaluates as the validation step.
 
-    All five losses are minimized by one backward pass and one optimizer with a parameter group
-    for each of :meth:`ALMLoss.parameter_groups`; the norm of each group's gradient is clipped
-    apart, and a norm that is not finite stops the run before it does damage. The target networks
-    follow after every update. See :class:`~alm_torchrl.training.Update`.
-
-    Put the agent on its device before the loss is built, so that acting and losses keep sharing
-    the noise schedule.
+    See :class:`~alm_torchrl.training.Update` for the update. Move the agent to its device before
+    building the loss, so that acting and losses share the noise schedule. In a run of several
+    processes (Lightning's ``ddp``), each has an agent, a loss, experience and random numbers of
+    its own, gradients are averaged, and only rank 0 evaluates.
 
     Args:
-        agent: the components and the acting policy; of several seeds, a
-            :class:`~alm_torchrl.training.StackedAgent`.
-        loss: the objective built on the agent's networks; of several seeds, a
+        agent: the agent, or a :class:`~alm_torchrl.training.StackedAgent` for several seeds.
+        loss: the objective built on the agent's networks, or a
             :class:`~alm_torchrl.training.StackedLoss`.
-        experience: where batches come from.
-        eval_env: environments to evaluate in, apart from those that are learnt from; for several
-            seeds, ``eval_episodes`` of them for each.
-        learning_rates: one rate, or one for each parameter group by name.
+        experience: source of the batches.
+        eval_env: environments to evaluate in, not those of the collector; for several seeds,
+            ``eval_episodes`` of them for each.
+        learning_rates: see :func:`~alm_torchrl.training.make_optimizer`.
+        optimizer: see :func:`~alm_torchrl.training.make_optimizer`.
+        schedule: makes a learning-rate scheduler, stepped after every update. A resumed run then
+            keeps the rates of its checkpoint, and the update is not captured as a CUDA graph.
         max_grad_norm: largest gradient norm of a group.
-        target_tau: weight of the new value in the targets' moving average.
-        eval_episodes: episodes of an evaluation, for each seed.
-        eval_max_steps: steps after which such an episode is cut off; see
+        target_tau: weight of the new value in the moving average of the targets.
+        eval_episodes: episodes per evaluation and seed.
+        eval_max_steps: longest episode of an evaluation; see
             :func:`~alm_torchrl.evaluation.evaluate_policy`.
-        ema_decay: decay of a moving average over the updates of all weights of the agent, which is
-            evaluated and saved in place of the newest weights; 0 for these, as the authors do.
-            What is learnt, and what acts to learn from, is the same with and without it.
-        log_every: updates between two entries in the loggers.
+        ema_decay: decay of a moving average of the weights, which is evaluated and saved instead
+            of the newest weights; 0 disables it, as the authors do. It does not affect training.
+        log_every: updates between two log entries.
+        precision: precision of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
+            :func:`~alm_torchrl.training.runtime.choose_precision`.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
-            graph on a GPU; ``"auto"`` does so where :func:`worth_compiling` says that it pays, and
-            goes on without, and warns, if it fails.
+            graph on a GPU; ``"auto"`` does so where
+            :func:`~alm_torchrl.training.runtime.worth_compiling` says it pays, and warns instead
+            of failing.
 
     Raises:
-        ValueError: if the loss was not built on the agent, a learning rate names no group, the
-            mode of compilation is another, the decay is not at least 0 and below 1, or nothing is
-            evaluated.
-
-    In a trainer of several processes (Lightning's ``ddp``), each has an agent, a loss, experience
-    and random numbers of its own, and the gradients are averaged over them. Only rank 0 evaluates.
+        ValueError: if the loss was not built on the agent, or an argument is out of range.
     """
 
     def __init__(
@@ -81,12 +82,15 @@ class ALMModule(L.LightningModule):
         eval_env: EnvBase,
         *,
         learning_rates: float | Mapping[str, float] = 1e-4,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         max_grad_norm: float = 100.0,
         target_tau: float = 0.005,
         eval_episodes: int = 5,
         eval_max_steps: int | None = None,
         ema_decay: float = 0.0,
         log_every: int = 100,
+        precision: str = "32-true",
         compile: str = "never",  # noqa: A002 - the name of the recipe's option
     ) -> None:
         super().__init__()
@@ -100,97 +104,107 @@ class ALMModule(L.LightningModule):
         self.agent = agent
         self.loss = loss
         self.experience = experience
-        self.__dict__["eval_env"] = eval_env  # a module for TorchRL, but no part of what is learnt
+        self.__dict__["eval_env"] = eval_env  # an nn.Module, but not part of the model
         if isinstance(learning_rates, Mapping):
             learning_rates = dict(learning_rates)
         self.learning_rates: float | Mapping[str, float] = plain_numbers(learning_rates)
+        self.make_optimizer = optimizer
+        self.make_schedule = schedule
         self.max_grad_norm = max_grad_norm
         self.eval_episodes = eval_episodes
         self.eval_max_steps = eval_max_steps
         self.ema_decay = ema_decay
         self.average = copy.deepcopy(agent).requires_grad_(False) if ema_decay else None
+        device = next(loss.parameters()).device
+        self.precision = choose_precision(precision, device)
         self.compile_mode = compile
-        self.compiles = worth_compiling(compile, len(experience), next(loss.parameters()).device)
+        self.compiles = worth_compiling(compile, len(experience), device)
         self.automatic_optimization = False
         self.log_every = log_every
-        #: Whether all state has been restored: nothing of the run is written before.
+        #: Whether all state has been restored; the run writes nothing before.
         self.restored = False
-        stacked = isinstance(loss, StackedLoss)
-        self.target_update = (StackedSoftUpdate if stacked else SoftUpdate)(loss, tau=target_tau)
+        self.target_update = TargetUpdate(loss, tau=target_tau)
         self._check_sharing()
 
     @property
     def agents(self) -> list[ALMAgent]:
-        """The agent that is learnt, or that of every seed."""
-        return _agents(self.agent)
+        """The agent of each seed."""
+        return agents_of(self.agent)
 
     @property
     def evaluated(self) -> ALMAgent | StackedAgent:
-        """What is evaluated: the average of the weights, if one is kept, or the newest."""
+        """The agent that is evaluated: with averaged weights, if an average is kept."""
         return self.agent if self.average is None else self.average
 
     @property
     def evaluated_agents(self) -> list[ALMAgent]:
-        """The agent that is evaluated and saved, or that of every seed."""
-        return _agents(self.evaluated)
+        """The agent of each seed that is evaluated and saved."""
+        return agents_of(self.evaluated)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam over the four parameter groups."""
-        return make_optimizer(self.loss, self.learning_rates)
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and its schedule if there is one."""
+        optimizer = make_optimizer(self.loss, self.learning_rates, self.make_optimizer)
+        if self.make_schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
 
     def train_dataloader(self) -> ExperienceStream:
-        """The experience, which is iterated in this process."""
+        """The experience, iterated in this process."""
         return self.experience
 
     def on_fit_start(self) -> None:
-        """Has each process of a run draw for itself, since Lightning seeds all of them alike.
+        """Seeds each process differently, because Lightning seeds all alike.
 
         Raises:
-            MisconfigurationException: for an encoder that keeps running statistics, in a run of
+            MisconfigurationException: if an encoder keeps running statistics and the run has
                 several processes.
         """
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
             raise MisconfigurationException(
-                "an encoder that keeps running statistics is trained in one process, since each "
-                "would have its own: take run.devices=1, or build it with normalize=False"
+                "an encoder with running statistics trains in one process, because each process "
+                "would keep its own: set run.devices=1, or build it with normalize=False"
             )
         if self.global_rank > 0:
             torch.manual_seed(rank_seed(torch.initial_seed(), self.global_rank))
 
     def on_train_start(self) -> None:
-        """Builds the update, now that the optimizer, the device and the precision are known."""
+        """Builds the update, now that optimizer and device are known."""
         optimizer = self.trainer.optimizers[0]
         rates = self.learning_rates
-        for group in optimizer.param_groups:  # a checkpoint has brought those of the run before
-            group["lr"] = rates[group["name"]] if isinstance(rates, Mapping) else rates
+        if self.make_schedule is None:  # a checkpoint has restored the rates of the run before
+            for group in optimizer.param_groups:
+                group["lr"] = rates[group["name"]] if isinstance(rates, Mapping) else rates
         update = Update(
             self.loss,
             optimizer,
             self.target_update,
             max_grad_norm=self.max_grad_norm,
-            precision=self.trainer.precision,
+            precision=self.precision,
             compiled=self.compiles,
             strict=self.compile_mode != "auto",
             backward=self.manual_backward,
         )
-        alone = self.trainer.world_size == 1  # no graph holds what processes say to each other
-        captured = alone and self.device.type == "cuda" and self.compile_mode != "never"
+        # A graph can hold neither communication between processes nor a change of the rate.
+        fixed = self.trainer.world_size == 1 and self.make_schedule is None
+        captured = fixed and self.device.type == "cuda" and self.compile_mode != "never"
         self._update = CapturedUpdate(update) if captured else update
         self.restored = True
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
-        """One update. The host waits for a GPU when there is something to log, and no sooner.
+        """Makes one update, and waits for a GPU only when a log entry is due.
 
         Raises:
-            FloatingPointError: if the norm of a gradient is not finite.
+            FloatingPointError: if a gradient norm is not finite.
         """
         metrics = TensorDict()
-        # As a closure, after which there is no gradient left to step on, so that Lightning counts
-        # a step that may be part of a graph.
+        # As a closure, so that Lightning counts a step that may be part of a graph. No gradients
+        # are left after it, so Lightning's own optimizer step does nothing.
         optimizer = cast("LightningOptimizer", self.optimizers())
         optimizer.step(closure=lambda: metrics.update(self._update(batch)))
+        if self.make_schedule is not None:
+            cast("LRScheduler", self.lr_schedulers()).step()
         if self.average is not None:
-            _move(self.average, self.agent, self.ema_decay)
+            _update_average(self.average, self.agent, self.ema_decay)
         logging = batch_idx % self.log_every == 0
         if logging or self.device.type == "cpu":
             self.check()
@@ -198,14 +212,14 @@ class ALMModule(L.LightningModule):
             self._log_metrics({f"train/{k}": v for k, v in metrics.items()})
 
     def on_validation_start(self) -> None:
-        """Finds out whether the updates so far were sound, before anything is kept of them."""
+        """Checks the updates so far, before anything of them is saved."""
         self.check()
 
     def check(self) -> None:
-        """Waits for the updates so far, and finds out whether they were sound.
+        """Waits for the updates so far and raises if one was not sound.
 
         Raises:
-            FloatingPointError: if the norm of a gradient was not finite.
+            FloatingPointError: if a gradient norm was not finite.
         """
         try:
             self._update.check()
@@ -220,43 +234,37 @@ class ALMModule(L.LightningModule):
         return [0]
 
     def validation_step(self, *_: Any) -> Tensor:
-        """Plays whole episodes with the mean action: their returns, ``[seeds, episodes]``.
+        """Plays whole episodes with the mean action, on rank 0, in float32.
 
-        In full precision, as the collector acts, whatever the losses are computed in. Of several
-        processes the first plays, and tells the others.
+        Returns:
+            Their returns, ``[seeds, episodes]``.
 
         Raises:
-            EnvironmentFailedError: if the environment raises, or returns what is not finite.
+            EnvironmentFailedError: if the environment raises or returns a non-finite value.
         """
         returns = self._evaluate() if self.trainer.is_global_zero else None
         returns = self.trainer.strategy.broadcast(returns)
         assert returns is not None
         returns = returns.to(self.device)
-        metrics = {"eval/return": returns.mean(), "eval/return_std": returns.std(correction=0)}
-        self.log(
-            "return", returns.mean(), prog_bar=True, logger=False, batch_size=1, sync_dist=True
-        )
-        self._log_metrics(metrics)
+        mean = returns.mean()
+        self.log("return", mean, prog_bar=True, logger=False, batch_size=1, sync_dist=True)
+        self._log_metrics({"eval/return": mean, "eval/return_std": returns.std(correction=0)})
         return returns
 
     def _evaluate(self) -> Tensor:
         seeds = len(self.agents)
-        policy = self.evaluated.policy()
-        failing = failing_as(
-            f"the evaluation in {env_name(self.eval_env)} failed after frame "
-            f"{self.experience.frames}"
-        )
-        with failing, torch.autocast(self.device.type, enabled=False):
+        where, frames = env_name(self.eval_env), self.experience.frames
+        with failing_as(f"the evaluation in {where} failed after frame {frames}"):
             returns = evaluate_policy(
                 self.eval_env,
-                policy,
+                self.evaluated.policy(),
                 seeds * self.eval_episodes,
                 max_steps=self.eval_max_steps,
             )
         return returns.reshape(seeds, -1).cpu()
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
-        """Writes means over seeds to the loggers; the authors' step counter is the x-axis."""
+        """Logs means over seeds against the environment steps after the warm-up."""
         metrics["noise_scale"] = self.agent.noise.scale
         numbers = torch.stack([value.float().mean() for value in metrics.values()]).tolist()
         values = dict(zip(metrics, numbers, strict=True))
@@ -270,8 +278,7 @@ class ALMModule(L.LightningModule):
             logger.log_metrics(values, step=self.experience.steps)
 
     def _check_sharing(self) -> None:
-        losses = self.loss.losses if isinstance(self.loss, StackedLoss) else [self.loss]
-        for agent, loss in zip(self.agents, losses, strict=True):
+        for agent, loss in zip(self.agents, losses_of(self.loss), strict=True):
             trained = {t.data_ptr() for t in (*loss.parameters(), *loss.actor_params.buffers())}
             acting = [*agent.encoder.parameters(), *agent.actor.parameters(), agent.noise.scale]
             if not {t.data_ptr() for t in acting} <= trained:
@@ -281,18 +288,9 @@ class ALMModule(L.LightningModule):
                 )
 
 
-def _agents(agent: ALMAgent | StackedAgent) -> list[ALMAgent]:
-    if isinstance(agent, StackedAgent):
-        return [cast("ALMAgent", one) for one in agent.agents]
-    return [agent]
-
-
 @torch.no_grad()
-def _move(average: nn.Module, newest: nn.Module, decay: float) -> None:
-    """Moves the average of parameters towards the newest; buffers are copied.
-
-    As torch's ``AveragedModel``, which waits for the device at every update.
-    """
-    move = get_ema_multi_avg_fn(decay)
-    move(list(average.parameters()), list(newest.parameters()), None)
+def _update_average(average: nn.Module, newest: nn.Module, decay: float) -> None:
+    """Averages parameters and copies buffers; torch's ``AveragedModel`` waits for the device."""
+    update = get_ema_multi_avg_fn(decay)
+    update(list(average.parameters()), list(newest.parameters()), None)
     torch._foreach_copy_(list(average.buffers()), list(newest.buffers()))

@@ -1,8 +1,8 @@
-"""Several seeds trained at once: their parameters are stacked, and one update moves them all.
+"""Several seeds trained at once by one update over stacked parameters.
 
-An update of small networks hardly fills a GPU, so that several side by side cost far less than one
-after the other. Nothing passes between the seeds: every one has its own networks, environment,
-lane of the replay buffer, random numbers, gradient norms and curve.
+An update of small networks hardly fills a GPU, so training seeds together costs far less than
+training them one after the other. The seeds share nothing: each has its own networks, environment,
+share of the replay buffer, random numbers, gradient norms and curve.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
+from alm_torchrl.modules import NoiseSchedule
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.objectives.components import parametrized
@@ -26,7 +27,9 @@ __all__ = [
     "StackedLoss",
     "StackedNoise",
     "StackedPolicy",
-    "StackedSoftUpdate",
+    "TargetUpdate",
+    "agents_of",
+    "losses_of",
     "stack_seeds",
 ]
 
@@ -34,16 +37,16 @@ __all__ = [
 class StackedLoss(nn.Module):
     """The objectives of ``S`` seeds as one, over parameters ``[S, ...]``.
 
-    The parameters of the given losses (and so of the agents that they were built on) become views
-    of the stacked ones: what is learnt here is at once what those agents act with and save.
+    The parameters of the given losses, and of the agents they were built on, become views of the
+    stacked ones, so the agents act with and save what is learned here.
 
     Args:
-        losses: one for each seed, on one device and of the same sizes. The first one's settings
-            (horizon, estimator, coefficient, noise) hold for all.
+        losses: one for each seed, on one device and of the same sizes. The settings of the first
+            (horizon, estimator, coefficient, noise) apply to all.
 
     Raises:
-        ValueError: for networks of different sizes, no loss at all, or an encoder that keeps
-            running statistics, which are not stacked.
+        ValueError: if there is no loss, the networks differ in size, or an encoder keeps running
+            statistics.
     """
 
     def __init__(self, losses: Sequence[ALMLoss]) -> None:
@@ -52,11 +55,11 @@ class StackedLoss(nn.Module):
         networks = [_networks(loss) for loss in losses]
         shapes = [{key: leaf.shape for key, leaf in n.items(True, True)} for n in networks]
         if not losses or any(shape != shapes[0] for shape in shapes):
-            raise ValueError("seeds are stacked from one or more losses of the same sizes")
+            raise ValueError("the seeds differ in network sizes: give losses of the same sizes")
         if keeps_statistics(losses[0].encoder):
             raise ValueError(
-                "an encoder that keeps running statistics is trained one seed at a time: take "
-                "num_seeds=1, or build it with normalize=False"
+                "an encoder with running statistics trains one seed at a time: set num_seeds=1, "
+                "or build it with normalize=False"
             )
         self._stack: TensorDictBase = TensorDict(batch_size=[len(losses)])
         for key in shapes[0]:
@@ -67,7 +70,7 @@ class StackedLoss(nn.Module):
 
     @property
     def out_keys(self) -> list[str]:
-        """The five losses."""
+        """Keys of the losses."""
         return self._first.out_keys
 
     @property
@@ -75,15 +78,24 @@ class StackedLoss(nn.Module):
         return self.losses[0]  # type: ignore[return-value]
 
     def parameter_groups(self) -> dict[str, list[Tensor]]:
-        """The stacked parameters, as :meth:`ALMLoss.parameter_groups` has them for one seed."""
+        """The stacked parameters, grouped as in :meth:`ALMLoss.parameter_groups`."""
         ids = {id(leaf): key for key, leaf in _networks(self._first).items(True, True)}
         return {
             name: [self._stack[ids[id(p)]] for p in group]
             for name, group in self._first.parameter_groups().items()
         }
 
+    @staticmethod
+    def clip_grad_norm_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+        """Clips the gradient norm of each seed and returns the norms before, ``[S]``."""
+        grads = [p.grad.view(len(p), -1) for p in parameters if p.grad is not None]
+        norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
+        torch._foreach_mul_(grads, [factors] * len(grads))
+        return norms
+
     def forward(self, windows: TensorDictBase) -> TensorDictBase:
-        """All losses of all seeds.
+        """Computes all losses of all seeds.
 
         Args:
             windows: one batch for each seed, ``[S, B, T]``.
@@ -99,7 +111,7 @@ class StackedLoss(nn.Module):
 
     def _share(self) -> None:
         """Makes the parameters of each seed views of the stacked ones."""
-        networks = [_networks(cast("ALMLoss", loss)) for loss in self.losses]
+        networks = [_networks(loss) for loss in losses_of(self)]
         for key, stacked in self._stack.items(True, True):
             for network, view in zip(networks, stacked.detach().unbind(), strict=True):
                 network[key].data = view
@@ -113,31 +125,31 @@ class StackedLoss(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Shares what a copy or a pickle holds twice, and makes leaves of it again."""
+        """Shares the parameters again after a copy or a pickle, which duplicates them."""
         super().__setstate__(state)
         self._stack = self._stack.apply(lambda t: t.detach().requires_grad_(t.requires_grad))
         self._share()
 
 
-class StackedSoftUpdate:
-    """TorchRL's moving averages of the targets of all seeds.
+class TargetUpdate:
+    """TorchRL's ``SoftUpdate`` of the target networks, for one seed or several.
 
     Args:
-        loss: the stacked objectives.
-        tau: weight of the new value.
+        loss: the objective, or those of several seeds.
+        tau: weight of the new value in the moving average.
     """
 
-    def __init__(self, loss: StackedLoss, tau: float) -> None:
-        self._updates = [SoftUpdate(one, tau=tau) for one in loss.losses]
+    def __init__(self, loss: ALMLoss | StackedLoss, tau: float) -> None:
+        self._updates = [SoftUpdate(one, tau=tau) for one in losses_of(loss)]
 
     def step(self) -> None:
-        """One step of the averages, in place."""
+        """Updates the averages in place."""
         for update in self._updates:
             update.step()
 
 
 class StackedAgent(nn.Module):
-    """The agents of ``S`` seeds as one that acts in ``S`` (or a multiple of ``S``) environments.
+    """The agents of ``S`` seeds as one that acts in a multiple of ``S`` environments.
 
     Args:
         agents: one for each seed, whose losses have been stacked.
@@ -149,27 +161,27 @@ class StackedAgent(nn.Module):
 
     @property
     def noise(self) -> StackedNoise:
-        """The schedules of the action noise, which move together."""
-        return StackedNoise([agent.noise for agent in self.agents])
+        """The noise schedules of all seeds."""
+        return StackedNoise([agent.noise for agent in agents_of(self)])
 
     def policy(self) -> StackedPolicy:
         """A policy over environments ``[S * E]``, the first ``E`` of which are the first seed's."""
-        return StackedPolicy([cast("ALMAgent", agent).policy() for agent in self.agents])
+        return StackedPolicy([agent.policy() for agent in agents_of(self)])
 
 
 class StackedNoise:
-    """Schedules that move together."""
+    """Noise schedules that advance together."""
 
-    def __init__(self, schedules: Sequence[Any]) -> None:
+    def __init__(self, schedules: Sequence[NoiseSchedule]) -> None:
         self._schedules = schedules
 
     @property
     def scale(self) -> Tensor:
-        """The scale that all of them have."""
+        """The scale, equal in all schedules."""
         return self._schedules[0].scale
 
     def advance(self, steps: int = 1) -> None:
-        """Moves all of them on."""
+        """Advances all schedules."""
         for schedule in self._schedules:
             schedule.advance(steps)
 
@@ -202,7 +214,7 @@ class StackedPolicy(TensorDictModuleBase):
 def stack_seeds(
     agents: Sequence[ALMAgent], losses: Sequence[ALMLoss]
 ) -> tuple[ALMAgent | StackedAgent, ALMLoss | StackedLoss]:
-    """Stacks the agents and losses of several seeds; those of one are returned as they are.
+    """Stacks the agents and losses of several seeds; a single pair is returned unchanged.
 
     Args:
         agents: one for each seed.
@@ -212,15 +224,27 @@ def stack_seeds(
         The agent and the loss for :class:`~alm_torchrl.training.ALMModule`.
 
     Raises:
-        ValueError: for networks of different sizes, or no agent at all.
+        ValueError: see :class:`StackedLoss`.
     """
     if len(agents) == 1:
         return agents[0], losses[0]
     return StackedAgent(agents), StackedLoss(losses)
 
 
+def losses_of(loss: ALMLoss | StackedLoss) -> list[ALMLoss]:
+    """The objective of each seed."""
+    losses = list(loss.losses) if isinstance(loss, StackedLoss) else [loss]
+    return cast("list[ALMLoss]", losses)
+
+
+def agents_of(agent: ALMAgent | StackedAgent) -> list[ALMAgent]:
+    """The agent of each seed."""
+    agents = list(agent.agents) if isinstance(agent, StackedAgent) else [agent]
+    return cast("list[ALMAgent]", agents)
+
+
 def _networks(loss: ALMLoss) -> TensorDictBase:
-    """Parameters and target parameters by the names that they have in the loss."""
+    """Parameters and target parameters by their names in the loss."""
     everything = TensorDict.from_module(loss)
     keys = [
         key

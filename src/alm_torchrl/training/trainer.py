@@ -1,14 +1,14 @@
-"""A Lightning trainer with everything a run should leave behind."""
+"""A Lightning trainer that leaves curve, agents, checkpoints and logs in a folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning as L  # noqa: N812 - Lightning's own convention
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.environments import (
@@ -23,125 +23,141 @@ from torchrl.envs import EnvBase
 
 from alm_torchrl.training.callbacks import (
     EvaluationSchedule,
-    LearningCurve,
+    ProgressBar,
     SaveAgent,
     StopOnSignal,
     Video,
 )
 from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, TensorFiles, check_processes
+from alm_torchrl.training.curves import LearningCurve
 from alm_torchrl.training.measurements import Measurement
-from alm_torchrl.training.precision import choose_precision
-from alm_torchrl.training.processes import exit_with_parent
-from alm_torchrl.training.progress import ProgressBar
+from alm_torchrl.training.module import ALMModule
+from alm_torchrl.training.runtime import exit_with_parent
 
 __all__ = ["make_trainer"]
+
+
+class _Trainer(L.Trainer):
+    """A trainer that restores the checkpoint given to :func:`make_trainer`."""
+
+    start: Checkpoint | None = None
+
+    def fit(self, model: ALMModule, *args: Any, **options: Any) -> None:  # type: ignore[override]
+        """Trains, from the checkpoint if there is one."""
+        if options.get("ckpt_path") is not None:
+            raise ValueError(
+                "fit(ckpt_path=...) would not restore the replay buffer: give the checkpoint to "
+                "make_trainer(start=find_checkpoint(...))"
+            )
+        if self.start is not None:
+            options |= {"ckpt_path": self.start.state, "weights_only": True}
+        super().fit(model, *args, **options)
 
 
 def make_trainer(
     folder: str | Path,
     *,
     seed: int,
-    num_seeds: int = 1,
-    title: str,
     eval_every: int,
+    num_seeds: int = 1,
+    title: str = "",
     checkpoint_every: int | None = None,
     keep_checkpoints: int = 2,
     start: Checkpoint | None = None,
-    accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
-    precision: str = "32-true",
     tensorboard: bool = True,
     wandb: bool = False,
-    measurements: Sequence[type[Measurement]] = (),
+    measurements: Sequence[Callable[..., Measurement]] = (),
     video_env: EnvBase | None = None,
+    callbacks: Sequence[Callback] = (),
+    **trainer_options: Any,
 ) -> L.Trainer:
-    """Makes a trainer that evaluates, logs, plots and keeps the best and the last state.
+    """Makes a trainer that evaluates, logs, plots and saves.
 
-    The folder holds ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
-    ``checkpoints/`` and ``logs/`` afterwards, also when the run is interrupted. Of several seeds
-    trained at once, each has a folder ``seed<n>/`` of its own for curve and agents.
+    The folder then holds ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
+    ``checkpoints/`` and ``logs/``, even if the run is interrupted. With several seeds, each has a
+    folder ``seed<n>/`` for curve and agents.
 
     Args:
-        folder: where everything goes; it must exist.
-        seed: noted in the curve.
-        num_seeds: seeds trained at once: ``seed``, ``seed + 1`` and so on.
-        title: of the plot.
-        eval_every: updates between two evaluations, not counting the warm-up's.
-        checkpoint_every: updates between two checkpoints; none are kept if left out.
-        keep_checkpoints: how many of the newest are kept.
-        start: the checkpoint to go on from; give its ``state`` to ``fit`` as ``ckpt_path``, with
-            ``weights_only=True``.
-        accelerator: ``"cpu"``, ``"gpu"``, or ``"auto"`` for a GPU if there is one.
-        devices: GPUs to train on in each machine, or processes on a CPU. The gradients are averaged
-            over all of them.
-        num_nodes: machines, which share ``folder``.
-        precision: of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
-            :func:`choose_precision`. Acting and evaluation stay in float32.
-        tensorboard: write TensorBoard logs beside the CSV file.
-        wandb: write to Weights & Biases too.
-        measurements: what else is measured at every evaluation: :class:`ValueBias`,
-            :class:`Diagnostics`.
-        video_env: an environment with frames to record an episode in at the end.
+        folder: an existing folder.
+        seed: seed noted in the curve.
+        eval_every: updates between two evaluations, without those of the warm-up.
+        num_seeds: seeds trained together: ``seed``, ``seed + 1`` and so on.
+        title: title of the plot.
+        checkpoint_every: updates between two checkpoints; by default there are none.
+        keep_checkpoints: number of newest checkpoints to keep.
+        start: checkpoint to resume from; ``fit`` then restores everything, the replay buffer
+            included.
+        devices: processes per machine; several train one agent by ``ddp``.
+        num_nodes: machines.
+        tensorboard: whether to log to TensorBoard beside the CSV file.
+        wandb: whether to log to Weights & Biases.
+        measurements: classes or factories of measurements, called with ``(folder, seed=...,
+            seed_index=...)``, such as :class:`ValueBias` or ``partial(Diagnostics, steps=500)``.
+        video_env: environment with frames to record an episode in at the end.
+        callbacks: further callbacks; checkpoints include their state.
+        trainer_options: options of Lightning's ``Trainer``, such as ``accelerator="cpu"``.
 
     Returns:
-        The trainer, for one epoch: the whole of an :class:`~alm_torchrl.training.ExperienceStream`.
+        A trainer of one epoch: the whole :class:`~alm_torchrl.training.ExperienceStream`.
 
     Raises:
-        ValueError: for an unknown precision, or one that several processes may not agree on, and
-            if the run that is gone on with had another number of processes.
-        ImportError: if ``wandb`` is asked for and not installed.
+        ValueError: if ``start`` has another number of processes, or there is no
+            ``checkpoint_every`` with it.
+        ImportError: if ``wandb`` is not installed.
     """
     folder = Path(folder)
     num_processes = devices * num_nodes
     if start is not None:
         check_processes(start, num_processes)
-    if num_processes > 1 and precision == "auto":
-        raise ValueError(
-            "precision='auto' measures, and each process might find another: choose 32-true or "
-            "bf16-mixed"
-        )
-    callbacks = _keep_by_seed(folder, seed, num_seeds, title, measurements)
+        if checkpoint_every is None:
+            raise ValueError("start needs checkpoint_every: a resumed run makes checkpoints too")
+    own = _callbacks_by_seed(folder, seed, num_seeds, title, measurements)
+    own += callbacks
     checkpoints = None
     if checkpoint_every is not None:
         checkpoints = Checkpoints(
             folder / "checkpoints", every=checkpoint_every, keep=keep_checkpoints, start=start
         )
-        callbacks.append(checkpoints)
-    callbacks += [EvaluationSchedule(eval_every), ProgressBar(), StopOnSignal(checkpoints)]
+        own.append(checkpoints)
+    own += [EvaluationSchedule(eval_every), ProgressBar(), StopOnSignal(checkpoints)]
     if video_env is not None:
-        callbacks.append(Video(folder, video_env))
-    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        precision=choose_precision(precision, "cuda" if on_gpu else "cpu"),
+        own.append(Video(folder, video_env))
+    defaults: dict[str, Any] = {
+        # The targets and the noise, which are buffers, change alike in all processes.
+        "strategy": DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+    }
+    if "logger" not in trainer_options:
+        defaults["logger"] = _make_loggers(folder, tensorboard, wandb)
+    plugins = trainer_options.pop("plugins", [])
+    trainer = _Trainer(
         devices=devices,
         num_nodes=num_nodes,
-        # The targets and the noise, which are buffers, move alike in all processes.
-        strategy=DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
-        plugins=[TensorFiles(), *_cluster_environment(num_processes)],
-        enable_checkpointing=False,
+        plugins=[TensorFiles(), *_cluster_environment(num_processes), *plugins],
+        callbacks=own,
         max_epochs=1,
         val_check_interval=eval_every,
-        log_every_n_steps=1,  # the module decides what is logged when
-        num_sanity_val_steps=0,
-        logger=_make_loggers(folder, tensorboard, wandb),
-        callbacks=callbacks,
-        enable_model_summary=False,
+        log_every_n_steps=1,  # the module decides when to log
+        enable_checkpointing=False,
         inference_mode=False,
+        **defaults | trainer_options,
     )
+    trainer.start = start
     exit_with_parent(trainer)
     return trainer
 
 
 def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
-    """Where the numbers of processes come from; nothing where Lightning is to find out.
+    """How processes find their ranks; empty where Lightning detects it.
 
     Raises:
-        ValueError: if a job of SLURM starts other processes than the run has.
+        ValueError: if SLURM starts other processes than the run has.
     """
     if num_processes == 1:
-        # A cluster's RANK or SLURM_PROCID is that of an independent run, not of a process of this.
+        # RANK and SLURM_PROCID number independent runs here, not processes of this run.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
         return [LightningEnvironment()]
     if TorchElasticEnvironment.detect() or "SLURM_NTASKS" not in os.environ:
@@ -149,14 +165,13 @@ def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
     if "SLURM_PROCID" not in os.environ or not SLURMEnvironment.detect():
         return [LightningEnvironment()]  # within salloc, but not started by srun
     try:
-        # Lightning's own checkpoints know no replay buffer, nor does what it requeues a job with.
+        # Lightning would requeue with a checkpoint of its own, without the replay buffer.
         return [SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 
 
 def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
-    """What is written beside the curve."""
     loggers: list[Logger] = [
         CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
     ]
@@ -164,29 +179,33 @@ def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
         loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
     if wandb:
         if find_spec("wandb") is None:
-            raise ImportError("logging to Weights & Biases needs it: pip install wandb")
+            raise ImportError("logging to Weights & Biases needs wandb: pip install wandb")
         loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
     return loggers
 
 
 def _unused(folder: Path) -> str:
-    """A name for the metrics, of which the CSV logger would remove those there already."""
+    """A new name for the metrics, because the CSV logger deletes those of an existing one."""
     taken = {path.name for path in (folder / "logs").glob("csv*")}
     names = ("csv", *(f"csv{session}" for session in range(2, len(taken) + 2)))
     return next(name for name in names if name not in taken)
 
 
-def _keep_by_seed(
-    folder: Path, seed: int, num_seeds: int, title: str, measurements: Sequence[type[Measurement]]
+def _callbacks_by_seed(
+    folder: Path,
+    seed: int,
+    num_seeds: int,
+    title: str,
+    measurements: Sequence[Callable[..., Measurement]],
 ) -> list[Callback]:
-    """What keeps the curve, the agents and the measurements of every seed."""
+    """Curve, agents and measurements of each seed."""
     callbacks: list[Callback] = []
-    for row in range(num_seeds):
-        number, own, title_of_seed = seed + row, folder, title
+    for index in range(num_seeds):
+        number, own, title_of_seed = seed + index, folder, title
         if num_seeds > 1:
             own, title_of_seed = folder / f"seed{number}", f"{title}, seed {number}"
             own.mkdir(exist_ok=True)
-        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, seed_index=row))
-        callbacks.append(SaveAgent(own, seed_index=row))
-        callbacks += [measure(own, seed=number, seed_index=row) for measure in measurements]
+        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, seed_index=index))
+        callbacks.append(SaveAgent(own, seed_index=index))
+        callbacks += [measure(own, seed=number, seed_index=index) for measure in measurements]
     return callbacks

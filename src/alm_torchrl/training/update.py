@@ -1,78 +1,105 @@
-"""One update, and the same as a CUDA graph."""
+"""One update of all networks, also as a CUDA graph."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torchrl.objectives.utils import TargetNetUpdater
 
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training.seeds import StackedLoss, StackedSoftUpdate
+from alm_torchrl.training.seeds import StackedLoss, losses_of
 
 __all__ = ["CapturedUpdate", "Update", "make_optimizer"]
 
-#: On a CPU, tanh by way of exp takes a third of the time, and differs by a rounding error.
+#: On a CPU, tanh computed from exp takes a third of the time and differs by rounding only.
 _INDUCTOR: dict[str, Any] = {"cpp.use_decompose_tanh": True}
 
 
 def make_optimizer(
-    loss: ALMLoss | StackedLoss, learning_rates: float | Mapping[str, float] = 1e-4
+    loss: ALMLoss | StackedLoss,
+    learning_rates: float | Mapping[str, float] = 1e-4,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> torch.optim.Optimizer:
-    """Adam over the parameter groups of a loss, fused, and on a GPU fit for a CUDA graph.
+    """Makes a fused optimizer with one named parameter group for each learning rate.
 
     Args:
         loss: the objective, or those of several seeds.
-        learning_rates: one rate, or one for each parameter group by name.
-
-    Returns:
-        The optimizer; its groups are named.
+        learning_rates: one rate, or one for each group of :meth:`ALMLoss.parameter_groups` by
+            name; ``"encoder"`` and ``"dynamics"`` may replace ``"world_model"``.
+        optimizer: class or factory of the optimizer, such as
+            ``partial(torch.optim.AdamW, weight_decay=1e-2)``; it must accept ``fused``.
 
     Raises:
-        ValueError: if a learning rate names no group.
+        ValueError: if a learning rate names no group, or the optimizer has no fused
+            implementation.
     """
     groups = loss.parameter_groups()
     if not isinstance(learning_rates, Mapping):
         learning_rates = dict.fromkeys(groups, learning_rates)
+    if "encoder" in learning_rates:
+        groups = {**_split_world_model(loss, groups), **groups}
+        del groups["world_model"]
     if learning_rates.keys() != groups.keys():
         raise ValueError(f"learning_rates names {sorted(learning_rates)}, wanted {sorted(groups)}")
-    return torch.optim.Adam(
-        [{"name": n, "params": p, "lr": learning_rates[n]} for n, p in groups.items()],
-        fused=True,
-        capturable=next(loss.parameters()).device.type == "cuda",
-    )
+    accepted = inspect.signature(optimizer).parameters
+    if "fused" not in accepted:
+        raise ValueError(f"{optimizer} has no fused implementation: choose Adam, AdamW or SGD")
+    options = {"fused": True}
+    if "capturable" in accepted:
+        options["capturable"] = next(loss.parameters()).device.type == "cuda"
+    named = [{"name": n, "params": p, "lr": learning_rates[n]} for n, p in groups.items()]
+    return optimizer(named, **options)
+
+
+def _split_world_model(
+    loss: ALMLoss | StackedLoss, groups: Mapping[str, list[Any]]
+) -> dict[str, list[Any]]:
+    """The parameters of encoder and dynamics, apart from each other."""
+    first = losses_of(loss)[0]
+    encoder = {id(p) for p in first.encoder_params.parameters()}
+    split: dict[str, list[Any]] = {"encoder": [], "dynamics": []}
+    names = first.parameter_groups()["world_model"]
+    for own, parameter in zip(names, groups["world_model"], strict=True):
+        split["encoder" if id(own) in encoder else "dynamics"].append(parameter)
+    return split
+
+
+class Steps(Protocol):
+    """Anything that updates by ``step()``, such as TorchRL's ``SoftUpdate``."""
+
+    def step(self) -> None:
+        """Makes one step."""
 
 
 class Update:
     """Losses, one backward pass, clipping by group, optimizer and target networks.
 
-    Nothing here waits for the device. A gradient norm that is not finite leaves the weights as
-    they are, without being looked at by the host, until :meth:`check` raises.
+    An update never waits for the device. A gradient norm that is not finite leaves the weights
+    unchanged, and :meth:`check` raises later.
 
     Args:
         loss: the objective, or those of several seeds.
-        optimizer: what :func:`make_optimizer` makes.
-        target_update: moves the target networks after the optimizer.
-        max_grad_norm: largest gradient norm of a group.
+        optimizer: see :func:`make_optimizer`.
+        target_update: updates the target networks after the optimizer.
+        max_grad_norm: largest gradient norm of each group of :meth:`ALMLoss.parameter_groups`.
         precision: ``"32-true"``, or ``"bf16-mixed"`` for losses under autocast to bfloat16.
-        compiled: whether ``torch.compile`` traces the losses, in the first call.
-        strict: whether a compilation that fails is an error; else the losses run without it, with
-            a warning.
-        backward: differentiates the sum of the losses, such as Lightning's ``manual_backward``,
-            which averages the gradients over the processes of a run.
+        compiled: whether to compile the losses, in the first call.
+        strict: whether a failed compilation raises; otherwise it warns and the losses run eagerly.
+        backward: differentiates the sum of the losses, such as Lightning's ``manual_backward``.
     """
 
     def __init__(
         self,
         loss: ALMLoss | StackedLoss,
         optimizer: torch.optim.Optimizer,
-        target_update: TargetNetUpdater | StackedSoftUpdate,
+        target_update: Steps,
         *,
         max_grad_norm: float = 100.0,
         precision: str = "32-true",
@@ -87,9 +114,12 @@ class Update:
         self.precision = precision
         self.strict = strict
         self.backward = backward
-        self.groups = [group["name"] for group in optimizer.param_groups]
+        self.groups: dict[str, list[Any]] = dict(loss.parameter_groups())
         self.device = next(loss.parameters()).device
         self.non_finite = torch.zeros(len(self.groups), dtype=torch.bool, device=self.device)
+        self._clip: Callable[..., Tensor] = partial(nn.utils.clip_grad_norm_, foreach=True)
+        if isinstance(loss, StackedLoss):
+            self._clip = loss.clip_grad_norm_
         self._losses = self._eager
         if compiled:
             self._losses = torch.compile(self._eager, options=_INDUCTOR)
@@ -98,17 +128,17 @@ class Update:
         """Makes one update.
 
         Args:
-            batch: what the loss reads.
+            batch: see the loss's ``forward``.
 
         Returns:
             Losses, metrics and the gradient norm of every group before clipping (``grad_norm/..``),
-            scalars or, of several seeds, ``[S]``; detached and still on the device.
+            scalars or, for several seeds, ``[S]``; detached and on the device.
         """
         metrics = self._backward(batch)
-        norms = torch.stack([self._clip(group["params"]) for group in self.optimizer.param_groups])
+        norms = torch.stack([self._clip(p, self.max_grad_norm) for p in self.groups.values()])
         finite = norms.isfinite()
         self.non_finite |= ~finite.reshape(len(norms), -1).all(-1)
-        # What a gradient scaler uses: a fused optimizer reads on the device whether to step.
+        # Gradient scalers use this too: a fused optimizer reads on the device whether to step.
         self.optimizer.found_inf = 1.0 - finite.all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -118,10 +148,10 @@ class Update:
         return metrics
 
     def check(self) -> None:
-        """Waits for the device, and stops a run that cannot go on.
+        """Waits for the device and raises if an update was not sound.
 
         Raises:
-            FloatingPointError: if a gradient norm was not finite since the start.
+            FloatingPointError: if a gradient norm was not finite in any update so far.
         """
         bad = [n for n, flag in zip(self.groups, self.non_finite.tolist(), strict=True) if flag]
         if bad:
@@ -132,7 +162,7 @@ class Update:
             )
 
     def _backward(self, batch: TensorDictBase) -> TensorDictBase:
-        """Leaves the gradients of all losses at the parameters."""
+        """Computes the gradients of all losses."""
         try:
             return self._gradients(self._losses, batch)
         except TorchDynamoException as error:
@@ -149,41 +179,26 @@ class Update:
     def _gradients(
         self, losses: Callable[[TensorDictBase], TensorDictBase], batch: TensorDictBase
     ) -> TensorDictBase:
-        torch.clear_autocast_cache()  # a surrounding autocast keeps casts of weights
-        with self._autocast():
+        torch.clear_autocast_cache()  # a surrounding autocast would reuse its casts of weights
+        mixed = self.precision == "bf16-mixed"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             out = losses(batch)
         self.backward(torch.stack([out[key] for key in self.loss.out_keys]).sum())
         return out.detach()
 
     def _eager(self, batch: TensorDictBase) -> TensorDictBase:
-        """The losses of a batch, as they are compiled."""
         return self.loss(batch)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        """The precision of the losses, whatever surrounds the update."""
-        enabled = self.precision == "bf16-mixed"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Clips the norm of a group's gradient, of each seed apart, and returns what it was."""
-        if not isinstance(self.loss, StackedLoss):
-            return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True)
-        grads = [p.grad.view(len(p), -1) for p in parameters if p.grad is not None]
-        norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
-        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
-        torch._foreach_mul_(grads, [factors] * len(grads))
-        return norms
 
 
 class CapturedUpdate:
-    """An update as one CUDA graph, launched at once in place of its hundreds of kernels.
+    """An update as one CUDA graph, launched as a whole instead of kernel by kernel.
 
-    The first calls run as they are, on a stream of their own, and are captured after that. Batches
-    are copied to where the graph reads, so that all must have the shapes of the first.
+    The first calls run eagerly on a side stream, then the update is captured. Batches are copied
+    to the memory that the graph reads, so all must have the shapes of the first.
 
     Args:
-        update: what is captured; its optimizer must be ``capturable``.
-        warmup: calls before the capture, in which memory is allocated and losses are compiled.
+        update: the update; its optimizer must be ``capturable``.
+        warmup: eager calls before the capture, which allocate memory and compile the losses.
     """
 
     def __init__(self, update: Update, warmup: int = 5) -> None:
@@ -199,14 +214,14 @@ class CapturedUpdate:
         """Makes one update.
 
         Args:
-            batch: what the loss reads, of the same shapes every time.
+            batch: as for :class:`Update`, of the same shapes every time.
 
         Returns:
             As :class:`Update`; overwritten by the next call.
         """
         if self._warmup > 0:
             self._warmup -= 1
-            return self._aside(batch)
+            return self._on_side_stream(batch)
         if self._graph is None:
             self._capture(batch)
         if self._failed:
@@ -216,11 +231,11 @@ class CapturedUpdate:
         return self._metrics
 
     def check(self) -> None:
-        """As :meth:`Update.check`."""
+        """See :meth:`Update.check`."""
         self.update.check()
 
-    def _aside(self, batch: TensorDictBase) -> TensorDictBase:
-        """Runs the update on the side stream, as the documentation of CUDA graphs asks for."""
+    def _on_side_stream(self, batch: TensorDictBase) -> TensorDictBase:
+        """Runs the update on the side stream, as CUDA graphs require before a capture."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -238,7 +253,7 @@ class CapturedUpdate:
             if self.update.strict:
                 raise
             warnings.warn(
-                f"the update cannot be captured as a CUDA graph, so its kernels are launched one "
+                "the update cannot be captured as a CUDA graph, so its kernels are launched one "
                 f"by one ({_first_line(error)})",
                 stacklevel=2,
             )

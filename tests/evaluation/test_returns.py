@@ -170,7 +170,7 @@ def test_gymnasiums_vector_environments(vectorized: str) -> None:
         pass
     assert random_states(env) == []
     if vectorized == "async":
-        with pytest.raises(ValueError, match=r"was closed.*a collector.*evaluate in another"):
+        with pytest.raises(ValueError, match=r"is closed.*a collector.*evaluate in another"):
             evaluate_policy(env, policy, episodes=1)
 
 

@@ -61,7 +61,7 @@ def make_optimizer(
 def _split_world_model(
     loss: ALMLoss | StackedLoss, groups: Mapping[str, list[Any]]
 ) -> dict[str, list[Any]]:
-    """The parameters of encoder and dynamics, apart from each other."""
+    """The parameters of the world model, split into encoder and dynamics."""
     first = losses_of(loss)[0]
     encoder = {id(p) for p in first.encoder_params.parameters()}
     split: dict[str, list[Any]] = {"encoder": [], "dynamics": []}

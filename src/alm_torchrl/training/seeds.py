@@ -55,7 +55,7 @@ class StackedLoss(nn.Module):
         networks = [_networks(loss) for loss in losses]
         shapes = [{key: leaf.shape for key, leaf in n.items(True, True)} for n in networks]
         if not losses or any(shape != shapes[0] for shape in shapes):
-            raise ValueError("the seeds differ in network sizes: give losses of the same sizes")
+            raise ValueError("seeds are stacked from one or more losses of the same sizes")
         if keeps_statistics(losses[0].encoder):
             raise ValueError(
                 "an encoder with running statistics trains one seed at a time: set num_seeds=1, "

@@ -44,9 +44,7 @@ def make_encoder(
 ) -> LatentModule:
     """Builds the encoder for the vector ``"observation"``."""
     observation_dim = observation_spec["observation"].shape[-1]
-    return LatentModule(
-        Skip(observation_dim, latent_dim, hidden_dim), in_keys=["observation"]
-    )
+    return LatentModule(Skip(observation_dim, latent_dim, hidden_dim), in_keys=["observation"])
 
 
 def parse_arguments() -> argparse.Namespace:

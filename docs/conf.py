@@ -55,8 +55,6 @@ napoleon_use_rtype = False
 # References to public names of this package must resolve; names of other packages need not.
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!alm_torchrl).*|.*\._.*")]
-# The methods of this base class are documented with ALMLoss.
-nitpick_ignore = [("py:class", "alm_torchrl.objectives.rollouts.RolloutLoss")]
 
 html_theme = "furo"
 html_title = "alm_torchrl"

@@ -412,7 +412,7 @@ def test_what_follows_an_episode_counts_for_nothing(
     make_loss: Make, make_windows: Make, options: dict[str, Any]
 ) -> None:
     loss, td = make_loss(**options), make_windows()
-    loss._generated_rows = lambda state: torch.arange(len(state)) % 2 == 0
+    loss.generated_rows = lambda state: torch.arange(len(state)) % 2 == 0
     td["next", "done"][0, 0] = td["next", "done"][3, 1] = True
     found = []
     for garbage in (0.0, float("nan")):
@@ -430,7 +430,7 @@ def test_what_follows_an_episode_counts_for_nothing(
 def test_bfloat16_stays_close(make_loss: Make, make_windows: Make, options: dict[str, Any]) -> None:
     loss = make_loss(dtype=torch.float32, **options)
     td = make_windows(dtype=torch.float32)
-    loss._generated_rows = lambda state: torch.arange(len(state)) % 2 == 0
+    loss.generated_rows = lambda state: torch.arange(len(state)) % 2 == 0
     exact = loss(td)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = loss(td)

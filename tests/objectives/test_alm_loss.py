@@ -365,7 +365,7 @@ def test_reductions_agree(make_loss: Make, make_windows: Make, short_windows: st
 
 def test_rows_of_the_unreduced_losses_are_independent(make_loss: Make, make_windows: Make) -> None:
     loss, td = make_loss(reduction="none"), make_windows()
-    loss._generated_rows = lambda state: torch.zeros(len(state), dtype=torch.bool)
+    loss.generated_rows = lambda state: torch.zeros(len(state), dtype=torch.bool)
     together = forward(loss, td)
     for row in (0, 4):
         alone = forward(loss, td[row : row + 1])

@@ -83,7 +83,7 @@ def test_a_compiled_term_equals_the_eager_one(
     loss = make_loss(horizon=2, dtype=dtype)
     td = ended(make_windows(steps=2, dtype=dtype))
     rows = torch.arange(6) % 2 == 0
-    loss._generated_rows = lambda _: rows
+    loss.generated_rows = lambda _: rows
     method = getattr(loss, name.removeprefix("loss_") + "_loss")
     compiled = torch.compile(method, fullgraph=True, backend=backend)
     found = {}
@@ -182,7 +182,7 @@ def test_a_step_on_the_gpu(
 def test_gpu_and_cpu_agree(make_loss: Make, make_windows: Make) -> None:
     loss, td = make_loss(), ended(make_windows())
     rows = torch.arange(6) % 2 == 0
-    loss._generated_rows = lambda state: rows.to(state["latent"].device)
+    loss.generated_rows = lambda state: rows.to(state["latent"].device)
     out = loss(td)
     wanted = {**with_gradients(loss, sum(out[term] for term in TERMS)), **out.detach()}
     loss.to("cuda")

@@ -91,7 +91,7 @@ def golden_loss(nets: dict[str, nn.Module], **options: Any) -> tuple[ALMLoss, So
     loss.value_estimator.lmbda = torch.tensor(LMBDA, dtype=torch.float64)
     generated = torch.zeros(6, dtype=torch.bool)
     generated[tensor("classifier/generated_index")] = True
-    loss._generated_rows = lambda _: generated
+    loss.generated_rows = lambda _: generated
     update = SoftUpdate(loss, tau=TAU)
     for net, ours in TARGETS.items():
         if ours == "qvalue_network" or loss.latent_target == "moving_average":

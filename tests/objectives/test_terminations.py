@@ -86,8 +86,7 @@ def test_the_continuation_loss_is_the_cross_entropy_of_terminations(
 ) -> None:
     loss, td = make(), ended(make_windows())
     z = loss.encode(td[:, 0])
-    step = TensorDict(latent=z, action=td["action"][:, 0], batch_size=[6])
-    logit = loss._output("continuation_model", step, loss.continuation_model_params).squeeze(-1)
+    logit = loss.continuation(z, td["action"][:, 0]).squeeze(-1)
     p = logit.sigmoid()
     expected = torch.cat([-(1 - p[:1]).log(), -p[1:].log()]).mean()  # a time limit continues
     found, _ = loss.continuation_loss(td)
@@ -128,8 +127,7 @@ def test_expanded_targets_are_imagined_returns(
     first = td[:, 0]
     alive = (~first["next", "terminated"]).squeeze(-1)
     target = first["next", "reward"].squeeze(-1) + GAMMA * alive * returns[:, 0]
-    step = TensorDict(latent=loss.encode(first), action=first["action"], batch_size=[6])
-    values = loss._output("qvalue_network", step, loss.qvalue_network_params)
+    values = loss.action_values(loss.encode(first), first["action"], loss.qvalue_network_params)
     found, metrics = loss.value_loss(td)
     torch.testing.assert_close(
         found, (values - target.unsqueeze(-1)).square().mean(), rtol=1e-8, atol=0
@@ -146,9 +144,7 @@ def test_starts_are_moved_on_by_a_uniform_number_of_steps(make_loss: Make) -> No
     latent = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
     reached = [latent.detach()]
     for _ in range(3):  # without noise every row moves alike
-        action = loss._act(reached[-1])
-        step = TensorDict(latent=reached[-1], action=action, batch_size=[1])
-        reached.append(loss._distribution("dynamics", step, loss.dynamics_params).mean.detach())
+        reached.append(loss.next(reached[-1], loss.act(reached[-1]))[0].detach())
     torch.manual_seed(0)
     moved = loss.roll_on(latent.expand(4000, 4))
     assert not moved.requires_grad

@@ -51,7 +51,7 @@ def given_module(batches: list[TensorDictBase]) -> ALMModule:
     """A module whose updates depend on the batches alone."""
     module = tiny.make_module().double()
     module.loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
-    module.loss._generated_rows = generated_rows
+    module.loss.generated_rows = generated_rows
     module.experience = GivenBatches(batches)
     return module
 

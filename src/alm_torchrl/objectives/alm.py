@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,7 +20,7 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
 from alm_torchrl.objectives.checks import check_choice, check_positive, check_whole
 from alm_torchrl.objectives.functional import discounts, log_ratio, survival, td_target
-from alm_torchrl.objectives.rollouts import Batch, RolloutLoss
+from alm_torchrl.objectives.latent_model import Batch, LatentModelLoss
 
 __all__ = ["ALMLoss"]
 
@@ -32,13 +33,12 @@ LatentTarget = Literal["moving_average", "stop_gradient", "online"]
 ActorObjective = Literal["lambda_returns", "bound", "value"]
 
 
-class ALMLoss(RolloutLoss):
+class ALMLoss(LatentModelLoss):
     r"""The objective of Aligned Latent Models (Ghugare et al., ICLR 2023, arXiv 2209.08466).
 
-    Encoder, latent dynamics and policy maximize one lower bound on the return; reward, transition
-    classifier and action values are fitted beside them. The five losses come out of one call, and
-    each gives a gradient to its own networks alone, so that their sum can be minimized with one
-    backward pass and one optimizer:
+    Encoder, latent dynamics and policy maximize one lower bound on the return; reward model,
+    transition classifier and action values are fitted as well. One call returns all losses. Each
+    gives a gradient only to its own networks, so one backward pass and one optimizer suffice:
 
     ================== ========================================= ==================================
     loss               trains                                    lets gradients pass through
@@ -50,23 +50,23 @@ class ALMLoss(RolloutLoss):
     loss_actor         actor                                     latent dynamics, reward,
                                                                  classifier, action values,
                                                                  continuation
-    loss_continuation  continuation, where there is one          \-
+    loss_continuation  continuation (optional)                   \-
     ================== ========================================= ==================================
 
     The input is a batch of windows ``[B, T]`` (see
     :func:`alm_torchrl.data.make_replay_buffer`). The world-model loss reads the whole window; the
-    others read its first transition alone, which must be drawn uniformly. A plain batch of
+    others read only its first transition, which must be drawn uniformly. A plain batch of
     transitions ``[B]`` counts as windows of one step, at any horizon. Steps past an episode's end,
     or where ``"validity_mask"`` is false, contribute nothing.
 
-    Deviations from the authors' implementation, each with what restores theirs:
+    Deviations from the authors' implementation, each with the option that restores theirs:
 
     * A window that ends in a terminal state has no value term: ``bootstrap_terminated=True``.
     * A window cut short by an episode's end counts with the steps it has:
       ``short_windows="drop"``.
-    * One batch serves all terms, where theirs draws windows and transitions apart: call the
-      per-term methods with batches of your own.
-    * All terms are evaluated before any optimizer moves: step after each per-term method.
+    * One batch serves all terms; theirs samples windows and transitions separately: call the
+      per-term methods with separate batches.
+    * All terms are evaluated before the optimizer steps: step after each per-term method.
 
     Args:
         encoder: observations to a distribution over the latent, such as
@@ -111,15 +111,18 @@ class ALMLoss(RolloutLoss):
         start_steps (int): the actor's rollouts start after up to this many imagined steps, in
             place of at encoded observations; see :meth:`roll_on`.
 
-    From ``reward_term`` to ``actor_objective`` they are for ablations, which the documentation
-    compares; the last two and ``continuation_model`` are no part of the paper. The discount and
-    lambda of the imagined returns are set by :meth:`make_value_estimator` (TD-lambda with 0.99 and
-    0.95 by default). Targets are moved by ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``, built
-    before a checkpoint is loaded.
+        auxiliary_losses (dict): further losses by name. Each module gets the windows ``[B, T]``
+            with the latents of the trained encoder (first step) and dynamics (later steps), and
+            ``"validity_mask"``; it returns a scalar or ``[B]``, which becomes ``loss_<name>``.
+
+    The options from ``reward_term`` to ``actor_objective`` are for ablations; the later ones and
+    ``continuation_model`` are not part of the paper. :meth:`make_value_estimator` sets discount
+    and lambda of the imagined returns (0.99 and 0.95 by default). Update the targets with
+    ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``; build it before loading a checkpoint.
 
     Raises:
-        ValueError: for modules of the wrong kind or whose keys do not fit together, and for
-            settings that do not exist.
+        ValueError: for modules of the wrong kind or with keys that do not match, and for unknown
+            settings.
 
     Examples:
         >>> import torch
@@ -202,17 +205,20 @@ class ALMLoss(RolloutLoss):
         actor_objective: ActorObjective = "lambda_returns",
         value_expansion: bool = False,
         start_steps: int = 0,
+        auxiliary_losses: Mapping[str, nn.Module] | None = None,
     ) -> None:
         averaged = ("encoder",) if latent_target == "moving_average" else ()
         super().__init__(
-            targets=(*averaged, "qvalue_network"),
-            encoder=encoder,
-            dynamics=dynamics,
-            reward_model=reward_model,
-            classifier=classifier,
-            qvalue_network=qvalue_network,
-            actor=actor,
-            continuation_model=continuation_model,
+            {
+                "encoder": encoder,
+                "dynamics": dynamics,
+                "reward_model": reward_model,
+                "classifier": classifier,
+                "qvalue_network": qvalue_network,
+                "actor": actor,
+                "continuation_model": continuation_model,
+            },
+            averaged=(*averaged, "qvalue_network"),
         )
         check_choice("reduction", reduction, ("none", "mean", "sum"))
         check_choice("short_windows", short_windows, ("mask", "drop"))
@@ -236,6 +242,9 @@ class ALMLoss(RolloutLoss):
             check_positive("consistency_level", consistency_level)
             like = next(self.parameters())
             self.log_multiplier = nn.Parameter(like.new_zeros(()))
+        self.auxiliary_losses = nn.ModuleDict(auxiliary_losses or {})
+        if len(set(self.out_keys)) < len(self.out_keys):
+            raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
         self.set_keys(action=self._action_key)
         self.make_value_estimator()
 
@@ -250,13 +259,13 @@ class ALMLoss(RolloutLoss):
 
     @property
     def out_keys(self) -> list[str]:
-        """The five losses, and that of the multiplier if it is learnt."""
+        """The five losses, and those of the optional parts."""
         keys = list(LOSS_KEYS)
         if self.continuation_model is not None:
             keys.append("loss_continuation")
         if self.consistency_level is not None:
             keys.append("loss_multiplier")
-        return keys
+        return keys + [f"loss_{name}" for name in self.auxiliary_losses]
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
         """Renames the entries read from the input; see :class:`ALMLoss._AcceptedKeys`.
@@ -309,14 +318,14 @@ class ALMLoss(RolloutLoss):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by the losses that move them.
 
-        ALM clips the gradient norm of each group apart, and may give each its own learning rate.
+        The gradient norm of each group is clipped separately; each may have its learning rate.
 
         Returns:
-            ``world_model`` (encoder and dynamics), ``reward`` (reward model and classifier),
-            ``value`` and ``actor``; with a ``consistency_level`` also ``multiplier``.
+            ``world_model`` (encoder, dynamics and auxiliary losses), ``reward`` (reward model and
+            classifier), ``value`` and ``actor``; optionally ``continuation`` and ``multiplier``.
         """
         members = {
-            "world_model": (self.encoder_params, self.dynamics_params),
+            "world_model": (self.encoder_params, self.dynamics_params, self.auxiliary_losses),
             "reward": (self.reward_model_params, self.classifier_params),
             "value": (self.qvalue_network_params,),
             "actor": (self.actor_params,),
@@ -351,126 +360,37 @@ class ALMLoss(RolloutLoss):
             KeyError: if an entry is missing.
             ValueError: if an entry has the wrong shape or the windows are too short.
         """
-        batch = self._prepare(tensordict, steps=self.horizon)
-        rollout = self._world_model_rollout(batch)
+        batch = self.prepare(tensordict, steps=self.horizon)
+        batch = batch._replace(rollout=self.world_model_rollout(batch))
         terms = {
-            "loss_world_model": self._world_model_term(batch, rollout),
-            "loss_reward": self._reward_term(batch),
-            "loss_classifier": self._classifier_term(batch),
-            "loss_value": self._value_term(batch),
-            "loss_actor": self._actor_term(batch),
+            "loss_world_model": self.world_model_loss(batch),
+            "loss_reward": self.reward_loss(batch),
+            "loss_classifier": self.classifier_loss(batch),
+            "loss_value": self.value_loss(batch),
+            "loss_actor": self.actor_loss(batch),
         }
         if self.continuation_model is not None:
-            terms["loss_continuation"] = self._continuation_term(batch)
+            terms["loss_continuation"] = self.continuation_loss(batch)
         if self.consistency_level is not None:
-            terms["loss_multiplier"] = self._multiplier_term(batch, rollout)
+            terms["loss_multiplier"] = self.multiplier_loss(batch)
+        for name in self.auxiliary_losses:
+            terms[f"loss_{name}"] = self.auxiliary_loss(batch, name)
         out: dict[str, Tensor] = {}
         for name, (loss, metrics) in terms.items():
             out |= {name: loss, **metrics}
         return TensorDict(out)
 
-    def world_model_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The world-model loss alone; see :meth:`world_model_rollout` for its terms.
-
-        Args:
-            tensordict: as for :meth:`forward`.
-
-        Returns:
-            The loss and its metrics.
-        """
-        batch = self._prepare(tensordict, steps=self.horizon)
-        return self._world_model_term(batch, self._world_model_rollout(batch))
-
-    def reward_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean squared error of the reward model, on the first transition of each window.
-
-        Args:
-            tensordict: as for :meth:`forward`, with windows of any length.
-
-        Returns:
-            The loss and its metrics.
-        """
-        return self._reward_term(self._prepare(tensordict, steps=1))
-
-    def continuation_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross-entropy of the continuation model, on the first transition of each window.
-
-        A terminal state ends an episode; a time limit does not.
-
-        Args:
-            tensordict: as for :meth:`forward`, with windows of any length.
-
-        Returns:
-            The loss and its metrics.
-
-        Raises:
-            ValueError: if the loss was built without a ``continuation_model``.
-        """
-        if self.continuation_model is None:
-            raise ValueError("nothing says when episodes end: give ALMLoss a continuation_model")
-        return self._continuation_term(self._prepare(tensordict, steps=1))
-
-    def classifier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross-entropy of the classifier, on the first transition of each window.
-
-        A random half of the batch has its next latent drawn from the latent dynamics (class 0).
-
-        Args:
-            tensordict: as for :meth:`forward`, with windows of any length.
-
-        Returns:
-            The loss and its metrics.
-        """
-        return self._classifier_term(self._prepare(tensordict, steps=1))
-
-    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared temporal-difference error, on the first transition of each window.
-
-        Args:
-            tensordict: as for :meth:`forward`, with windows of any length.
-
-        Returns:
-            The loss, a mean over the action values, and its metrics.
-        """
-        return self._value_term(self._prepare(tensordict, steps=1))
-
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The negated return of rollouts imagined from the first observation of each window.
-
-        Args:
-            tensordict: as for :meth:`forward`, with windows of any length.
-
-        Returns:
-            The loss and its metrics.
-        """
-        return self._actor_term(self._prepare(tensordict, steps=1))
-
-    def multiplier_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The dual of the constraint that the consistency term stays below its target.
-
-        .. math:: -\log \beta \sum_t \big(\mathrm{sg}[\mathrm{consistency}_t] -
-                  \mathrm{target}\big)
-
-        The multiplier :math:`\beta`, which weighs the term in the world-model loss, grows while
-        the term is above its target and shrinks while it is below.
-
-        Args:
-            tensordict: as for :meth:`forward`.
-
-        Returns:
-            The loss and its metrics.
-
-        Raises:
-            ValueError: if the loss was built without a ``consistency_level``.
-        """
-        if self.consistency_level is None:
-            raise ValueError("there is no multiplier to learn: give ALMLoss a consistency_level")
-        batch = self._prepare(tensordict, steps=self.horizon)
-        return self._multiplier_term(batch, self._world_model_rollout(batch))
-
-    def _world_model_term(
-        self, batch: Batch, rollout: TensorDictBase
+    def world_model_loss(
+        self, tensordict: TensorDictBase | Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The world-model loss; see :meth:`world_model_rollout` for its terms.
+
+        Like every loss term, it takes the windows of :meth:`forward`, or a batch from
+        :meth:`prepare`, and returns the loss and its metrics. :meth:`forward` calls the public
+        terms, so that a subclass may override them.
+        """
+        batch = self.prepare(tensordict, steps=self.horizon)
+        rollout = self.world_model_rollout(batch)
         steps = rollout["consistency"]
         if self.consistency_level is not None:
             steps = self.log_multiplier.detach().exp() * steps
@@ -489,53 +409,121 @@ class ALMLoss(RolloutLoss):
             metrics["consistency"] = _masked_mean(rollout["consistency"], batch.mask)
         return self._reduce(loss, self._counted(batch)), _detached(metrics)
 
-    def _multiplier_term(
-        self, batch: Batch, rollout: TensorDictBase
+    def multiplier_loss(
+        self, tensordict: TensorDictBase | Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        excess = rollout["consistency"].detach() - self.consistency_level
+        r"""The dual of the constraint that the consistency term stays below its level.
+
+        .. math:: -\log \beta \sum_t \big(\mathrm{sg}[\mathrm{consistency}_t] -
+                  \mathrm{level}\big)
+
+        The multiplier :math:`\beta`, which weighs the term in the world-model loss, grows while
+        the term is above its level and shrinks while it is below.
+
+        Raises:
+            ValueError: if the loss was built without a ``consistency_level``.
+        """
+        if self.consistency_level is None:
+            raise ValueError("the loss has no multiplier; give ALMLoss a consistency_level")
+        batch = self.prepare(tensordict, steps=self.horizon)
+        excess = self.world_model_rollout(batch)["consistency"].detach() - self.consistency_level
         loss = -self.log_multiplier * (excess.squeeze(-1) * batch.mask).sum(-1)
         metrics = {"multiplier": self.log_multiplier.exp()}
         return self._reduce(loss, self._counted(batch)), _detached(metrics)
 
-    def _reward_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        first = self._first_transition(batch)
-        predicted = self._output("reward_model", first, self.reward_model_params)
+    def auxiliary_loss(
+        self, tensordict: TensorDictBase | Batch, name: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the auxiliary module ``name``, without metrics."""
+        batch = self.prepare(tensordict, steps=self.horizon)
+        module, windows = self.auxiliary_losses[name], batch.windows.copy()
+        windows.set(self._latent_key, self.world_model_rollout(batch)["latent"])
+        windows.set(self.tensor_keys.validity_mask, batch.mask)
+        loss = module(windows)
+        if isinstance(loss, TensorDictBase):
+            loss = loss.get(module.out_keys[-1])
+        if loss.shape not in ((), batch.mask.shape[:1]):
+            raise ValueError(
+                f"auxiliary loss {name!r} has shape {tuple(loss.shape)}; return a scalar or one "
+                f"loss per window, {tuple(batch.mask.shape[:1])}"
+            )
+        return (self._reduce(loss, batch.mask[:, 0]) if loss.ndim else loss), {}
+
+    def reward_loss(self, tensordict: TensorDictBase | Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean squared error of the reward model, on the first transition of each window."""
+        batch = self.prepare(tensordict)
+        predicted = self.reward(*self._first_transition(batch), self.reward_model_params)
         loss = F.mse_loss(predicted, self._outcome(batch, "reward"), reduction="none").squeeze(-1)
         return self._reduce(loss, batch.mask[:, 0]), {}
 
-    def _continuation_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        first = self._first_transition(batch)
-        logit = self._output("continuation_model", first, self.continuation_model_params)
+    def continuation_loss(
+        self, tensordict: TensorDictBase | Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy of the continuation model, on the first transition of each window.
+
+        A terminal state ends an episode; a time limit does not.
+
+        Raises:
+            ValueError: if the loss was built without a ``continuation_model``.
+        """
+        batch = self.prepare(tensordict)
+        params = getattr(self, "continuation_model_params", None)
+        logit = self.continuation(*self._first_transition(batch), params)
         continues = (~self._outcome(batch, "terminated")).to(logit.dtype)
         loss = F.binary_cross_entropy_with_logits(logit, continues, reduction="none").squeeze(-1)
         return self._reduce(loss, batch.mask[:, 0]), {}
 
-    def _classifier_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        first = self._first_transition(batch)
-        generated = self._generated_rows(first)
+    def classifier_loss(
+        self, tensordict: TensorDictBase | Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross-entropy of the classifier, on the first transition of each window.
+
+        The rows of :meth:`generated_rows` get a next latent drawn from the dynamics (class 0).
+        """
+        batch = self.prepare(tensordict)
+        latent, action = self._first_transition(batch)
+        generated = self.generated_rows(self._step(latent, action))
         with torch.no_grad():
-            imagined = self._draw(self._distribution("dynamics", first, self.dynamics_params))
+            imagined, _ = self.next(latent, action)
         encoded = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
         following = torch.where(generated.unsqueeze(-1), imagined, encoded)
-        first.set(self._next_latent_key, following)
-        logits = self._output("classifier", first, self.classifier_params)
+        logits = self.classify(latent, action, following, self.classifier_params)
         labels = (~generated).long()
         loss = F.cross_entropy(logits, labels, reduction="none")
         correct = (log_ratio(logits).squeeze(-1) > 0) == labels.bool()
         metrics = {"classifier_accuracy": _masked_mean(correct.to(loss.dtype), batch.mask[:, 0])}
         return self._reduce(loss, batch.mask[:, 0]), metrics
 
-    def _value_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        first = self._first_transition(batch)
+    def generated_rows(self, tensordict: TensorDictBase) -> Tensor:
+        """The rows for which the classifier sees an imagined next latent: a random half.
+
+        Args:
+            tensordict: latents and actions of the first transitions, ``[B]``.
+
+        Returns:
+            bool ``[B]``. A subclass may override it.
+        """
+        rows = tensordict.shape[0]
+        return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
+
+    def value_loss(self, tensordict: TensorDictBase | Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The squared temporal-difference error, on the first transition of each window.
+
+        The loss is a mean over the action values of the ensemble.
+        """
+        batch = self.prepare(tensordict)
+        latent, action = self._first_transition(batch)
+        params = self.target_qvalue_network_params
         with torch.no_grad():
-            latent = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
-            target = td_target(
-                self._outcome(batch, "reward"),
-                self._outcome(batch, "terminated"),
-                self._next_value(latent),
-                self.value_estimator.gamma,
-            )
-        values = self._output("qvalue_network", first, self.qvalue_network_params)
+            following = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
+            if self.value_expansion:
+                rollout = self.imagine(following, values=params, with_log_ratio=False)
+                next_value = self.lambda_return(rollout)[:, 0]
+            else:
+                next_value = self.value(following, self.act(following), params)
+            reward, ended = self._outcome(batch, "reward"), self._outcome(batch, "terminated")
+            target = td_target(reward, ended, next_value, self.value_estimator.gamma)
+        values = self.action_values(latent, action, self.qvalue_network_params)
         loss = (values - target).square().mean(-1)
         mask = batch.mask[:, 0]
         metrics = {
@@ -544,20 +532,13 @@ class ALMLoss(RolloutLoss):
         }
         return self._reduce(loss, mask), _detached(metrics)
 
-    def _next_value(self, latent: Tensor) -> Tensor:
-        """The value of the next latent in the target, ``[B, 1]``."""
-        params = self.target_qvalue_network_params
-        if not self.value_expansion:
-            return self._value(latent, self._act(latent), params)
-        rollout = self.imagine(latent, values=params)
-        return self._returns(rollout, rollout["reward"])[:, 0]
-
-    def _actor_term(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, tensordict: TensorDictBase | Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negated return of rollouts imagined from the first observation of each window."""
+        batch = self.prepare(tensordict)
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
         mask = batch.mask[:, 0]
         if self.actor_objective == "value":
-            action = self._draw(self._policy(latent, self.actor_params))
-            value = self._value(latent, action, self.qvalue_network_params.detach())
+            value = self.value(latent, self.act(latent, self.actor_params))
             metrics = {"actor_value": _masked_mean(value, mask)}
             return self._reduce(-value.squeeze(-1), mask), _detached(metrics)
         rollout = self.imagine(self.roll_on(latent) if self.start_steps else latent)
@@ -579,24 +560,17 @@ class ALMLoss(RolloutLoss):
             metrics["imagined_continuation"] = _masked_mean(rollout["continuation"], mask)
         return self._reduce(loss, mask), _detached(metrics)
 
-    # ------------------------------------------------------------- what the terms share
-
-    def _first_transition(self, batch: Batch) -> TensorDictBase:
-        """A latent drawn for the first observation, with its recorded action."""
+    def _first_transition(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A latent drawn for the first observation, and its recorded action."""
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
-        return self._step(latent, batch.windows.get(self.tensor_keys.action)[:, 0])
+        return latent, batch.windows.get(self.tensor_keys.action)[:, 0]
 
     def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
         """An entry of the first transition under ``"next"``, ``[B, 1]``."""
         return batch.windows.get(unravel_key(("next", getattr(self.tensor_keys, name))))[:, 0]
 
-    def _generated_rows(self, tensordict: TensorDictBase) -> Tensor:
-        """Which rows, a random half, the classifier sees with an imagined next latent."""
-        rows = tensordict.shape[0]
-        return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
-
     def _counted(self, batch: Batch) -> Tensor:
-        """Which windows the world-model loss counts, bool ``[B]``."""
+        """The windows that the world-model loss counts, bool ``[B]``."""
         return batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
 
     def _reduce(self, loss: Tensor, mask: Tensor) -> Tensor:

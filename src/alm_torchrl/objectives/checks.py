@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import inf
 from operator import index
 from typing import Any, SupportsIndex
@@ -21,16 +20,12 @@ __all__ = [
     "check_choice",
     "check_latents",
     "check_networks",
-    "check_output",
     "check_positive",
     "check_whole",
-    "explained",
+    "explain_sizes",
     "mask_invalid",
     "read_windows",
 ]
-
-#: Size of the last dimension that a network has to write.
-OUTPUT_SIZES = {"reward_model": 1, "classifier": 2, "continuation_model": 1}
 
 
 def read_windows(
@@ -217,43 +212,20 @@ def check_networks(
             )
 
 
-@contextmanager
-def explained(
-    name: str, network: TensorDictModuleBase, tensordict: TensorDictBase
-) -> Iterator[None]:
-    """Says which entries do not fit a network whose first layer is linear, when it fails.
-
-    Raises:
-        ValueError: in place of a ``RuntimeError`` of torch's, which names neither network nor key.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        wanted = _first_linear_size(network)
-        entries = {key: tensordict.get(key) for key in network.in_keys}
-        if wanted is None or sum(value.shape[-1] for value in entries.values()) == wanted:
-            raise
-        found = ", ".join(f"{key!r} of shape {tuple(v.shape)}" for key, v in entries.items())
-        raise ValueError(
-            f"{name} cannot read {found}; wanted last sizes that add up to {wanted}, for which it "
-            "was built"
-        ) from error
-
-
-def _first_linear_size(network: nn.Module) -> int | None:
-    """Inputs of the first layer, if that is linear."""
+def explain_sizes(
+    error: RuntimeError, name: str, network: TensorDictModuleBase, inputs: TensorDictBase
+) -> None:
+    """Raises an error that names the inputs if they do not fit the first linear layer."""
     first = next(layer for layer in network.modules() if next(layer.children(), None) is None)
-    return first.in_features if isinstance(first, nn.Linear) else None
-
-
-def check_output(name: str, key: NestedKey, value: Tensor, batch_size: Sequence[int]) -> None:
-    """Refuses the output of a network that has another shape than the losses can use."""
-    size = OUTPUT_SIZES.get(name, value.shape[-1])
-    if value.shape != (*batch_size, size):
-        raise ValueError(
-            f"{name} wrote entry {key!r} of shape {tuple(value.shape)}; wanted "
-            f"{(*batch_size, size)}"
-        )
+    entries = {key: inputs.get(key) for key in network.in_keys}
+    sizes = sum(value.shape[-1] for value in entries.values())
+    if not isinstance(first, nn.Linear) or sizes == first.in_features:
+        return
+    found = ", ".join(f"{key!r} of shape {tuple(v.shape)}" for key, v in entries.items())
+    raise ValueError(
+        f"{name} cannot read {found}; wanted last sizes that add up to {first.in_features}, for "
+        "which it was built"
+    ) from error
 
 
 def check_latents(prior: D.Distribution, target: D.Distribution) -> None:

@@ -1,0 +1,554 @@
+"""The networks of ALMLoss, the verbs that call them, and rollouts in the latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.utils import unravel_key
+from torch import Tensor, nn
+from torch import distributions as D
+from torchrl.envs.utils import ExplorationType
+from torchrl.objectives import LossModule
+
+from alm_torchrl.objectives.checks import (
+    check_latents,
+    check_networks,
+    explain_sizes,
+    mask_invalid,
+    read_windows,
+)
+from alm_torchrl.objectives.functional import (
+    episode_mask,
+    k_step_bound,
+    kl_divergence,
+    lambda_returns,
+    log_ratio,
+    squared_distance,
+)
+
+__all__ = ["Batch", "LatentModelLoss", "match_compiled", "parametrized"]
+
+
+class Batch(NamedTuple):
+    """A checked batch of windows, with what several loss terms share."""
+
+    windows: TensorDictBase
+    """The entries of ``ALMLoss.in_keys``, ``[B, T]``."""
+    mask: Tensor
+    """Which steps belong to the episode of the window's first step, bool ``[B, T]``."""
+    current: TensorDictBase
+    """Target-encoder distribution parameters of the first observation, ``[B]``."""
+    following: TensorDictBase
+    """Target-encoder distribution parameters of the next observations, ``[B, T]``."""
+    rollout: TensorDictBase | None = None
+    """The result of :meth:`LatentModelLoss.world_model_rollout`, if it was computed already."""
+
+
+class LatentModelLoss(LossModule):
+    """The networks, verbs and rollouts of :class:`ALMLoss`, without its loss terms.
+
+    The loss shares all parameters and buffers with the networks. ``to`` moves the networks too,
+    and a copy of the loss shares with its own copies. A network wrapped by ``torch.compile`` is
+    unwrapped and compiles with the loss; state dicts of both kinds are interchangeable.
+
+    Args:
+        networks: the networks by name.
+        averaged: names of the networks that get a moving average as target.
+    """
+
+    deterministic_sampling_mode = ExplorationType.RANDOM
+
+    encoder: ProbabilisticTensorDictSequential
+    encoder_params: TensorDictParams
+    target_encoder_params: TensorDictParams
+    dynamics: ProbabilisticTensorDictSequential
+    dynamics_params: TensorDictParams
+    target_dynamics_params: TensorDictParams
+    reward_model: TensorDictModule
+    reward_model_params: TensorDictParams
+    target_reward_model_params: TensorDictParams
+    classifier: TensorDictModule
+    classifier_params: TensorDictParams
+    target_classifier_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    actor: ProbabilisticTensorDictSequential
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+    continuation_model: TensorDictModule | None
+    continuation_model_params: TensorDictParams
+    target_continuation_model_params: TensorDictParams
+
+    tensor_keys: Any
+    horizon: int
+    bootstrap_terminated: bool
+    consistency: str
+    latent_target: str
+    consistency_coeff: Tensor
+    start_steps: int
+
+    def __init__(self, networks: dict[str, Any], averaged: tuple[str, ...]) -> None:
+        super().__init__()
+        networks = {
+            name: getattr(network, "_orig_mod", network)
+            for name, network in networks.items()
+            if network is not None
+        }
+        check_networks(**networks)
+        self._names = tuple(networks)
+        if "continuation_model" not in networks:
+            self.continuation_model = None
+        for name, network in networks.items():
+            self.convert_to_functional(network, name, create_target_params=name in averaged)
+        self._share()
+        self._latent_key = self.encoder.dist_sample_keys[-1]
+        self._next_latent_key = self.dynamics.dist_sample_keys[-1]
+        self._action_key = self.actor.dist_sample_keys[-1]
+
+    # ---------------------------------------------------- parameters shared with the networks
+
+    def _share(self) -> None:
+        """Takes the current parameters and buffers of the networks."""
+        self._shared: list[tuple[dict[str, Any], str, Any]] = []
+        for name in self._names:
+            network = getattr(self, name)
+            params = TensorDict.from_module(network, as_module=True)
+            setattr(self, f"{name}_params", params)
+            # Read as an attribute, it would warn that nothing updates it yet.
+            target = self._modules.get(f"target_{name}_params")
+            if target is not None:
+                _share_untrained(params, target)
+            self._shared += [
+                (tensors, key, tensor)
+                for module in network.modules()
+                for tensors in (module._parameters, module._buffers)
+                for key, tensor in tensors.items()
+            ]
+
+    def _check_sharing(self) -> None:
+        """Raises if a network no longer shares its tensors with the loss."""
+        for tensors, key, tensor in self._shared:
+            own = tensors.get(key)
+            if own is tensor or (own is not None and own.data_ptr() == tensor.data_ptr()):
+                continue
+            raise RuntimeError(
+                "a network was moved or got new tensors after the loss was built, so they no "
+                "longer share parameters and buffers; move the loss instead (it moves its "
+                "networks), as in loss.to(device), or build the loss after the move"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        match_compiled(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Moves the networks too, with their buffers."""
+        super()._apply(fn)
+        for name in self._names:
+            getattr(self, name)._apply(fn)
+        self._share()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Shares the tensors again, which a copy or a pickle holds twice."""
+        super().__setstate__(state)
+        self._share()
+
+    # ---------------------------------------------------------------------- running a network
+
+    def _call(
+        self,
+        network: TensorDictModule,
+        inputs: TensorDictBase,
+        params: TensorDictBase,
+        size: int | None = None,
+    ) -> Tensor:
+        """The output of a deterministic network, checked to have the given last size."""
+        try:
+            with parametrized(network, params):
+                output = network(inputs.copy()).get(network.out_keys[-1])
+        except RuntimeError as error:
+            explain_sizes(error, self._name(network), network, inputs)
+            raise
+        wanted = (*inputs.batch_size, output.shape[-1] if size is None else size)
+        if output.shape != wanted:
+            raise ValueError(
+                f"{self._name(network)} wrote entry {network.out_keys[-1]!r} of shape "
+                f"{tuple(output.shape)}; wanted {wanted}"
+            )
+        return output
+
+    def _dist_params(
+        self,
+        network: ProbabilisticTensorDictSequential,
+        inputs: TensorDictBase,
+        params: TensorDictBase,
+    ) -> TensorDictBase:
+        """The parameters of a network's distribution, which can be stacked and indexed."""
+        try:
+            with parametrized(network, params):
+                return network.get_dist_params(inputs.copy()).select(*network.dist_params_keys)
+        except RuntimeError as error:
+            explain_sizes(error, self._name(network), network, inputs)
+            raise
+
+    def _name(self, network: nn.Module) -> str:
+        return next(name for name in self._names if getattr(self, name) is network)
+
+    def _step(self, latent: Tensor, action: Tensor) -> TensorDictBase:
+        entries = {self._latent_key: latent, self._action_key: action}
+        return TensorDict(entries, batch_size=latent.shape[:-1])
+
+    def _draw(self, dist: D.Distribution) -> Tensor:
+        """A sample, whatever the exploration type outside; the mean if the loss asks for it."""
+        if self.deterministic_sampling_mode == ExplorationType.RANDOM:
+            return dist.rsample()
+        return dist.deterministic_sample  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------------------ the verbs
+
+    @torch.no_grad()
+    def _encode(self, observations: TensorDictBase) -> TensorDictBase:
+        """Distribution parameters of the target encoder."""
+        averaged = self.latent_target == "moving_average"
+        params = self.target_encoder_params if averaged else self.encoder_params.detach()
+        return self._dist_params(self.encoder, observations, params)
+
+    def encoding(self, observations: TensorDictBase) -> D.Distribution:
+        """The target encoder's distribution over the latent, without a gradient.
+
+        Args:
+            observations: the encoder's entries, batch shape ``[...]``.
+
+        Returns:
+            The distribution, batch shape ``[...]``.
+        """
+        parameters = self._encode(observations.select(*self.encoder.in_keys))
+        return self.encoder.build_dist_from_params(parameters)
+
+    def encode(self, observations: TensorDictBase) -> Tensor:
+        """A latent drawn from :meth:`encoding`, ``[..., D]``."""
+        return self._draw(self.encoding(observations))
+
+    def next(
+        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
+    ) -> tuple[Tensor, TensorDictBase]:
+        """A next latent ``[..., D]`` drawn from the dynamics, and its distribution parameters.
+
+        Like all verbs, it takes no gradient to the network unless ``params`` has one.
+        """
+        params = self.dynamics_params.detach() if params is None else params
+        prior = self._dist_params(self.dynamics, self._step(latent, action), params)
+        return self._draw(self.dynamics.build_dist_from_params(prior)), prior
+
+    def reward(
+        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
+    ) -> Tensor:
+        """The predicted reward, ``[..., 1]``."""
+        params = self.reward_model_params.detach() if params is None else params
+        return self._call(self.reward_model, self._step(latent, action), params, 1)
+
+    def classify(
+        self,
+        latent: Tensor,
+        action: Tensor,
+        next_latent: Tensor,
+        params: TensorDictBase | None = None,
+    ) -> Tensor:
+        """The classifier's logits ``[..., 2]``; class 1 is an encoded next latent."""
+        params = self.classifier_params.detach() if params is None else params
+        step = self._step(latent, action).set(self._next_latent_key, next_latent)
+        return self._call(self.classifier, step, params, 2)
+
+    def continuation(
+        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
+    ) -> Tensor:
+        """The logit of the probability that the step does not terminate, ``[..., 1]``."""
+        if self.continuation_model is None:
+            raise ValueError("cannot predict terminations; give ALMLoss a continuation_model")
+        params = self.continuation_model_params.detach() if params is None else params
+        return self._call(self.continuation_model, self._step(latent, action), params, 1)
+
+    def action_values(
+        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
+    ) -> Tensor:
+        """The action values of all networks in the ensemble, ``[..., N]``."""
+        params = self.qvalue_network_params.detach() if params is None else params
+        return self._call(self.qvalue_network, self._step(latent, action), params)
+
+    def value(self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None) -> Tensor:
+        """The smallest of the action values, ``[..., 1]``."""
+        params = self.qvalue_network_params.detach() if params is None else params
+        values = self._call(self.qvalue_network, self._step(latent, action), params)
+        return values.amin(-1, keepdim=True)
+
+    def act(self, latent: Tensor, params: TensorDictBase | None = None) -> Tensor:
+        """An action drawn from the actor, ``[..., A]``."""
+        params = self.actor_params.detach() if params is None else params
+        state = TensorDict({self._latent_key: latent}, batch_size=latent.shape[:-1])
+        parameters = self._dist_params(self.actor, state, params)
+        return self._draw(self.actor.build_dist_from_params(parameters))
+
+    # ------------------------------------------------------------------------------ the batch
+
+    def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
+        """Checks a batch and encodes its observations with the target encoder in one pass.
+
+        Args:
+            tensordict: windows ``[B, T]`` or transitions ``[B]`` with the loss's ``in_keys``; a
+                prepared batch is returned as it is.
+            steps: steps to read of each window.
+
+        Returns:
+            The prepared batch, which every loss term accepts in place of the windows.
+        """
+        if isinstance(tensordict, Batch):
+            return tensordict
+        if not torch.compiler.is_compiling():
+            self._check_sharing()
+        dtype = next(self.qvalue_network_params.parameters()).dtype
+        windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
+        done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
+        mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
+        # Entries after the end of the episode may be NaN, whose gradient no mask would remove.
+        windows = windows.apply(lambda value: mask_invalid(value, mask))
+        observations = self.encoder.in_keys
+        current = windows[:, :1].select(*observations)
+        following = windows.get("next").select(*observations)
+        encoded = self._encode(torch.cat([current, following], 1))
+        return Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
+
+    # --------------------------------------------------------------------------- the rollouts
+
+    def world_model_rollout(self, tensordict: TensorDictBase | Batch) -> TensorDictBase:
+        r"""Runs the latent dynamics along the recorded actions of each window.
+
+        From :math:`z_0 \sim e(s_0)`, every step draws :math:`z_{t+1} \sim m(z_t, a_t)` and
+        compares the dynamics with the target encoder's distribution.
+
+        Args:
+            tensordict: as for :meth:`ALMLoss.forward`.
+
+        Returns:
+            ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the term in the loss) and ``reward``,
+            each ``[B, T, 1]`` and meaningful where the window is valid, ``value`` ``[B, 1]`` of
+            the last latent, ``latent`` ``[B, T, D]`` and entropies.
+        """
+        batch = self.prepare(tensordict, steps=self.horizon)
+        if batch.rollout is not None:
+            return batch.rollout
+        actions = batch.windows.get(self.tensor_keys.action)
+        encoded = self._dist_params(self.encoder, batch.windows[:, 0], self.encoder_params)
+        posterior = self.encoder.build_dist_from_params(encoded)
+        latents, priors = [self._draw(posterior)], []
+        for t in range(actions.shape[1]):
+            following, prior = self.next(latents[-1], actions[:, t], self.dynamics_params)
+            priors.append(prior)
+            latents.append(torch.where(batch.mask[:, t, None], following, latents[-1]))
+        prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
+        target = self._target_distribution(batch)
+        check_latents(prior, target)
+        latent, following = torch.stack(latents[:-1], 1), torch.stack(latents[1:], 1)
+        kl = kl_divergence(prior, target).unsqueeze(-1)
+        consistency = kl
+        if self.consistency == "forward_kl":
+            consistency = kl_divergence(target, prior).unsqueeze(-1)
+        elif self.consistency == "squared_distance":
+            consistency = squared_distance(prior, target).unsqueeze(-1)
+        elif self.consistency == "classifier":
+            consistency = -log_ratio(self.classify(latent, actions, following))
+        return TensorDict(
+            {
+                "latent": latent,
+                "kl": kl,
+                "consistency": consistency,
+                "reward": self.reward(latent, actions),
+                "value": self._final_value(batch, latents[-1]),
+                "prior_entropy": prior.entropy().detach(),
+                "posterior_entropy": posterior.entropy().detach(),
+            },
+            batch_size=actions.shape[:1],
+        )
+
+    def _target_distribution(self, batch: Batch) -> D.Distribution:
+        """The distribution that the dynamics should predict, ``[B, T]``."""
+        parameters = batch.following
+        if self.latent_target == "online":
+            observations = batch.windows.get("next").select(*self.encoder.in_keys)
+            parameters = self._dist_params(self.encoder, observations, self.encoder_params)
+        return self.encoder.build_dist_from_params(parameters)
+
+    def _final_value(self, batch: Batch, latent: Tensor) -> Tensor:
+        """The value of the last latent, ``[B, 1]``; zero after a terminal state."""
+        value = self.value(latent, self.act(latent.detach()))
+        if self.bootstrap_terminated:
+            return value
+        ends = batch.windows.get(unravel_key(("next", self.tensor_keys.terminated)))
+        ended = (ends.squeeze(-1) & batch.mask).any(-1, keepdim=True)
+        return torch.where(ended, torch.zeros_like(value), value)
+
+    @torch.no_grad()
+    def roll_on(self, latent: Tensor) -> Tensor:
+        r"""Advances latents by up to ``start_steps`` imagined steps of the actor.
+
+        The number of steps of each row is uniform in :math:`\{0, \dots, N\}`. A row stops where
+        its episode is expected to terminate.
+
+        Args:
+            latent: where to start, ``[B, D]``.
+
+        Returns:
+            The latents reached, ``[B, D]``, without a gradient.
+        """
+        steps = torch.randint(self.start_steps + 1, latent.shape[:1], device=latent.device)
+        moving = torch.ones_like(steps, dtype=torch.bool)
+        for t in range(self.start_steps):
+            action = self.act(latent)
+            moving = moving & (steps > t)
+            if self.continuation_model is not None:
+                continues = self.continuation(latent, action).sigmoid() > 0.5
+                moving = moving & continues.squeeze(-1)
+            following, _ = self.next(latent, action)
+            latent = torch.where(moving.unsqueeze(-1), following, latent)
+        return latent
+
+    def imagine(
+        self,
+        latent: Tensor,
+        action: Tensor | None = None,
+        *,
+        values: TensorDictBase | None = None,
+        with_log_ratio: bool = True,
+    ) -> TensorDictBase:
+        r"""Rolls the actor out in the latent dynamics.
+
+        Actions are drawn on detached latents and detached again where they enter the values, so
+        the gradient reaches the actor through the dynamics, the rewards and the log-ratios.
+
+        Args:
+            latent: where to start, ``[B, D]``.
+            action: the first action ``[B, A]``; drawn from the actor by default.
+            values: parameters of the action values; the current ones by default.
+            with_log_ratio: whether to evaluate the classifier.
+
+        Returns:
+            ``latent``, ``action``, ``reward``, ``log_ratio`` and, under ``"next"``, ``latent``,
+            ``action`` and ``value``, all ``[B, K, ...]``; with a continuation model also
+            ``continuation``, the probability that a step does not terminate.
+        """
+        latents, actions = [latent], []
+        for t in range(self.horizon):
+            if t > 0 or action is None:
+                action = self.act(latent.detach(), self.actor_params)
+            actions.append(action)
+            latent, _ = self.next(latent, action)
+            latents.append(latent)
+        actions.append(self.act(latent.detach()))
+        current, current_action = torch.stack(latents[:-1], 1), torch.stack(actions[:-1], 1)
+        following, following_action = torch.stack(latents[1:], 1), torch.stack(actions[1:], 1)
+        following_action = following_action.detach()
+        rollout = TensorDict(
+            {
+                "latent": current,
+                "action": current_action,
+                "reward": self.reward(current, current_action),
+                "next": {
+                    "latent": following,
+                    "action": following_action,
+                    "value": self.value(following, following_action, values),
+                },
+            },
+            batch_size=following.shape[:2],
+        )
+        if with_log_ratio:
+            logits = self.classify(current, current_action, following.detach())
+            rollout["log_ratio"] = log_ratio(logits)
+        if self.continuation_model is not None:
+            rollout["continuation"] = self.continuation(current, current_action).sigmoid()
+        return rollout
+
+    # ------------------------------------------------------------- the return of a rollout
+
+    def lambda_return(self, rollout: TensorDictBase) -> Tensor:
+        r"""The return of an imagined rollout by the loss's value estimator.
+
+        The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, or
+        :math:`r(z_t, a_t)` in a rollout without ``log_ratio``. Episodes end inside a rollout only
+        if there is a continuation model: see
+        :func:`~alm_torchrl.objectives.functional.lambda_returns`.
+
+        Args:
+            rollout: the result of :meth:`imagine`, ``[B, K]``.
+
+        Returns:
+            The returns, ``[B, K, 1]``.
+        """
+        reward = self._augmented_reward(rollout)
+        value, estimator = rollout["next", "value"], self.value_estimator
+        if self.continuation_model is not None:
+            lmbda = getattr(estimator, "lmbda", 0.0)  # TD0 has none
+            return lambda_returns(reward, value, rollout["continuation"], estimator.gamma, lmbda)
+        never = torch.zeros_like(reward, dtype=torch.bool)
+        outcome = {"reward": reward, "done": never, "terminated": never}
+        steps = TensorDict({"next": outcome}, batch_size=rollout.batch_size)
+        return estimator.value_estimate(steps, next_value=value)
+
+    def bound(self, rollout: TensorDictBase) -> Tensor:
+        r"""The K-step bound of an imagined rollout, ``[B, 1]``.
+
+        It is the first of :meth:`lambda_return`'s returns at :math:`\lambda = 1`; see
+        :func:`~alm_torchrl.objectives.functional.k_step_bound`.
+
+        Args:
+            rollout: the result of :meth:`imagine`, ``[B, K]``.
+        """
+        value, gamma = rollout["next", "value"][:, -1], self.value_estimator.gamma
+        reward = self._augmented_reward(rollout)
+        return k_step_bound(reward, value, gamma, rollout.get("continuation", None))
+
+    def _augmented_reward(self, rollout: TensorDictBase) -> Tensor:
+        """Reward plus weighted log-ratio of every step, ``[B, K, 1]``."""
+        if "log_ratio" not in rollout:
+            return rollout["reward"]
+        return rollout["reward"] + self.consistency_coeff * rollout["log_ratio"]
+
+
+def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Renames entries in place, so that compiled and plain modules load each other's weights.
+
+    ``torch.compile`` puts ``_orig_mod.`` before the names in the module that it wraps.
+    """
+    names = {name.replace("_orig_mod.", ""): prefix + name for name in module.state_dict()}
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        wanted = names.get(name.removeprefix(prefix).replace("_orig_mod.", ""), name)
+        if wanted != name:
+            state_dict[wanted] = state_dict.pop(name)
+
+
+def _share_untrained(source: TensorDictParams, target: Any) -> None:
+    """Shares entries without a gradient, such as running statistics, with a target.
+
+    ``SoftUpdate`` follows only trained parameters and would leave copies of these behind.
+    """
+    for key, value in source.items(True, True):
+        if not value.requires_grad:
+            target.get(key).data = value.data
+
+
+@contextmanager
+def parametrized(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
+    """Runs a network with other parameters and restores its own, even after an exception.
+
+    ``TensorDict.to_module`` as a context manager does not restore after an exception.
+    """
+    own = params.to_module(network, preserve_module_state=False)
+    try:
+        yield
+    finally:
+        own.to_module(network, preserve_module_state=False, return_swap=False)

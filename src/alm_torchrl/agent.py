@@ -35,7 +35,7 @@ from alm_torchrl.modules.encoders.base import observation_shapes
 from alm_torchrl.modules.heads import DEFAULT_HEAD
 from alm_torchrl.modules.rebuildable import describe, rebuild
 from alm_torchrl.objectives import check_encoder
-from alm_torchrl.objectives.latent_model import match_compiled
+from alm_torchrl.objectives.parameters import match_compiled
 
 __all__ = ["ALMAgent", "AgentConfig"]
 

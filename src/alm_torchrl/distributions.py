@@ -111,7 +111,7 @@ class ClampedNormal(D.Independent):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The box that samples lie in."""
+        """The range of the samples."""
         return constraints.independent(constraints.interval(self._low, self._high), 1)
 
     @property
@@ -124,7 +124,7 @@ class ClampedNormal(D.Independent):
     median = deterministic_sample
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ClampedNormal:
-        """The same distribution with another batch shape, which the old one broadcasts to."""
+        """The distribution broadcast to another batch shape."""
         shape = torch.Size(batch_shape) + self.event_shape
         return ClampedNormal(
             self.loc.expand(shape),
@@ -136,14 +136,7 @@ class ClampedNormal(D.Independent):
         )
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws actions with a straight-through gradient.
-
-        Args:
-            sample_shape: leading shape of the draws.
-
-        Returns:
-            Actions, ``[*sample_shape, ..., A]``.
-        """
+        """Draws actions ``[*sample_shape, ..., A]`` with a straight-through gradient."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         if self.noise_clip is not None:
@@ -227,18 +220,11 @@ class OneHotGroups(D.Distribution):
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The mode, which is a sample that could be drawn (the mean is none)."""
+        """The mode, since the mean is not one-hot."""
         return self.mode
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws one-hot samples whose gradient is that of the probabilities.
-
-        Args:
-            sample_shape: leading shape of the draws.
-
-        Returns:
-            Samples, ``[*sample_shape, ..., G * C]``.
-        """
+        """Draws samples ``[*sample_shape, ..., G * C]`` with the probabilities' gradient."""
         shape = torch.Size(sample_shape) + self.log_probs.shape
         uniform = torch.rand(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)
         gumbel = -(-uniform.log()).log()
@@ -258,7 +244,7 @@ class OneHotGroups(D.Distribution):
         return -(self.probs * self.log_probs).sum((-2, -1))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OneHotGroups:
-        """The same distribution with another batch shape, which the old one broadcasts to."""
+        """The distribution broadcast to another batch shape."""
         shape = torch.Size(batch_shape) + self.log_probs.shape[-2:]
         return OneHotGroups(self.log_probs.expand(shape))
 
@@ -272,22 +258,15 @@ class OneHotGroups(D.Distribution):
 
 @D.register_kl(OneHotGroups, OneHotGroups)
 def one_hot_kl(p: OneHotGroups, q: OneHotGroups) -> Tensor:
-    r"""The KL divergence of two sets of groups, summed over groups and classes.
+    r"""The KL divergence in nats ``[...]``, summed over groups and classes.
 
     .. math:: KL(p \| q) = \sum_{g, c} p_{gc} (\log p_{gc} - \log q_{gc})
-
-    Args:
-        p: first distribution, batch shape ``[...]``.
-        q: second distribution, batch shape ``[...]``.
-
-    Returns:
-        The divergence in nats, ``[...]``.
     """
     return (p.probs * (p.log_probs - q.log_probs)).sum((-2, -1))
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Raises half-precision values to float32 and leaves every other dtype as it is."""
+    """Raises half-precision values to float32 and keeps every other dtype."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

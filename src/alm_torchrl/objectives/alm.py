@@ -159,14 +159,8 @@ class ALMLoss(LatentModelLoss):
     class _AcceptedKeys:
         """The keys that :meth:`ALMLoss.set_keys` configures.
 
-        Attributes:
-            action: the action ``[..., A]``; by default the key that the actor writes.
-            reward: the reward ``[..., 1]``, read under ``"next"``.
-            done: the end of an episode for any reason, bool ``[..., 1]``, read under ``"next"``.
-            terminated: a terminal state, bool ``[..., 1]``, read under ``"next"``.
-            truncated: an end that is no terminal state, like ``done``, read under ``"next"``;
-                optional. Each of the three ends an episode.
-            validity_mask: which steps of a window hold data, bool ``[B, T]``; optional.
+        ``reward`` and the flags are read under ``"next"``; each flag ends an episode.
+        ``truncated`` and ``validity_mask``, the steps that hold data ``[B, T]``, are optional.
         """
 
         action: NestedKey = "action"
@@ -252,7 +246,7 @@ class ALMLoss(LatentModelLoss):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What :meth:`forward` reads: observations, action, and the outcome under ``"next"``."""
+        """The observations, the action, and the outcome under ``"next"``."""
         keys = self.tensor_keys
         outcome = [*self.encoder.in_keys, keys.reward, keys.done, keys.terminated]
         return [*self.encoder.in_keys, keys.action, *(unravel_key(("next", k)) for k in outcome)]
@@ -268,14 +262,9 @@ class ALMLoss(LatentModelLoss):
         return keys + [f"loss_{name}" for name in self.auxiliary_losses]
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
-        """Renames the entries read from the input; see :class:`ALMLoss._AcceptedKeys`.
+        """Renames the entries read from the batch; see :class:`ALMLoss._AcceptedKeys`.
 
-        Args:
-            **kwargs: new keys by name; ``None`` restores the default. The networks keep the keys
-                that they were built with: ``action`` says where the batch holds it.
-
-        Raises:
-            ValueError: for a name that is none of the accepted keys.
+        ``None`` restores a default. The networks keep the keys that they were built with.
         """
         if kwargs.get("action", self._action_key) is None:
             kwargs["action"] = self._action_key
@@ -285,18 +274,12 @@ class ALMLoss(LatentModelLoss):
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams: object
     ) -> ALMLoss:
-        """Chooses how imagined returns are estimated, and the discount of all losses.
+        """Sets the estimator of imagined returns and the discount of all losses.
 
         Args:
-            value_type: ``ValueEstimators.TDLambda`` (the default), ``TD0`` or ``TD1``, or an
-                estimator of TorchRL's.
+            value_type: ``ValueEstimators.TDLambda`` (the default), ``TD0`` or ``TD1``, or a value
+                estimator of TorchRL.
             **hyperparams: such as ``gamma`` (0.99 by default) and ``lmbda`` (0.95).
-
-        Returns:
-            The loss itself.
-
-        Raises:
-            NotImplementedError: for any other estimator.
         """
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is None:
@@ -355,10 +338,6 @@ class ALMLoss(LatentModelLoss):
 
         Returns:
             The losses, scalars (``[B]`` with ``reduction="none"``), and detached scalar metrics.
-
-        Raises:
-            KeyError: if an entry is missing.
-            ValueError: if an entry has the wrong shape or the windows are too short.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         batch = batch._replace(rollout=self.world_model_rollout(batch))
@@ -419,9 +398,6 @@ class ALMLoss(LatentModelLoss):
 
         The multiplier :math:`\beta`, which weighs the term in the world-model loss, grows while
         the term is above its level and shrinks while it is below.
-
-        Raises:
-            ValueError: if the loss was built without a ``consistency_level``.
         """
         if self.consistency_level is None:
             raise ValueError("the loss has no multiplier; give ALMLoss a consistency_level")
@@ -462,9 +438,6 @@ class ALMLoss(LatentModelLoss):
         """The cross-entropy of the continuation model, on the first transition of each window.
 
         A terminal state ends an episode; a time limit does not.
-
-        Raises:
-            ValueError: if the loss was built without a ``continuation_model``.
         """
         batch = self.prepare(tensordict)
         params = getattr(self, "continuation_model_params", None)

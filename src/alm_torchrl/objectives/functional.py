@@ -37,14 +37,7 @@ def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) 
     .. math:: KL(p \| q) = \sum_d \log\frac{\sigma_q}{\sigma_p}
               + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{2 \sigma_q^2} - \frac{1}{2}
 
-    Args:
-        loc_p: location of the first distribution, ``[..., D]``.
-        scale_p: scale of the first distribution, ``[..., D]``.
-        loc_q: location of the second distribution, ``[..., D]``.
-        scale_q: scale of the second distribution, ``[..., D]``.
-
-    Returns:
-        The divergence in nats, ``[...]``.
+    All arguments are ``[..., D]``; the divergence is in nats, ``[...]``.
 
     Examples:
         >>> one = torch.ones(2)
@@ -59,20 +52,10 @@ def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) 
 def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
     r""":math:`KL(p \| q)` of two latent distributions.
 
-    Diagonal Normals take the closed form above and groups of one-hot categoricals theirs, which
-    ``torch.compile`` traces without a graph break; every other pair goes through
-    :func:`torch.distributions.kl_divergence`.
-
-    Args:
-        p: first distribution, batch shape ``[...]``.
-        q: second distribution, batch shape ``[...]``.
-
-    Returns:
-        The divergence in nats, ``[...]``.
-
-    Raises:
-        NotImplementedError: if torch knows no divergence for this pair; register one with
-            :func:`torch.distributions.register_kl`.
+    Diagonal Normals and groups of one-hot categoricals have closed forms, which ``torch.compile``
+    traces without a graph break. Other pairs use :func:`torch.distributions.kl_divergence`, which
+    raises a ``NotImplementedError`` for an unknown pair: register it with
+    :func:`torch.distributions.register_kl`. The divergence is in nats, ``[...]``.
 
     Examples:
         >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
@@ -101,13 +84,6 @@ def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
     .. math:: \sum_d (\mu^p_d - \mu^q_d)^2
 
     For two Normals of scale :math:`\sigma` it is :math:`2 \sigma^2` times their KL divergence.
-
-    Args:
-        p: first distribution over latents ``[D]``, batch shape ``[...]``.
-        q: second distribution, like ``p``.
-
-    Returns:
-        The distance in squared latent units, ``[...]``.
 
     Examples:
         >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
@@ -159,12 +135,7 @@ def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Ten
 def discounts(gamma: Tensor, steps: int) -> Tensor:
     r"""The weights :math:`1, \gamma, \gamma^2, \dots` of a rollout.
 
-    Args:
-        gamma: discount, a scalar.
-        steps: how many.
-
-    Returns:
-        The weights, ``[steps, 1]``, to broadcast against ``[..., steps, 1]``.
+    They have shape ``[steps, 1]``, to broadcast against ``[..., steps, 1]``.
 
     Examples:
         >>> discounts(torch.tensor(0.5), 3).flatten()
@@ -227,7 +198,7 @@ def lambda_returns(
 def k_step_bound(
     reward: Tensor, value: Tensor, gamma: Tensor, continuation: Tensor | None = None
 ) -> Tensor:
-    r"""The K-step lower bound of a rollout, as ALM uses it in practice.
+    r"""The K-step lower bound of a rollout, as ALM maximizes it.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big) \tilde r_t
               + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) Q(z_K, a_K)
@@ -261,7 +232,7 @@ def log_return_bound(
     gamma: Tensor,
     continuation: Tensor | None = None,
 ) -> Tensor:
-    r"""The K-step lower bound on the logarithm of the return, as the theorem has it.
+    r"""The K-step lower bound on the logarithm of the return, as in the theorem.
 
     .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big)
               \big((1 - \gamma) \log r_t + \rho_t\big)
@@ -296,7 +267,7 @@ def log_return_bound(
 
 
 def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Which steps of a window belong to the episode that its first step is in.
+    """Which steps of a window belong to the episode of its first step.
 
     Args:
         done: whether the episode ended with a step, bool ``[B, T]``.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,8 +29,9 @@ from alm_torchrl.objectives.functional import (
     log_ratio,
     squared_distance,
 )
+from alm_torchrl.objectives.parameters import match_compiled, parametrized, share_untrained
 
-__all__ = ["Batch", "LatentModelLoss", "match_compiled", "parametrized"]
+__all__ = ["Batch", "LatentModelLoss"]
 
 
 class Batch(NamedTuple):
@@ -123,7 +123,7 @@ class LatentModelLoss(LossModule):
             # Read as an attribute, it would warn that nothing updates it yet.
             target = self._modules.get(f"target_{name}_params")
             if target is not None:
-                _share_untrained(params, target)
+                share_untrained(params, target)
             self._shared += [
                 (tensors, key, tensor)
                 for module in network.modules()
@@ -221,14 +221,7 @@ class LatentModelLoss(LossModule):
         return self._dist_params(self.encoder, observations, params)
 
     def encoding(self, observations: TensorDictBase) -> D.Distribution:
-        """The target encoder's distribution over the latent, without a gradient.
-
-        Args:
-            observations: the encoder's entries, batch shape ``[...]``.
-
-        Returns:
-            The distribution, batch shape ``[...]``.
-        """
+        """The target encoder's distribution over the latent, without a gradient."""
         parameters = self._encode(observations.select(*self.encoder.in_keys))
         return self.encoder.build_dist_from_params(parameters)
 
@@ -395,16 +388,10 @@ class LatentModelLoss(LossModule):
 
     @torch.no_grad()
     def roll_on(self, latent: Tensor) -> Tensor:
-        r"""Advances latents by up to ``start_steps`` imagined steps of the actor.
+        r"""Advances latents ``[B, D]`` by up to ``start_steps`` steps of the actor.
 
         The number of steps of each row is uniform in :math:`\{0, \dots, N\}`. A row stops where
         its episode is expected to terminate.
-
-        Args:
-            latent: where to start, ``[B, D]``.
-
-        Returns:
-            The latents reached, ``[B, D]``, without a gradient.
         """
         steps = torch.randint(self.start_steps + 1, latent.shape[:1], device=latent.device)
         moving = torch.ones_like(steps, dtype=torch.bool)
@@ -476,18 +463,12 @@ class LatentModelLoss(LossModule):
     # ------------------------------------------------------------- the return of a rollout
 
     def lambda_return(self, rollout: TensorDictBase) -> Tensor:
-        r"""The return of an imagined rollout by the loss's value estimator.
+        r"""The returns ``[B, K, 1]`` of an imagined rollout by the loss's value estimator.
 
         The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, or
         :math:`r(z_t, a_t)` in a rollout without ``log_ratio``. Episodes end inside a rollout only
         if there is a continuation model: see
         :func:`~alm_torchrl.objectives.functional.lambda_returns`.
-
-        Args:
-            rollout: the result of :meth:`imagine`, ``[B, K]``.
-
-        Returns:
-            The returns, ``[B, K, 1]``.
         """
         reward = self._augmented_reward(rollout)
         value, estimator = rollout["next", "value"], self.value_estimator
@@ -504,9 +485,6 @@ class LatentModelLoss(LossModule):
 
         It is the first of :meth:`lambda_return`'s returns at :math:`\lambda = 1`; see
         :func:`~alm_torchrl.objectives.functional.k_step_bound`.
-
-        Args:
-            rollout: the result of :meth:`imagine`, ``[B, K]``.
         """
         value, gamma = rollout["next", "value"][:, -1], self.value_estimator.gamma
         reward = self._augmented_reward(rollout)
@@ -517,38 +495,3 @@ class LatentModelLoss(LossModule):
         if "log_ratio" not in rollout:
             return rollout["reward"]
         return rollout["reward"] + self.consistency_coeff * rollout["log_ratio"]
-
-
-def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Renames entries in place, so that compiled and plain modules load each other's weights.
-
-    ``torch.compile`` puts ``_orig_mod.`` before the names in the module that it wraps.
-    """
-    names = {name.replace("_orig_mod.", ""): prefix + name for name in module.state_dict()}
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        wanted = names.get(name.removeprefix(prefix).replace("_orig_mod.", ""), name)
-        if wanted != name:
-            state_dict[wanted] = state_dict.pop(name)
-
-
-def _share_untrained(source: TensorDictParams, target: Any) -> None:
-    """Shares entries without a gradient, such as running statistics, with a target.
-
-    ``SoftUpdate`` follows only trained parameters and would leave copies of these behind.
-    """
-    for key, value in source.items(True, True):
-        if not value.requires_grad:
-            target.get(key).data = value.data
-
-
-@contextmanager
-def parametrized(network: nn.Module, params: TensorDictBase) -> Iterator[None]:
-    """Runs a network with other parameters and restores its own, even after an exception.
-
-    ``TensorDict.to_module`` as a context manager does not restore after an exception.
-    """
-    own = params.to_module(network, preserve_module_state=False)
-    try:
-        yield
-    finally:
-        own.to_module(network, preserve_module_state=False, return_swap=False)

@@ -20,7 +20,7 @@ from alm_torchrl.agent import ALMAgent
 from alm_torchrl.modules import NoiseSchedule
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.objectives.latent_model import parametrized
+from alm_torchrl.objectives.parameters import parametrized
 
 __all__ = [
     "StackedAgent",

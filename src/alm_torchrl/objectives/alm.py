@@ -170,6 +170,7 @@ class ALMLoss(LatentModelLoss):
         truncated: NestedKey = "truncated"
         validity_mask: NestedKey = "validity_mask"
 
+    auxiliary_losses: nn.ModuleDict
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.TDLambda

@@ -284,7 +284,9 @@ def _gradient(encoder: Any, spec: Composite) -> Iterator[str]:
         return
     with torch.enable_grad():
         total = latent.square().sum()
-    values = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
+    values: Sequence[Tensor | None] = torch.autograd.grad(
+        total, [*trained.values()], allow_unused=True
+    )
     for name, value in zip(trained, values, strict=True):
         if value is None:
             yield (

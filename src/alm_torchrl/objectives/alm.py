@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -31,6 +31,14 @@ Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifie
 LatentTarget = Literal["moving_average", "stop_gradient", "online"]
 #: What the actor maximizes.
 ActorObjective = Literal["lambda_returns", "bound", "value"]
+
+_CHOICES = {
+    "reduction": ("none", "mean", "sum"),
+    "short_windows": ("mask", "drop"),
+    "consistency": get_args(Consistency),
+    "latent_target": get_args(LatentTarget),
+    "actor_objective": get_args(ActorObjective),
+}
 
 
 class ALMLoss(LatentModelLoss):
@@ -215,11 +223,6 @@ class ALMLoss(LatentModelLoss):
             },
             averaged=(*averaged, "qvalue_network"),
         )
-        check_choice("reduction", reduction, ("none", "mean", "sum"))
-        check_choice("short_windows", short_windows, ("mask", "drop"))
-        check_choice("consistency", consistency, get_args(Consistency))
-        check_choice("latent_target", latent_target, get_args(LatentTarget))
-        check_choice("actor_objective", actor_objective, get_args(ActorObjective))
         self.horizon = check_whole("horizon", horizon, at_least=1)
         self.reduction = reduction
         self.bootstrap_terminated = bootstrap_terminated
@@ -235,13 +238,17 @@ class ALMLoss(LatentModelLoss):
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
         if consistency_level is not None:
             check_positive("consistency_level", consistency_level)
-            like = next(self.parameters())
-            self.log_multiplier = nn.Parameter(like.new_zeros(()))
+            self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))
         self.auxiliary_losses = nn.ModuleDict(auxiliary_losses or {})
-        if len(set(self.out_keys)) < len(self.out_keys):
-            raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
+        self._check_options()
         self.set_keys(action=self._action_key)
         self.make_value_estimator()
+
+    def _check_options(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        if len(set(self.out_keys)) < len(self.out_keys):
+            raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
 
     # ---------------------------------------------------------------- keys and estimators
 
@@ -418,7 +425,7 @@ class ALMLoss(LatentModelLoss):
         windows.set(self.tensor_keys.validity_mask, batch.mask)
         loss = module(windows)
         if isinstance(loss, TensorDictBase):
-            loss = loss.get(module.out_keys[-1])
+            loss = loss.get(cast("TensorDictModule", module).out_keys[-1])
         if loss.shape not in ((), batch.mask.shape[:1]):
             raise ValueError(
                 f"auxiliary loss {name!r} has shape {tuple(loss.shape)}; return a scalar or one "

@@ -42,7 +42,7 @@ class _Trainer(L.Trainer):
 
     start: Checkpoint | None = None
 
-    def fit(self, model: ALMModule, *args: Any, **options: Any) -> None:  # type: ignore[override]
+    def fit(self, model: ALMModule, *args: Any, **options: Any) -> None:
         """Trains, from the checkpoint if there is one."""
         if options.get("ckpt_path") is not None:
             raise ValueError(

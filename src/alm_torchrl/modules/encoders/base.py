@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 from torchrl.data import Composite, TensorSpec
 
-from alm_torchrl.data.replay import BOOKKEEPING_KEYS
+from alm_torchrl.data.transitions import BOOKKEEPING_KEYS
 from alm_torchrl.modules.heads import LatentHead
 from alm_torchrl.modules.latent import LatentModule
 

@@ -48,6 +48,16 @@ def read(folders: list[Path]) -> Curves:
     return dict(curves)
 
 
+def interquartile_mean(returns: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Returns the mean of the middle half of the values.
+
+    Values that the quartiles cut count in part, so the result differs from the mean for 3 values.
+    """
+    count = returns.shape[axis]
+    weights = np.diff(np.clip(np.arange(count + 1), count / 4, 3 * count / 4))
+    return np.average(np.sort(returns, axis=axis), axis=axis, weights=weights)
+
+
 def summarize(
     curves: dict[int, dict[int, float]], samples: int = 2000
 ) -> list[tuple[int, int, float, float, float]]:
@@ -66,11 +76,11 @@ def summarize(
         returns = np.array([curve[step] for curve in curves.values() if step in curve])
         if 2 * len(returns) < len(curves):
             continue
-        mean = low = high = float(stats.trim_mean(returns, 0.25))
+        mean = low = high = float(interquartile_mean(returns))
         if len(returns) > 1:
             interval = stats.bootstrap(
                 (returns,),
-                lambda sample, axis: stats.trim_mean(sample, 0.25, axis=axis),
+                interquartile_mean,
                 n_resamples=samples,
                 method="percentile",
                 rng=np.random.default_rng(0),

@@ -1,42 +1,79 @@
 """Draws the kept curves and writes docs/results.md: ``python -m experiments.report``.
 
-The inputs are ``results/*.csv``, ``results/runs.json`` (how each curve was made) and
-``results/authors.csv`` (the published scores).
+The inputs are ``results/*.csv``, ``results/runs.json`` (how each curve was made),
+``results/authors.csv`` and ``results/anchors.csv`` (published scores).
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from experiments.plot import summarize
+from experiments.figures import draw_overview, draw_task
+from experiments.summary import (
+    AUTHORS_SEEDS,
+    AUTHORS_WARMUP,
+    Curves,
+    Point,
+    Rows,
+    TimedRun,
+    first_reaching,
+    read,
+    read_published,
+    seed_of,
+    summarize_seeds,
+    timed_runs,
+    warmup_frames,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = (1_000, 2_000, 3_000, 6_000, 10_000, 20_000, 30_000, 50_000, 100_000, 200_000, 300_000)
-RETURNS = (1000, 2000, 3000, 4000, 6000, 8000, 10_000)
-TASKS = (
-    "halfcheetah", "walker2d", "hopper", "ant", "humanoid", "ant_truncated", "humanoid_truncated"
+#: Columns of the tables of returns, in frames. The authors' counter is 5,000 behind.
+FRAMES = (
+    3_000, 5_000, 7_000, 8_000, 10_000, 15_000, 20_000, 25_000, 30_000, 35_000, 50_000, 55_000,
+    100_000, 105_000, 200_000, 205_000, 300_000, 305_000,
 )  # fmt: skip
-#: Curves in the figure of the README and the landing page.
-OVERVIEW = {"fast": "ALM, fast", "paper": "ALM, paper", "sac": "TorchRL's SAC"}
-#: Seeds per task in the paper.
-PAPER_SEEDS = 5
+RETURNS = (1000, 2000, 3000, 4000, 6000, 8000, 10_000)
+TITLES = {
+    "halfcheetah": "HalfCheetah-v5",
+    "walker2d": "Walker2d-v5",
+    "hopper": "Hopper-v5",
+    "ant": "Ant-v5",
+    "humanoid": "Humanoid-v5",
+    "ant_truncated": "Ant-v5, 27 dimensions",
+    "humanoid_truncated": "Humanoid-v5, 45 dimensions",
+}
 INTRODUCTION = """# Results
 
 `python -m experiments.report` generates this page from the raw curves in `results`;
-`python -m experiments.reproduce` trains them. A return is the mean of five episodes with the mean
-action. Steps exclude the random warm-up, as in the authors' curves. Several seeds are summarized by
-their interquartile mean and a 95 % bootstrap interval. "Published" are the authors' scores: mean
-and standard deviation over five seeds, in an older version of the environments.
+`python -m experiments.reproduce` trains them.
+
+![Returns by frames on all tasks of the preset fast](_static/results-overview.svg)
+
+## How to read this page
+
+- **Frames** count all environment steps, with the random warm-up, as most publications do. The
+  authors of ALM start to count after their warm-up of 5,000 frames; tables show their counter in
+  parentheses. The column "warm-up" gives the random frames of each run.
+- **Returns** are means of five episodes with the mean action. Cells show the mean over seeds +- the
+  *sample* standard deviation (n = number of seeds) and, from 3 seeds on, the interquartile mean
+  (IQM). A number of frames that fewer than half of the seeds reached is left out.
+- **Few seeds.** No row of our runs has more than 5 seeds. Deviations of 2 or 3 seeds are rough, and
+  two thirds of the weight of an IQM of 3 seeds is on the middle one.
+- **Published results** are drawn in gray. "ALM, authors" are the scores of the ALM paper, whose
+  population deviations are converted to sample deviations. The other rows are recomputed from the
+  raw data that their authors published (`results/README.md` names the sources); `~` marks values
+  interpolated between two evaluations. All ran on older versions of the environments: HalfCheetah
+  behaves the same, but Walker2d-v5 has other friction, and Ant-v5 and Humanoid-v5 pay a contact
+  cost.
+- **MR.Q** is not in the tables, because its data are licensed for noncommercial use. It reaches
+  5,422 on HalfCheetah, 686 on Walker2d, 961 on Hopper, 1,474 on Ant and 440 on Humanoid after
+  50,000 frames (means of 10 seeds).
+- **Minutes** include evaluation and compilation, and are shown for runs that were alone on their
+  machine. Compare them only between runs on the same machine. DHMBPO's logs report 20,000 frames in
+  9.4 to 13.5 minutes on an RTX A4000.
 
 `halfcheetah-distractors` adds 64 dimensions of noise to the observation, `halfcheetah-masked` hides
 the velocities, and `inverted_pendulum` is observed as 32x32 images (random actions return 5 +- 3).
@@ -57,53 +94,9 @@ trials on seeds 14 and 15, which the sweep `fast_warmup` repeats. All sweeps but
 the earlier preset.
 """
 REACHING = (
-    "Steps until a return is first reached (median over seeds), and minutes (median over the seeds "
-    "that ran alone on their machine). Compare minutes only between runs on the same machine."
+    "Frames until a return is first reached (median over seeds), and minutes (median over the "
+    "seeds that ran alone on their machine):"
 )
-Rows = list[dict[str, float]]
-#: By task, by what was trained, by seed.
-Curves = dict[str, dict[str, dict[int, Rows]]]
-
-
-def read(results: Path) -> tuple[Curves, dict[str, dict[str, Any]], Curves]:
-    """Reads all curves, the index of runs, and the curves of runs with valid times."""
-    runs = json.loads((results / "runs.json").read_text())
-    curves: Curves = defaultdict(lambda: defaultdict(dict))
-    timed: Curves = defaultdict(lambda: defaultdict(dict))
-    for name, run in runs.items():
-        with (results / name).open(newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        seed = int(rows[0]["seed"])
-        curves[run["task"]][run["what"]][seed] = rows
-        if run["timed"]:
-            timed[run["task"]][run["what"]][seed] = rows
-    return curves, runs, timed
-
-
-def summary(curves: dict[int, Rows]) -> list[tuple[int, int, float, float, float]]:
-    """Returns interquartile means over seeds, with their intervals."""
-    return summarize({s: {int(r["step"]): r["return"] for r in rows} for s, rows in curves.items()})
-
-
-def draw(task: str, curves: dict[str, dict[int, Rows]], authors: Rows, path: Path) -> None:
-    """Draws the curves of a task and the published scores as an SVG file."""
-    figure = Figure(figsize=(6, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    reach = max(row[0] for seeds in curves.values() for row in summary(seeds))
-    for what, seeds in sorted(curves.items()):
-        steps, _, mean, low, high = (list(c) for c in zip(*summary(seeds), strict=True))
-        axes.plot(steps, mean, label=f"{what}, n={len(seeds)}")
-        axes.fill_between(steps, low, high, alpha=0.2, linewidth=0)
-    published = [row for row in authors if row["step"] <= 1.5 * reach]
-    if published:
-        x, y, error = (np.array([row[key] for row in published]) for key in ("step", "mean", "std"))
-        axes.errorbar(x, y, error, fmt="k.", capsize=3, label="published, n=5, +- std")
-    axes.set(xlabel="environment steps after the warm-up", ylabel="return", title=task)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    axes.grid(alpha=0.3)
-    with rc_context({"svg.hashsalt": task, "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
 
 
 def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -115,106 +108,125 @@ def table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield ""
 
 
-def returns_table(curves: dict[str, dict[int, Rows]], authors: Rows) -> Iterator[str]:
-    """Yields a table of returns after given numbers of steps."""
-    means = {what: {row[0]: row[1:] for row in summary(s)} for what, s in sorted(curves.items())}
-    steps = [s for s in STEPS if any(s in known for known in means.values())]
-    published = {int(row["step"]): f"{row['mean']:.0f} +- {row['std']:.0f}" for row in authors}
-    rows = [["published", *(published.get(step, "") for step in steps)]] if published else []
-    for what, known in means.items():
-        cells = []
-        for step in steps:
-            if step not in known:
-                cells.append("")
-                continue
-            seeds, mean, low, high = known[step]
-            spread = f" ({low:.0f} to {high:.0f})" if seeds > 1 else ""
-            cells.append(f"{mean:.0f}{spread}, n={seeds}")
-        rows.append([f"`{what}`", *cells])
-    yield from table(["", *(f"{step:,}" for step in steps)], rows)
+def cell(point: Point | None) -> str:
+    """Formats mean, sample standard deviation, interquartile mean and number of seeds."""
+    if point is None:
+        return ""
+    text = f"{'~' if point.interpolated else ''}{point.mean:,.0f}"
+    text += "" if np.isnan(point.std) else f" +- {point.std:,.0f}"
+    text += "" if np.isnan(point.iqm) else f", IQM {point.iqm:,.0f}"
+    return f"{text} (n={point.seeds})"
 
 
-def first_reaching(rows: Rows, wanted: float) -> dict[str, float] | None:
-    """Returns the first evaluation with at least the wanted return."""
-    return next((row for row in rows if row["return"] >= wanted), None)
-
-
-def reaching_table(
-    curves: dict[str, dict[int, Rows]], timed: dict[str, dict[int, Rows]]
+def returns_table(
+    curves: dict[str, dict[int, Rows]], published: dict[str, list[Point]]
 ) -> Iterator[str]:
-    """Yields a table of median steps, and minutes of the timed runs, to given returns."""
+    """Yields a table of returns by frames, with the published results below ours."""
+    ours = {label: summarize_seeds(seeds) for label, seeds in sorted(curves.items())}
+    reached = {point.frames for points in ours.values() for point in points}
+    frames = [count for count in FRAMES if count in reached]
+    header = [
+        f"{count:,} ({count - AUTHORS_WARMUP:,})"
+        if published and count > AUTHORS_WARMUP
+        else f"{count:,}"
+        for count in frames
+    ]
     rows = []
-    for what, seeds in sorted(curves.items()):
+    for label, points in (ours | published).items():
+        known = {point.frames: point for point in points}
+        cells = [cell(known.get(count)) for count in frames]
+        if label in ours:
+            rows.append([f"`{label}`", f"{warmup_frames(curves[label]):,}", *cells])
+        elif any(cells):
+            rows.append([label, "", *cells])
+    yield from table(["", "warm-up", *header], rows)
+
+
+def reaching_table(curves: dict[str, dict[int, Rows]], timed: list[TimedRun]) -> Iterator[str]:
+    """Yields a table of median frames, and minutes of the timed runs, to given returns."""
+    rows = []
+    for label, seeds in sorted(curves.items()):
         cells = []
         for wanted in RETURNS:
             found = [first_reaching(curve, wanted) for curve in seeds.values()]
-            steps = [row["step"] for row in found if row]
-            if len(steps) < len(found) or not steps:
-                cells.append(f"{len(steps)} of {len(found)} seeds" if steps else "")
+            frames = [row["frames"] for row in found if row]
+            if len(frames) < len(found):
+                cells.append(f"{len(frames)} of {len(found)} seeds" if frames else "")
                 continue
-            own = [first_reaching(curve, wanted) for curve in timed.get(what, {}).values()]
+            own = [first_reaching(run.rows, wanted) for run in timed if run.label == label]
             minutes = [row["seconds"] / 60 for row in own if row]
             took = f", {np.median(minutes):.1f} min" if minutes else ""
-            cells.append(f"{np.median(steps):,.0f}{took}")
-        rows.append([f"`{what}`", *cells])
-    if any(cell for row in rows for cell in row[1:]):
+            cells.append(f"{np.median(frames):,.0f}{took}")
+        rows.append([f"`{label}`", *cells])
+    if any(text for row in rows for text in row[1:]):
         yield from (REACHING, "")
         yield from table(["return", *(f"{wanted:,}" for wanted in RETURNS)], rows)
 
 
 def missing(curves: Curves) -> Iterator[str]:
     """Yields the published curves that have not been reproduced."""
-    for task in TASKS:
+    for task in TITLES:
         seeds = curves.get(task, {}).get("paper", {})
-        longest = max((rows[-1]["step"] for rows in seeds.values()), default=0)
-        if len(seeds) < PAPER_SEEDS or longest < 200_000:
-            done = f"{len(seeds)} of {PAPER_SEEDS} seeds, to {longest:,.0f} steps at most"
-            yield f"- `{task}`, preset `paper`: {done if seeds else 'no run'}"
+        last = max((rows[-1] for rows in seeds.values()), key=lambda row: row["step"], default=None)
+        if last is None:
+            yield f"- `{task}`, preset `paper`: no run"
+        elif len(seeds) < AUTHORS_SEEDS or last["step"] < 200_000:
+            done = f"{len(seeds)} of {AUTHORS_SEEDS} seeds, to {last['frames']:,.0f} frames at most"
+            yield f"- `{task}`, preset `paper`: {done}"
 
 
 def runs_table(runs: dict[str, dict[str, Any]], curves: Curves) -> Iterator[str]:
     """Yields a table of the command, commit, machine and time of each run."""
     rows = []
     for name, run in runs.items():
-        seed = int(name.rpartition("seed")[2].removesuffix(".csv"))
-        last = curves[run["task"]][run["what"]][seed][-1]
+        last = curves[run["task"]][run["what"]][seed_of(name)][-1]
+        counts = [f"{last['frames']:,.0f}", f"{last['step']:,.0f}"]
         minutes = f"{last['seconds'] / 60:.0f}{'' if run['timed'] else ' *'}"
         made = [f"`{run['command']}`", run["commit"], run["machine"]]
-        rows.append([f"`{name}`", f"{last['step']:,.0f}", minutes, *made])
-    yield from table(["file", "steps", "minutes", "command", "commit", "machine"], rows)
+        rows.append([f"`{name}`", *counts, minutes, *made])
+    header = ["file", "frames", "steps after the warm-up", "minutes"]
+    yield from table([*header, "command", "commit", "machine"], rows)
+
+
+def task_section(
+    task: str,
+    curves: Curves,
+    runs: dict[str, dict[str, Any]],
+    published: dict[str, list[Point]],
+    figures: Path,
+) -> Iterator[str]:
+    """Draws the figure of a task and yields its section."""
+    timed = timed_runs(task, curves, runs)
+    path = figures / f"results-{task}.svg"
+    draw_task(TITLES.get(task, task), curves[task], timed, published, path)
+    yield from (f"## {task}", "", f"![Learning curves](_static/{path.name})", "")
+    if not timed:
+        yield from ("No run of this task was alone on its machine, so no minutes are shown.", "")
+    counter = " (in parentheses the authors' counter)" if published else ""
+    yield from (f"Return by frames{counter}:", "")
+    yield from returns_table(curves[task], published)
+    yield from reaching_table(curves[task], timed)
 
 
 def sweep_section(folder: Path) -> Iterator[str]:
     """Yields the section of a sweep."""
-    curves, runs, _ = read(folder)
-    yield f"## Sweep `{folder.name}`"
-    yield ""
-    yield f"`python -m experiments.sweep experiments/sweeps/{folder.name}.yaml`"
-    yield ""
+    curves, runs = read(folder)
+    yield from (f"## Sweep `{folder.name}`", "")
+    yield from (f"`python -m experiments.sweep experiments/sweeps/{folder.name}.yaml`", "")
     for task in sorted(curves):
-        yield f"{task}:"
-        yield ""
-        yield from returns_table(curves[task], [])
+        yield from (f"{task}, return by frames:", "")
+        yield from returns_table(curves[task], {})
     yield from runs_table(runs, curves)
 
 
 def page(results: Path, figures: Path) -> str:
-    """Draws the figure of every task and returns the page."""
-    curves, runs, timed = read(results)
-    with (results / "authors.csv").open(newline="") as file:
-        authors = [(row.pop("task"), row) for row in csv.DictReader(file)]
+    """Draws all figures and returns the page."""
+    curves, runs = read(results)
+    published = read_published(results)
+    draw_overview(TITLES, curves, published, figures / "results-overview.svg")
     lines = [INTRODUCTION]
-    for task in sorted(curves, key=lambda task: (task not in TASKS, task)):
-        published = [{k: float(v) for k, v in row.items()} for name, row in authors if name == task]
-        draw(task, curves[task], published, figures / f"results-{task}.svg")
-        lines += [f"## {task}", "", f"![Learning curves](_static/results-{task}.svg)", ""]
-        lines += ["Return by steps:", "", *returns_table(curves[task], published)]
-        lines += reaching_table(curves[task], timed[task])
-    published = [{k: float(v) for k, v in row.items()} for name, row in authors if name == TASKS[0]]
-    kept = curves[TASKS[0]]
-    overview = {label: kept[what] for what, label in OVERVIEW.items() if what in kept}
-    if overview:
-        draw("HalfCheetah-v5", overview, published, figures / "results-overview.svg")
+    for task in sorted(curves, key=lambda task: (task not in TITLES, task)):
+        lines += task_section(task, curves, runs, published.get(task, {}), figures)
     lines += ["## Not reproduced yet", "", *missing(curves), "", "## Runs", ""]
     lines += ["Minutes marked * were measured while other programs ran on the machine.", ""]
     lines += runs_table(runs, curves)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.plot import read, summarize
+from experiments.plot import interquartile_mean, read, summarize
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments/plot.py"
 
@@ -46,6 +46,18 @@ def test_the_mean_leaves_out_the_outer_quarters() -> None:
     (row,) = summarize({seed: {7: value} for seed, value in enumerate(returns)})
     assert row[:3] == (7, 8, pytest.approx(35.0))
     assert row[3] < 35.0 < row[4]
+
+
+def test_quartiles_that_cut_a_value_count_it_in_part() -> None:
+    assert interquartile_mean(np.array([4.0])) == 4.0
+    assert interquartile_mean(np.array([1.0, 2.0])) == 1.5
+    assert interquartile_mean(np.array([9.0, 0.0, 3.0])) == pytest.approx((9 + 0 + 4 * 3) / 6)
+    five = np.array([5.0, 1.0, 2.0, 30.0, 4.0])  # of 2.5 values: 0.75, 1 and 0.75
+    assert interquartile_mean(five) == pytest.approx((0.75 * 2 + 4 + 0.75 * 5) / 2.5)
+    table = np.stack([five, five + 1.0])
+    np.testing.assert_allclose(
+        interquartile_mean(table, axis=1), interquartile_mean(table.T, axis=0)
+    )
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -1,19 +1,17 @@
-"""Kept runs, and the results page that is generated from them."""
+"""Training runs and keeping their curves."""
 
 from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments import report, reproduce
+from experiments import reproduce
 
-ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["step", "seed", "return", "return_std", "frames", "seconds"]
 
 
@@ -102,32 +100,3 @@ def test_a_failed_run_is_counted_and_not_kept(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: failed)
     assert main(tmp_path, monkeypatch, "--what", "paper", "--seeds", "0", "1") == 2
     assert not (tmp_path / "results").exists()
-
-
-def test_the_page_tells_returns_steps_and_minutes(tmp_path: Path, monkeypatch, trained) -> None:
-    shutil.copy(ROOT / "results/authors.csv", _made(tmp_path / "results"))
-    main(tmp_path, monkeypatch, "--seeds", "0", "4", "--steps", "40", "--what", "sac", "--timed")
-    monkeypatch.setattr(report, "STEPS", (20, 40))
-    page = report.page(tmp_path / "results", tmp_path)
-    assert "| `sac` | 2002 (2000 to 2004), n=2 | 4002 (4000 to 4004), n=2 |" in page
-    assert "| `sac` | 10, 1.0 min | 20, 2.0 min | 30, 3.0 min | 40, 4.0 min |  |  |  |" in page
-    assert "- `halfcheetah`, preset `paper`: no run" in page
-    assert (tmp_path / "results-halfcheetah.svg").stat().st_size > 0
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def test_the_page_in_the_documentation_is_that_of_the_kept_curves(tmp_path: Path) -> None:
-    page = report.page(ROOT / "results", tmp_path)
-    assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == page
-    drawn = {path.name for path in tmp_path.glob("*.svg")}
-    assert drawn == {path.name for path in (ROOT / "docs/_static").glob("results-*.svg")}
-
-
-def test_every_kept_curve_is_on_the_page() -> None:
-    runs = json.loads((ROOT / "results/runs.json").read_text())
-    curves = {path.name for path in (ROOT / "results").glob("*seed*.csv")}
-    assert curves - set(runs) == {"halfcheetah-quickstart-tau0.005-seed0.csv"}  # an older preset

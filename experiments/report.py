@@ -60,8 +60,8 @@ INTRODUCTION = """# Results
 - **Returns** are means of five episodes with the mean action. Cells show the mean over seeds +- the
   *sample* standard deviation (n = number of seeds) and, from 3 seeds on, the interquartile mean
   (IQM). A number of frames that fewer than half of the seeds reached is left out.
-- **Few seeds.** No row of our runs has more than 5 seeds. Deviations of 2 or 3 seeds are rough, and
-  two thirds of the weight of an IQM of 3 seeds is on the middle one.
+- **Few seeds.** Deviations of 2 or 3 seeds are rough estimates. An IQM of 3 seeds gives the middle
+  seed two thirds of the weight.
 - **Published results** are drawn in gray. "ALM, authors" are the scores of the ALM paper, whose
   population deviations are converted to sample deviations. The other rows are recomputed from the
   raw data that their authors published (`results/README.md` names the sources); `~` marks values

@@ -60,6 +60,8 @@ INTRODUCTION = """# Results
 - **Returns** are means of five episodes with the mean action. Cells show the mean over seeds +- the
   *sample* standard deviation (n = number of seeds) and, from 3 seeds on, the interquartile mean
   (IQM). A number of frames that fewer than half of the seeds reached is left out.
+- **Figures** show the mean over seeds with a band of one sample standard deviation on either side.
+  Variants of a preset are dashed.
 - **Few seeds.** Deviations of 2 or 3 seeds are rough estimates. An IQM of 3 seeds gives the middle
   seed two thirds of the weight.
 - **Published results** are drawn in gray. "ALM, authors" are the scores of the ALM paper, whose

@@ -14,16 +14,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = [
-    "atomic_write",
-    "load_tensors",
-    "one_line",
-    "save_tensors",
-    "set_aside",
-    "sha256",
-    "sync",
-]
-
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:

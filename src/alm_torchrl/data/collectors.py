@@ -15,8 +15,6 @@ from alm_torchrl.data.ray_workers import RayWorkers
 from alm_torchrl.data.workers import AsyncWorkers, SyncWorkers
 from alm_torchrl.spawned import leave_unguarded_script
 
-__all__ = ["make_collector"]
-
 
 def make_collector(
     create_env: EnvBase | Callable[[], EnvBase],

@@ -9,8 +9,6 @@ import torch
 from tensordict import MemoryMappedTensor
 from torch import Tensor
 
-__all__ = ["FrameStore"]
-
 
 class FrameStore:
     """Stores the frames of a stacked observation, each frame once.

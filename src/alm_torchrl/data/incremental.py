@@ -15,8 +15,6 @@ from alm_torchrl.data.replay import ReplaySlice, WindowReplayBuffer
 from alm_torchrl.data.transitions import Key, tuple_key
 from alm_torchrl.files import load_tensors, save_tensors, sha256
 
-__all__ = ["IncrementalReplay", "ReplayChunk"]
-
 _NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and the run's random id
 _FRAMES = "frames:"  # prefix of entries that are not time steps
 

@@ -21,8 +21,6 @@ from torchrl.envs.utils import ExplorationType
 from alm_torchrl.data.workers import WorkersLostError, call_with_timeout
 from alm_torchrl.files import one_line
 
-__all__ = ["RayWorkers"]
-
 _QUIET = {"include_dashboard": False, "log_to_driver": False}  # options of a cluster started here
 _HOUR = 3600.0
 

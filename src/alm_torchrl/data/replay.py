@@ -36,8 +36,6 @@ from alm_torchrl.data.transitions import (
 )
 from alm_torchrl.data.windows import EpisodeWindows, PerEnvSampler
 
-__all__ = ["WindowReplayBuffer", "bytes_per_transition", "make_replay_buffer"]
-
 #: A copy of time steps: the first step, the entries, and the frames of each stacked observation.
 ReplaySlice = tuple[int, TensorDictBase, dict[Key, dict[str, torch.Tensor]]]
 

@@ -23,8 +23,6 @@ from torchrl.collectors import Collector, MultiAsyncCollector, MultiCollector, M
 from alm_torchrl.files import one_line
 from alm_torchrl.spawned import GUARD_HINT, exit_with_parent
 
-__all__ = ["AsyncWorkers", "SyncWorkers", "WorkersLostError"]
-
 _GRACE = 5.0  # seconds for TorchRL to notice a dead process itself
 
 

@@ -13,8 +13,6 @@ from torchrl.envs.transforms import Transform
 
 from alm_torchrl.files import one_line
 
-__all__: list[str] = []
-
 PREFIX = "dm_control/"
 _INSTALL = (
     "pip install 'alm-torchrl[dmc]' in a separate environment, because the extra 'recipes' has a "

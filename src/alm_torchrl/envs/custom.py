@@ -14,8 +14,6 @@ from torchrl.envs import EnvBase
 
 from alm_torchrl.envs.gymnasium import wrap
 
-__all__: list[str] = []
-
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 

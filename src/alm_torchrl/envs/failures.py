@@ -9,8 +9,6 @@ from torchrl.envs import EnvBase, GymWrapper, TransformedEnv
 
 from alm_torchrl.files import one_line
 
-__all__ = ["EnvironmentFailedError", "env_name", "failing_as"]
-
 
 class EnvironmentFailedError(RuntimeError):
     """An environment raised an exception or returned non-finite values, which are not stored."""

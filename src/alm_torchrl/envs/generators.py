@@ -13,8 +13,6 @@ from torchrl.envs.libs.dm_control import DMControlWrapper
 
 from alm_torchrl.envs.transforms import Distractors, transforms_of
 
-__all__ = ["random_states", "set_random_states"]
-
 Generator = np.random.Generator | np.random.RandomState
 
 

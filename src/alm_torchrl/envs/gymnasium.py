@@ -18,8 +18,6 @@ from torchrl.envs import GymWrapper
 from alm_torchrl.envs.spaces import with_supported_spaces
 from alm_torchrl.files import one_line
 
-__all__: list[str] = []
-
 INSTALL = "pip install 'alm-torchrl[recipes]'"
 
 

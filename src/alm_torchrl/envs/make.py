@@ -45,8 +45,6 @@ from alm_torchrl.envs.transforms import (
 from alm_torchrl.files import one_line
 from alm_torchrl.spawned import GUARD_HINT, leave_unguarded_script
 
-__all__ = ["frame_stacks", "make_env"]
-
 _VIDEO_SIZE = (240, 320)  # height and width of the frames of a Control Suite task
 
 Task = str | Callable[..., Any]

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__: list[str] = []
-
 
 def with_supported_spaces(env: Any) -> Any:
     """Converts observations that TorchRL does not support, and actions that are not a vector.

@@ -13,8 +13,6 @@ from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import TransformedEnv
 from torchrl.envs.transforms import Compose, ObservationTransform, Transform
 
-__all__ = ["CopyData", "Distractors", "History", "KeepDimensions", "RenderFrames"]
-
 Render = Callable[[], Any]
 
 

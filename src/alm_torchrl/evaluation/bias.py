@@ -15,16 +15,6 @@ from torchrl.objectives.value.functional import reward2go
 
 from alm_torchrl.objectives.alm import ALMLoss
 
-__all__ = [
-    "Bias",
-    "UnknownReturnsError",
-    "lower_bound",
-    "monte_carlo_returns",
-    "normalized_bias",
-    "rollout_for_bias",
-    "value_bias",
-]
-
 
 class UnknownReturnsError(ValueError):
     """No return of a rollout is known: a time limit or the rollout's end hides them all."""

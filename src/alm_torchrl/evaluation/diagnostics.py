@@ -12,16 +12,6 @@ from torch import Tensor
 from alm_torchrl.objectives.alm import ALMLoss
 from alm_torchrl.objectives.functional import episode_mask, log_ratio
 
-__all__ = [
-    "Calibration",
-    "calibration",
-    "classifier_calibration",
-    "effective_rank",
-    "model_error",
-    "rollout_error",
-    "split_into_windows",
-]
-
 
 class Calibration(NamedTuple):
     """How well probabilities agree with frequencies."""

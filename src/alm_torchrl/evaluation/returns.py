@@ -14,8 +14,6 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 from alm_torchrl.envs.failures import env_name
 
-__all__ = ["evaluate_policy"]
-
 _PIECE = 100  # steps per rollout
 _LONGEST = 100_000  # default for max_steps
 

@@ -20,8 +20,6 @@ from alm_torchrl.modules.latent import suffix_key
 from alm_torchrl.modules.networks import MLPKwargs, mlp
 from alm_torchrl.modules.rebuildable import Rebuildable
 
-__all__ = ["Actor", "NoiseSchedule"]
-
 
 class NoiseSchedule(Rebuildable, nn.Module):
     r"""The scale of the action noise, annealed linearly over training.

@@ -9,8 +9,6 @@ from tensordict.nn import InteractionType
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
-__all__ = ["Augmented", "RandomShift"]
-
 
 class RandomShift(nn.Module):
     """Shifts each image by a few random pixels and repeats the border.

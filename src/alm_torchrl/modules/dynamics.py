@@ -15,8 +15,6 @@ from alm_torchrl.modules.latent import LatentModule, next_key
 from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, mlp
 from alm_torchrl.modules.rebuildable import Rebuildable
 
-__all__ = ["ContinuationModel", "LatentDynamics", "RewardModel", "TransitionClassifier"]
-
 
 class LatentDynamics(LatentModule):
     r"""The latent dynamics :math:`m_\phi(z_{t+1} \mid z_t, a_t)`.

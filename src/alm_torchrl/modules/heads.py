@@ -16,16 +16,6 @@ from torch.nn import functional as F
 from alm_torchrl.distributions import DiagonalNormal, OneHotGroups, full_precision
 from alm_torchrl.modules.rebuildable import Rebuildable
 
-__all__ = [
-    "DEFAULT_HEAD",
-    "CategoricalHead",
-    "FixedScaleHead",
-    "GaussianHead",
-    "LatentHead",
-    "LayerNormHead",
-    "SimplicialHead",
-]
-
 
 class LatentHead(Rebuildable):
     """Maps the output of a network to the parameters of the latent distribution.

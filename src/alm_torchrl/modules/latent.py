@@ -16,8 +16,6 @@ from torch import nn
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.rebuildable import Rebuildable
 
-__all__ = ["LatentModule", "keeps_statistics", "next_key", "suffix_key"]
-
 
 def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
     """Appends a suffix to the last part of a key."""

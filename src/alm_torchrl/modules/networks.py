@@ -9,16 +9,6 @@ from torch import Tensor, nn
 
 from alm_torchrl.distributions import full_precision
 
-__all__ = [
-    "ConcatSequential",
-    "FullPrecisionLinear",
-    "LayerNormMLP",
-    "MLPKwargs",
-    "concatenate",
-    "mlp",
-    "orthogonal_init",
-]
-
 
 class MLPKwargs(TypedDict, total=False):
     """Keyword arguments that every network passes on to :func:`mlp` or :class:`LayerNormMLP`."""

@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-__all__ = ["Rebuildable", "describe", "plain_numbers", "rebuild"]
-
 _NAME = "component"
 
 

@@ -11,8 +11,6 @@ from torch import Tensor, cat, nn
 from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs
 from alm_torchrl.modules.rebuildable import Rebuildable
 
-__all__ = ["QValueEnsemble"]
-
 
 class QValueEnsemble(Rebuildable, TensorDictModule):
     r"""Several independent action values :math:`Q_\psi(z, a)`.

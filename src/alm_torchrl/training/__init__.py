@@ -5,9 +5,10 @@ from importlib.util import find_spec
 if find_spec("lightning") is None:
     raise ImportError("alm_torchrl.training needs Lightning: pip install 'alm-torchrl[recipes]'")
 
+from alm_torchrl.envs.failures import EnvironmentFailedError
 from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher, VersionedPolicy
 from alm_torchrl.training.checkpoints import Checkpoint, find_checkpoint
-from alm_torchrl.training.experience import EnvironmentFailedError, ExperienceStream
+from alm_torchrl.training.experience import ExperienceStream
 from alm_torchrl.training.measurements import Diagnostics, Measurement, ValueBias
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.runtime import silence_library_warnings

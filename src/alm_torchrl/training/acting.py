@@ -11,8 +11,6 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import BaseCollector
 
-__all__ = ["CPUPolicy", "PolicyPublisher", "VersionedPolicy"]
-
 
 class VersionedPolicy(TensorDictModuleBase):
     """Writes with every action the number of updates behind the policy's weights.

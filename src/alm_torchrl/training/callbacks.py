@@ -22,8 +22,6 @@ from alm_torchrl.training.checkpoints import Checkpoints, validates_next
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.runtime import any_rank
 
-__all__ = ["EvaluationSchedule", "ProgressBar", "SaveAgent", "StopOnSignal", "Video"]
-
 
 class EvaluationSchedule(L.Callback):
     """Evaluates after the warm-up's updates and then every ``every`` updates.

@@ -24,12 +24,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from alm_torchrl.data import IncrementalReplay, ReplayChunk
 from alm_torchrl.envs import random_states, set_random_states
+from alm_torchrl.envs.failures import EnvironmentFailedError
 from alm_torchrl.files import atomic_write, load_tensors, save_tensors, set_aside, sha256, sync
-from alm_torchrl.training.experience import EnvironmentFailedError
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.runtime import gather
-
-__all__ = ["Checkpoint", "Checkpoints", "check_processes", "find_checkpoint", "validates_next"]
 
 _FORMAT = "alm_torchrl.Checkpoint"
 _VERSION = 1

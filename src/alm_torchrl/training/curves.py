@@ -17,8 +17,6 @@ from torch import Tensor
 from alm_torchrl.files import atomic_write, set_aside
 from alm_torchrl.training.module import ALMModule
 
-__all__ = ["CurveFile", "LearningCurve", "check_table", "significant", "write_table"]
-
 Row = Mapping[str, float]
 
 

@@ -18,8 +18,6 @@ from alm_torchrl.modules import NoiseSchedule, plain_numbers
 from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher
 from alm_torchrl.training.seeds import StackedNoise
 
-__all__ = ["EnvironmentFailedError", "ExperienceStream"]
-
 
 class ExperienceStream:
     """Steps the environment, stores the steps, and yields training batches.

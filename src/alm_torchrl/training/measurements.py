@@ -29,8 +29,6 @@ from alm_torchrl.training.curves import CurveFile, plot_column, significant
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.seeds import losses_of
 
-__all__ = ["Diagnostics", "Measurement", "ValueBias"]
-
 
 class Measurement(CurveFile):
     """Plays with the current policy after every evaluation and keeps what :meth:`measure` returns.

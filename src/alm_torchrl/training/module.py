@@ -24,16 +24,8 @@ from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.experience import ExperienceStream
 from alm_torchrl.training.runtime import choose_precision, rank_seed, worth_compiling
-from alm_torchrl.training.seeds import (
-    StackedAgent,
-    StackedLoss,
-    TargetUpdate,
-    agents_of,
-    losses_of,
-)
+from alm_torchrl.training.seeds import StackedAgent, StackedLoss, TargetUpdate, agents_of, losses_of
 from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
-
-__all__ = ["ALMModule"]
 
 
 class ALMModule(L.LightningModule):

@@ -14,17 +14,6 @@ from typing import Any, Literal, cast
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
 
-__all__ = [
-    "any_rank",
-    "choose_precision",
-    "exit_with_parent",
-    "gather",
-    "is_lost_process",
-    "rank_seed",
-    "silence_library_warnings",
-    "worth_compiling",
-]
-
 Precision = Literal["32-true", "bf16-mixed"]
 
 #: Shorter runs on a CPU do not earn back the minutes of compilation.

@@ -22,17 +22,6 @@ from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.objectives.parameters import parametrized
 
-__all__ = [
-    "StackedAgent",
-    "StackedLoss",
-    "StackedNoise",
-    "StackedPolicy",
-    "TargetUpdate",
-    "agents_of",
-    "losses_of",
-    "stack_seeds",
-]
-
 
 class StackedLoss(nn.Module):
     """The objectives of ``S`` seeds as one, over parameters ``[S, ...]``.

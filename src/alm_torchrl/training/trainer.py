@@ -34,8 +34,6 @@ from alm_torchrl.training.measurements import Measurement
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.runtime import exit_with_parent
 
-__all__ = ["make_trainer"]
-
 
 class _Trainer(L.Trainer):
     """A trainer that restores the checkpoint given to :func:`make_trainer`."""

@@ -16,8 +16,6 @@ from torch._dynamo.exc import TorchDynamoException
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training.seeds import StackedLoss, losses_of
 
-__all__ = ["CapturedUpdate", "Update", "make_optimizer"]
-
 #: On a CPU, tanh computed from exp takes a third of the time and differs by rounding only.
 _INDUCTOR: dict[str, Any] = {"cpp.use_decompose_tanh": True}
 

@@ -15,8 +15,6 @@ from alm_torchrl.data.transitions import BOOKKEEPING_KEYS
 from alm_torchrl.modules.heads import LatentHead
 from alm_torchrl.modules.latent import LatentModule
 
-__all__ = ["Encoder", "observation_shapes"]
-
 
 class Encoder(LatentModule):
     """A :class:`LatentModule` on observations, with a latent of known size.

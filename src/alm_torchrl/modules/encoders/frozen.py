@@ -14,8 +14,6 @@ from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.networks import MLPKwargs, mlp
 
-__all__ = ["FrozenEncoder"]
-
 
 class FrozenEncoder(Encoder):
     """A frozen pretrained module with a trained MLP on its features.

@@ -17,8 +17,6 @@ from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.latent import next_key
 from alm_torchrl.modules.networks import MLPKwargs, concatenate, mlp
 
-__all__ = ["RecurrentEncoder", "WindowEncoder", "state_primer"]
-
 
 class WindowEncoder(Encoder):
     """A GRU over the last ``L`` observations, followed by an MLP.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.networks import concatenate
 
-__all__ = ["NormalizedInputs", "RunningNorm", "centered_bytes"]
-
 
 def centered_bytes(images: Tensor) -> Tensor:
     """Maps bytes to [-0.5, 0.5], as float32, and leaves floating-point images unchanged."""

@@ -10,15 +10,9 @@ from torch import Tensor, nn
 
 from alm_torchrl.modules.augmentation import Augmented, RandomShift
 from alm_torchrl.modules.encoders.base import Encoder
-from alm_torchrl.modules.encoders.normalization import (
-    NormalizedInputs,
-    RunningNorm,
-    centered_bytes,
-)
+from alm_torchrl.modules.encoders.normalization import NormalizedInputs, RunningNorm, centered_bytes
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.networks import MLPKwargs, mlp, orthogonal_init
-
-__all__ = ["ConvNet", "MultiInputEncoder", "PixelEncoder"]
 
 
 class ConvNet(nn.Module):

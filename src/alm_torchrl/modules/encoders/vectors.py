@@ -13,8 +13,6 @@ from alm_torchrl.modules.encoders.normalization import NormalizedInputs, Running
 from alm_torchrl.modules.heads import DEFAULT_HEAD, FixedScaleHead, LatentHead
 from alm_torchrl.modules.networks import ConcatSequential, MLPKwargs, mlp
 
-__all__ = ["IdentityEncoder", "LinearEncoder", "MLPEncoder"]
-
 
 class MLPEncoder(Encoder):
     r"""The encoder :math:`e_\phi(z_t \mid s_t)` of the paper: an MLP on vector observations.

@@ -10,7 +10,7 @@ import random
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +45,6 @@ class Checkpoint:
 
     Attributes:
         folder: its folder, beside the folders ``replay-<n>`` of the run's processes.
-        update: updates before it.
         step: environment steps before it, after the warm-up.
         replay: chunks of the replay buffer of each process.
     """
@@ -71,9 +70,6 @@ def find_checkpoint(folder: str | Path) -> Checkpoint | None:
 
     Args:
         folder: the run's ``checkpoints``.
-
-    Returns:
-        The checkpoint; ``None`` if the run has made none yet.
 
     Raises:
         OSError: if all checkpoints are damaged, or the folder cannot be read.
@@ -112,18 +108,19 @@ def _read(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
         newer = manifest["version"] > _VERSION
         replay = () if newer else tuple(tuple(map(_chunk, one)) for one in manifest["replay"])
         checkpoint = Checkpoint(folder, int(manifest["update"]), int(manifest["step"]), replay)
-        sizes, versions = dict(manifest.get("sizes", {})), dict(manifest["versions"])
+        versions = dict(manifest["versions"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise OSError(f"{path} is damaged") from None
     if newer:
         raise ValueError(f"{folder} was written by a newer alm_torchrl: update the package")
-    for file in _files(checkpoint):
-        _check_archive(file, sizes.get(file.relative_to(folder.parent).as_posix()))
+    _check_archive(checkpoint.state)
     if sha256(checkpoint.state) != manifest["state_sha256"]:
         raise OSError(f"{checkpoint.state} is damaged")
     for rank, chunks in enumerate(replay):
+        own = _replay_folder(folder.parent, rank)
         for chunk in chunks:
-            chunk.check(_replay_folder(folder.parent, rank))
+            chunk.check(own)
+            _check_archive(own / chunk.file)
     return checkpoint, versions
 
 
@@ -135,20 +132,10 @@ def _chunk(entry: dict[str, Any]) -> ReplayChunk:
     return chunk
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """All files of a checkpoint except its manifest."""
-    yield checkpoint.state
-    for rank, chunks in enumerate(checkpoint.replay):
-        folder = _replay_folder(checkpoint.folder.parent, rank)
-        yield from (folder / chunk.file for chunk in chunks)
-
-
-def _check_archive(path: Path, size: int | None) -> None:
-    """Raises an :class:`OSError` unless a file has its size and is not compressed."""
+def _check_archive(path: Path) -> None:
+    """Raises an :class:`OSError` unless the file is an archive without compression."""
     if not path.is_file():
         raise OSError(f"{path} is missing")
-    if size is not None and path.stat().st_size != size:
-        raise OSError(f"{path} has {path.stat().st_size} bytes instead of {size}")
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.filelist)
@@ -179,12 +166,10 @@ class Checkpoints(L.Callback):
 
     A checkpoint is a folder ``update-<n>`` with Lightning's state and a manifest of checksums and
     versions; the replay buffer is written incrementally to ``replay-<rank>`` beside it. A folder
-    gets its final name once all its files are on disk, so a run can be killed at any moment.
-    Only files of this callback are ever removed. The folder must be visible to all processes.
+    gets its final name once all its files are on disk, so a run can be killed at any moment. The
+    folder must be visible to all processes. Use the callback through :func:`make_trainer`.
 
-    Use it through :func:`make_trainer`: the trainer's ``fit`` restores Lightning's state, and the
-    plugin :class:`TensorFiles` refuses to write what could not be read again. Environments are
-    reset when a run resumes, so their running episodes end there, truncated.
+    A resumed run resets the environments, so their running episodes are truncated.
 
     Args:
         folder: where checkpoints go.
@@ -279,20 +264,16 @@ class Checkpoints(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Saves after an environment failed, since no update was in progress.
+        """Saves after an environment failed, except with several processes.
 
-        With several processes the others cannot take part, so the last checkpoint remains.
+        No update is in progress then. The other processes could not take part in a checkpoint.
         """
         failed = isinstance(exception, EnvironmentFailedError) and pl_module.restored
         if failed and trainer.world_size == 1 and pl_module.experience.updates:
             self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Writes a checkpoint, between two updates.
-
-        Raises:
-            OSError: if it cannot be written; earlier checkpoints stay.
-        """
+        """Writes a checkpoint, between two updates; if this fails, earlier ones stay."""
         experience = pl_module.experience
         name = f"update-{experience.updates:010d}"
         if self.kept and self.kept[-1].folder.name == name:
@@ -362,21 +343,18 @@ class TensorFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """See :func:`alm_torchrl.files.save_tensors`."""
+        """Refuses to write what could not be read again."""
         save_tensors(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """See :func:`alm_torchrl.files.load_tensors`."""
+        """Loads without running code from the file."""
         return load_tensors(path)
 
 
 def check_processes(start: Checkpoint, num_processes: int) -> None:
-    """Raises a :class:`ValueError` unless a run resumes with its number of processes.
-
-    Each process has a replay buffer of its own, and the buffers cannot be divided again.
-    """
+    """Raises a :class:`ValueError` unless a run resumes with its number of processes."""
     if start.num_processes != num_processes:
         raise ValueError(
             f"{start.folder} has the replay buffers of {start.num_processes} processes and cannot "
@@ -418,21 +396,12 @@ def _write_manifest(folder: Path, checkpoint: Checkpoint, frames: int) -> None:
         "step": checkpoint.step,
         "frames": frames,
         "versions": _versions(),
-        "sizes": _sizes(folder, checkpoint),
         "state_sha256": sha256(folder / _STATE),
         "replay": [[asdict(chunk) for chunk in chunks] for chunks in checkpoint.replay],
     }
     manifest["sha256"] = _digest(manifest)
     with atomic_write(folder / _MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1).encode())
-
-
-def _sizes(partial: Path, checkpoint: Checkpoint) -> dict[str, int]:
-    """The bytes of every file by its name under ``checkpoints``."""
-    state, *chunks = _files(checkpoint)
-    root = checkpoint.folder.parent
-    sizes = {state.relative_to(root).as_posix(): (partial / _STATE).stat().st_size}
-    return sizes | {chunk.relative_to(root).as_posix(): chunk.stat().st_size for chunk in chunks}
 
 
 def _versions() -> dict[str, str]:

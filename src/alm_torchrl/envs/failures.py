@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, GymWrapper, TransformedEnv
 
 from alm_torchrl.files import one_line
@@ -23,6 +24,18 @@ def failing_as(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise EnvironmentFailedError(f"{what}: {one_line(error)}") from error
+
+
+def check_finite(
+    data: TensorDictBase, where: str, kind: type[Exception] = FloatingPointError
+) -> None:
+    """Raises an error of this kind if an entry has a non-finite number."""
+    for key, leaf in data.items(include_nested=True, leaves_only=True):
+        if leaf.is_floating_point() and not leaf.isfinite().all():
+            raise kind(
+                f"non-finite value in {key!r} {where}: a simulation may have diverged, or the "
+                "action range is too large"
+            )
 
 
 def env_name(env: EnvBase) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
-from alm_torchrl.envs.failures import env_name
+from alm_torchrl.envs.failures import check_finite, env_name
 
 _PIECE = 100  # steps per rollout
 _LONGEST = 100_000  # default for max_steps
@@ -45,7 +45,7 @@ def evaluate_policy(
         done_key: the end of an episode under ``"next"``.
 
     Returns:
-        One return per episode, ``[episodes]``.
+        ``[episodes]``.
 
     Raises:
         ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment is closed.
@@ -78,10 +78,7 @@ def _play(
     reward_key: NestedKey | None,
     done_key: NestedKey,
 ) -> Tensor:
-    """Returns of the first episodes, rolled out in pieces until all have ended.
-
-    A rollout of ``max_steps`` pixel observations would be large, and mostly unused.
-    """
+    """Returns of the first episodes, rolled out in pieces to bound the memory."""
     batched = bool(env.batch_size)
     start = _reset(env)
     keeps_return = reward_key is None and "episode_reward" in start.keys()  # noqa: SIM118
@@ -99,7 +96,7 @@ def _play(
             break_when_any_done=not batched,
             auto_cast_to_device=True,
         )
-        _check_finite(rollout, env)
+        check_finite(rollout, f"of {env_name(env)}")
         values.append(rollout[unravel_key(("next", key))].squeeze(-1))
         dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1))
         if torch.cat(dones, -1).any(-1).all():
@@ -116,16 +113,6 @@ def _play(
     if keeps_return:
         return value.gather(-1, first_episode.sum(-1, keepdim=True) - 1).squeeze(-1)
     return (value * first_episode).sum(-1)
-
-
-def _check_finite(rollout: TensorDictBase, env: EnvBase) -> None:
-    """Raises if a rollout holds a non-finite number."""
-    for key, leaf in rollout.items(include_nested=True, leaves_only=True):
-        if leaf.is_floating_point() and not leaf.isfinite().all():
-            raise FloatingPointError(
-                f"non-finite value in {key!r} of {env_name(env)}: a simulation may have diverged, "
-                "or the action range is too large"
-            )
 
 
 def _reset(env: EnvBase) -> TensorDictBase:

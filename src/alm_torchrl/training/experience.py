@@ -12,7 +12,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
-from alm_torchrl.envs.failures import EnvironmentFailedError, failing_as
+from alm_torchrl.envs.failures import EnvironmentFailedError, check_finite, failing_as
 from alm_torchrl.files import one_line
 from alm_torchrl.modules import NoiseSchedule, plain_numbers
 from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher
@@ -34,7 +34,7 @@ class ExperienceStream:
         total_steps: environment steps after the warm-up (the authors' counter).
         warmup_steps: frames collected before the first update.
         warmup_updates: updates on the warm-up's frames.
-        updates_per_step: updates per environment step after the warm-up; may be a fraction.
+        updates_per_step: may be a fraction.
         noise: the schedule to advance with every environment step.
         policy: receives new weights: the collector's policy, or the publisher to its workers.
         on_batch: called with every collected batch once it is stored, such as
@@ -128,7 +128,6 @@ class ExperienceStream:
 
         Raises:
             EnvironmentFailedError: if the environment raises or returns a non-finite value.
-            KeyboardInterrupt: if ``stopping`` is set before the first update.
         """
         batches = iter(self.collector)
         while True:
@@ -170,11 +169,7 @@ class ExperienceStream:
         self.collector.load_state_dict(counts, strict=False)
 
     def restart(self) -> None:
-        """Resets the environments and publishes the newest weights, for a resumed run.
-
-        Raises:
-            EnvironmentFailedError: if an environment raises.
-        """
+        """Resets the environments and publishes the newest weights, for a resumed run."""
         with failing_as("the environment failed when it was reset"):
             self.collector.reset()
         if self.policy is not None:
@@ -198,7 +193,8 @@ class ExperienceStream:
                 self.policy.publish(self.updates)
             data = next(batches, None)
         if data is not None:
-            _check_finite(data, self.frames)
+            where = f"after frame {self.frames}"
+            check_finite(data, where, EnvironmentFailedError)
         return data
 
     def _store(self, data: TensorDictBase) -> None:
@@ -219,13 +215,3 @@ class ExperienceStream:
         returns = outcome.get("episode_reward", None)
         if returns is not None:
             self.episode_returns.extend(returns[outcome.get("done")].tolist())
-
-
-def _check_finite(data: TensorDictBase, frames: int) -> None:
-    """Raises if a batch holds a non-finite number."""
-    for key, leaf in data.items(include_nested=True, leaves_only=True):
-        if leaf.is_floating_point() and not leaf.isfinite().all():
-            raise EnvironmentFailedError(
-                f"non-finite value in {key!r} after frame {frames}: a "
-                "simulation may have diverged, or the action range is too large"
-            )

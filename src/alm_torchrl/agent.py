@@ -105,15 +105,13 @@ class ALMAgent(nn.Module):
     Any network can be replaced. An agent with networks of this package is saved and loaded as a
     whole; pass your own networks to :meth:`load`.
 
+    By default the networks are :class:`~alm_torchrl.modules.MLPEncoder`,
+    :class:`~alm_torchrl.modules.LatentDynamics` with the encoder's head,
+    :class:`~alm_torchrl.modules.RewardModel`, :class:`~alm_torchrl.modules.TransitionClassifier`,
+    :class:`~alm_torchrl.modules.QValueEnsemble` and :class:`~alm_torchrl.modules.Actor`.
+
     Args:
-        config: sizes and action range; :meth:`from_env` reads them off an environment.
-        encoder: replaces :class:`~alm_torchrl.modules.MLPEncoder`.
-        dynamics: replaces :class:`~alm_torchrl.modules.LatentDynamics` with the encoder's head.
-        reward_model: replaces :class:`~alm_torchrl.modules.RewardModel`.
-        classifier: replaces :class:`~alm_torchrl.modules.TransitionClassifier`.
-        qvalue_network: replaces :class:`~alm_torchrl.modules.QValueEnsemble`.
-        actor: replaces :class:`~alm_torchrl.modules.Actor`.
-        continuation_model: replaces :class:`~alm_torchrl.modules.ContinuationModel`.
+        config: sizes and action range; :meth:`from_env` takes them from an environment.
 
     Examples:
         >>> config = AgentConfig({"observation": 3}, (-1.0,), (1.0,), latent_dim=4, hidden_dim=8)
@@ -223,10 +221,8 @@ class ALMAgent(nn.Module):
 
         Under ``ExplorationType.RANDOM``, which collectors set, the action has the scheduled noise,
         unclipped; otherwise it is the actor's mean. The latent is always sampled, as the authors
-        do. Training-time augmentation is disabled.
-
-        The policy shares the agent's parameters. It writes the action, and the memory of the
-        encoder, which is what the encoder writes under ``"next"``.
+        do. Augmentation is disabled. The policy shares the agent's parameters; it writes the action
+        and the encoder's outputs under ``"next"``.
         """
         encoder = _ActingEncoder(self.encoder)
         actor = self.actor.acting() if hasattr(self.actor, "acting") else self.actor
@@ -237,7 +233,7 @@ class ALMAgent(nn.Module):
     def update_statistics(self, data: TensorDictBase) -> None:
         """Updates the running input statistics of the encoder, if any.
 
-        Call it once on each batch of a collector. The losses never change the statistics.
+        Call it once on each batch of a collector; the losses do not change the statistics.
         """
         if hasattr(self.encoder, "update_statistics"):
             self.encoder.update_statistics(data)
@@ -266,10 +262,7 @@ class ALMAgent(nn.Module):
     ) -> ALMAgent:
         """Reads a file of :meth:`save`, without running any code stored in it.
 
-        Args:
-            path: the file.
-            device: device of the agent.
-            **components: networks of the agent that are not of this package.
+        ``components`` are the networks of the agent that are not of this package.
 
         Raises:
             FileNotFoundError: if the file does not exist.

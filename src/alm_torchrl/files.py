@@ -49,9 +49,7 @@ def save_tensors(content: Any, path: str | Path) -> None:
     """Saves tensors, numbers and strings, in dictionaries, lists and tuples, with ``torch.save``.
 
     Raises:
-        ValueError: if :func:`load_tensors` could not load it, for example a NumPy number; an
-            existing file does not change.
-        OSError: if it cannot be written.
+        ValueError: if :func:`load_tensors` could not load it, for example a NumPy number.
     """
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -70,7 +68,6 @@ def load_tensors(path: str | Path) -> Any:
 
     Raises:
         ValueError: if the file is damaged, or would need more memory than its size.
-        OSError: if it cannot be opened.
     """
     size = Path(path).stat().st_size
     try:

@@ -22,12 +22,9 @@ class FrameStore:
         stack: number of frames in an observation, ``n``, along its first dimension.
         max_steps: capacity of the replay buffer in time steps.
         num_envs: number of environments, ``N``.
-        device: device of the frames; ignored with ``memmap``.
+        device: ignored with ``memmap``.
         memmap: keep the ring in a file instead of in memory.
         filename: path of the file; a temporary file by default.
-
-    Raises:
-        ValueError: if ``stack`` is less than 1.
     """
 
     def __init__(
@@ -71,9 +68,6 @@ class FrameStore:
 
         Returns:
             The locations of the frames of each observation, int32 ``[N, T, n]``.
-
-        Raises:
-            ValueError: if the observations are not stacks of ``n`` frames.
         """
         before, after = self._split(observations), self._split(following)
         if not torch.equal(before[:, :, 1:], after[:, :, :-1]):
@@ -102,15 +96,12 @@ class FrameStore:
         return places
 
     def stacks(self, steps: Tensor, envs: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Rebuilds stacked observations.
+        """Rebuilds observations and next observations, each ``[M, n * C, ...]``.
 
         Args:
             steps: time steps ``[M]``.
             envs: their environments ``[M]``.
             places: the locations of their frames, as returned by :meth:`append`, ``[M, n]``.
-
-        Returns:
-            Observations and next observations, each ``[M, n * C, ...]``.
         """
         back = torch.arange(-self.stack, 1, device=steps.device)
         rows = (steps.unsqueeze(1) + back) % len(self._ring)
@@ -141,8 +132,8 @@ class FrameStore:
         """Restores the time steps ``start`` to ``stop - 1`` from a result of :meth:`read`.
 
         Args:
-            start: the first time step to restore.
-            stop: the end of the time steps to restore.
+            start: the first time step.
+            stop: the end of the time steps.
             places: the locations of their frames, ``[..., n]``.
             frames: the result of ``read``.
             end: the ``stop`` that ``read`` was called with.

@@ -23,11 +23,8 @@ _FRAMES = "frames:"  # prefix of entries that are not time steps
 class ReplayChunk:
     """A file of an :class:`IncrementalReplay`.
 
-    Attributes:
-        file: its name.
-        start: the first time step, counted as in ``WindowReplayBuffer.steps_written``.
-        stop: the end of the time steps.
-        sha256: its checksum.
+    It has the time steps ``start`` to ``stop - 1``, as counted by
+    ``WindowReplayBuffer.steps_written``.
     """
 
     file: str
@@ -64,14 +61,7 @@ class IncrementalReplay:
         self._loaded: set[str] = set()
 
     def save(self) -> list[ReplayChunk]:
-        """Writes the new time steps to disk.
-
-        Returns:
-            The chunks of the whole buffer, oldest first.
-
-        Raises:
-            OSError: if the chunk cannot be written; no partial file is left.
-        """
+        """Writes the new time steps to disk and returns all chunks, oldest first."""
         written = self.replay.steps_written
         oldest = max(0, written - self.replay.max_steps)
         saved = self.chunks[-1].stop if self.chunks else 0
@@ -81,10 +71,7 @@ class IncrementalReplay:
         return list(self.chunks)
 
     def load(self, chunks: Iterable[ReplayChunk]) -> None:
-        """Fills the empty buffer and truncates the episodes that were open.
-
-        Args:
-            chunks: a result of :meth:`save`.
+        """Fills the empty buffer from a result of :meth:`save`; truncates the open episodes.
 
         Raises:
             ValueError: if the buffer has other sizes or entries, or a chunk is damaged.
@@ -98,10 +85,7 @@ class IncrementalReplay:
             self.replay.restore(self._read(), self.chunks[-1].stop)
 
     def remove_all_but(self, chunks: Iterable[ReplayChunk]) -> None:
-        """Removes all other chunks of this run, including those of earlier sessions.
-
-        Other files in the folder are kept.
-        """
+        """Removes the other chunks of this run; other files in the folder are kept."""
         kept = {chunk.file for chunk in chunks}
         written = {path.name for path in self.folder.glob(f"*-{self._run_id}.pt*")}
         for name in (written | self._loaded) - kept:

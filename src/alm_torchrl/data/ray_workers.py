@@ -90,12 +90,7 @@ class RayWorkers(RayCollector):
         self._seed_new_actors()
 
     def iterator(self) -> Iterator[TensorDictBase]:
-        """Yields batches: ``[num_workers, ...]``, or of one actor with ``overlap``.
-
-        Raises:
-            RuntimeError: with the message of an environment's exception.
-            WorkersLostError: if too many actors were lost, or one cannot be replaced.
-        """
+        """Yields batches: ``[num_workers, ...]``, or of one actor with ``overlap``."""
         pending: dict[Any, int] = {}
         parts: dict[int, TensorDictBase] = {}
         while self.collected_frames < self.total_frames:
@@ -115,11 +110,7 @@ class RayWorkers(RayCollector):
             yield data
 
     def update_policy_weights_(self, policy_or_weights: Any = None, **_: Any) -> None:
-        """Sends weights to each actor with its next request.
-
-        Args:
-            policy_or_weights: a module or its weights; by default the collector's policy.
-        """
+        """Sends weights, by default the policy's, to each actor with its next request."""
         import ray
 
         source = self.policy if policy_or_weights is None else policy_or_weights
@@ -251,15 +242,12 @@ class RayWorker(Collector):
         return seed
 
     def collect(self, weights: TensorDictBase | None, random: bool) -> TensorDictBase | str | None:
-        """Returns a batch, or the message of an exception.
-
-        Raising it here would kill the actor: Ray calls ``len()`` on it then, which fails for an
-        endless collector.
-        """
+        """Returns a batch, or the message of an exception."""
         if weights is not None:
             self.update_policy_weights_(weights)
         self.init_random_frames = float("inf") if random else -1
         try:
             return self.next()
         except Exception as error:  # noqa: BLE001 - raised by RayWorkers
+            # Raised here, it would kill the actor: Ray would call len() of an endless collector.
             return one_line(error)

@@ -1,8 +1,4 @@
-"""A replay buffer that returns masked windows of consecutive transitions.
-
-It combines TorchRL's storage, writer and :class:`~torchrl.data.RandomSampler` with a sample unit,
-:class:`EpisodeWindows`, that expands each sampled transition to the window that starts there.
-"""
+"""A replay buffer that returns masked windows of consecutive transitions."""
 
 from __future__ import annotations
 
@@ -48,10 +44,8 @@ class WindowReplayBuffer(ReplayBuffer):
     Args:
         num_envs: number of environments; each has its own column in the storage.
         keys: the entries to store; ``None`` for those of :func:`transition_keys`.
-        action_key: the action's key.
         per_env: sample a batch from each environment instead of one from all.
         frames: storage of the frames of each stacked observation.
-        sample_device: device of the samples; that of the storage by default.
         **kwargs: arguments of :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be
             :class:`EpisodeWindows`.
     """
@@ -105,9 +99,6 @@ class WindowReplayBuffer(ReplayBuffer):
                 ``[workers, envs, T]`` or ``[num_envs]`` (one step of each) for several.
             update_priority: ignored, for compatibility with TorchRL.
 
-        Returns:
-            The storage indices written.
-
         Raises:
             ValueError: if the batch has another number of environments, is longer than the buffer,
                 has an observation in ``frame_stacks`` that is not a stack, or an invalid flag.
@@ -137,9 +128,6 @@ class WindowReplayBuffer(ReplayBuffer):
             The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``: False after
             the end of the episode and after the newest transition, where the last valid transition
             is repeated. With ``per_env``, the batch shape is ``[num_envs, B, T]``.
-
-        Raises:
-            RuntimeError: if the buffer is empty.
         """
         if not len(self):
             raise RuntimeError("cannot sample from an empty replay buffer: call extend() first")
@@ -172,9 +160,6 @@ class WindowReplayBuffer(ReplayBuffer):
         Returns:
             ``start``; the entries on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``;
             and for each key of ``frame_stacks`` its frames (:meth:`FrameStore.read`).
-
-        Raises:
-            IndexError: if a step is not stored.
         """
         oldest = max(0, self.steps_written - self.max_steps)
         if not oldest <= start <= stop <= self.steps_written:
@@ -190,9 +175,6 @@ class WindowReplayBuffer(ReplayBuffer):
         Args:
             slices: newest first; where two overlap, the newer one is used.
             steps_written: of the buffer that was read.
-
-        Raises:
-            ValueError: if the buffer is not empty, or steps are missing.
         """
         if len(self):
             raise ValueError("cannot restore a replay buffer that is not empty")
@@ -374,12 +356,6 @@ def make_replay_buffer(
             transition has ``4 n`` bytes in addition. The samples do not change.
             :func:`alm_torchrl.envs.frame_stacks` reads it from an environment.
 
-    Returns:
-        The buffer.
-
-    Raises:
-        ValueError: if the sizes do not fit each other, or the storage is unknown.
-
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
@@ -444,14 +420,10 @@ def bytes_per_transition(
     action_key: NestedKey = "action",
     frame_stacks: Mapping[NestedKey, int] | None = None,
 ) -> int:
-    """Returns the bytes that one transition takes in a replay buffer.
+    """Returns the bytes that one transition of a collector's batch takes in a replay buffer.
 
-    Args:
-        data: a collector's batch, of any batch size.
-        keys: as in :func:`make_replay_buffer`.
-        action_key: as in :func:`make_replay_buffer`.
-        frame_stacks: as in :func:`make_replay_buffer`; the few frames that an episode starts with
-            are not counted.
+    The options are those of :func:`make_replay_buffer`. The few frames that an episode starts with
+    are not counted.
 
     Examples:
         >>> import torch

@@ -28,9 +28,6 @@ def transition_keys(data: TensorDictBase, action_key: NestedKey = "action") -> l
     An observation is an entry that exists at the root and under ``"next"``. Other outputs of the
     policy, such as latents, are not stored.
 
-    Raises:
-        KeyError: if the action or ``("next", "done")`` is missing.
-
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
@@ -69,9 +66,6 @@ def as_flag(key: NestedKey, value: Tensor, batch_shape: torch.Size) -> Tensor:
         key: name of the flag in error messages.
         value: the flag, ``batch_shape`` or ``[*batch_shape, 1]``.
         batch_shape: shape of the batch.
-
-    Raises:
-        ValueError: if the flag has another shape, or other values than 0 and 1.
 
     Examples:
         >>> as_flag("done", torch.tensor([0.0, 1.0]), torch.Size([2]))
@@ -114,14 +108,11 @@ def normalize_(data: TensorDictBase, action_key: NestedKey) -> None:
 
 
 def truncated_flags(outcome: TensorDictBase, last: Tensor) -> dict[str, Tensor]:
-    """Returns the flags of transitions after some of them became the last of their episodes.
+    """Returns ``"done"`` and ``"truncated"`` after an episode was cut where ``last`` is True.
 
     Args:
         outcome: the ``"next"`` entry, ``[...]``.
-        last: mask of those transitions, bool ``[..., 1]``.
-
-    Returns:
-        ``"done"`` and, if present, ``"truncated"``. ``"terminated"`` does not change.
+        last: bool ``[..., 1]``.
     """
     done = outcome.get("done")
     flags = {"done": done | last}
@@ -143,11 +134,7 @@ class DiscontinuityFinder:
         self._ended: Tensor | None = None  # the "done" flag of the same transitions, [..., 1]
 
     def find(self, data: TensorDictBase) -> Tensor | None:
-        """Returns a mask of the discontinuous transitions of a batch ``[..., T]``, or ``None``.
-
-        Raises:
-            ValueError: if an observation has another shape than in earlier batches.
-        """
+        """Returns a mask of the discontinuous transitions of a batch ``[..., T]``, or ``None``."""
         time, found = data.ndim - 1, None
         for key in self.keys:
             new = data.get(key)

@@ -15,10 +15,6 @@ class EpisodeWindows(SampleUnit):
     A window ends with its episode or with the newest transition. The rest of the window repeats its
     last transition and is False in ``info["validity_mask"]``. Unlike
     :class:`~torchrl.data.Sequence`, it does not synchronize with the GPU.
-
-    Args:
-        length: transitions in a window, ``T``.
-        writer: the writer of the replay buffer.
     """
 
     def __init__(self, length: int, writer: Writer) -> None:
@@ -28,12 +24,7 @@ class EpisodeWindows(SampleUnit):
     def expand(
         self, index: torch.Tensor | tuple, info: dict[str, Any], storage: Storage
     ) -> tuple[torch.Tensor | tuple, dict[str, Any]]:
-        """Expands ``n`` indices to those of ``n`` windows.
-
-        Args:
-            index: rows ``[n]`` of the storage, or a tuple of rows and environments.
-            info: the sampler's information about them.
-            storage: the storage, time first.
+        """Expands ``n`` indices (rows, or rows and environments) to those of ``n`` windows.
 
         Returns:
             Indices ``[n * T]`` of the same form, and ``info`` with ``"validity_mask"``

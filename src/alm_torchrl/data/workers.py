@@ -33,15 +33,9 @@ class WorkersLostError(ChildProcessError):
 def call_with_timeout(
     call: Callable[[], Any], timeout: float, failed: Callable[[], object] = lambda: False
 ) -> Any:
-    """Runs a call that may block forever in a thread.
+    """Runs a call that may block in a thread; raises a :class:`TimeoutError` after ``timeout`` s.
 
-    Args:
-        call: the call.
-        timeout: seconds to wait for its result.
-        failed: returns whether the call can only succeed within a few seconds.
-
-    Raises:
-        TimeoutError: if the call takes longer.
+    Once ``failed`` returns True, the call has only a few more seconds.
     """
     future: Future[Any] = Future()
 
@@ -103,12 +97,7 @@ class _Workers(MultiCollector):
             writer.close()
 
     def iterator(self) -> Iterator[TensorDictBase]:
-        """Yields batches.
-
-        Raises:
-            RuntimeError: with the message of an environment's exception.
-            WorkersLostError: if a process died or did not answer.
-        """
+        """Yields batches."""
         batches = super().iterator()
         while (data := self._call(partial(next, batches, None))) is not None:
             yield data
@@ -136,12 +125,10 @@ class _Workers(MultiCollector):
         _kill(self.procs)
 
     def _set_random_frames(self, frames: int) -> None:
-        """Sets the frame until which TorchRL's collector acts randomly, after ``frames`` frames.
-
-        MultiAsyncCollector counts a batch when it arrives, while the other workers have already
-        started theirs: asked for ``n`` random batches, it collects ``n + num_workers - 1``.
-        """
+        """Sets the frame until which TorchRL's collector acts randomly, after ``frames`` frames."""
         left, batch = self._random_frames - frames, self.requested_frames_per_batch
+        # Asked for n random batches, MultiAsyncCollector collects n + num_workers - 1: it counts a
+        # batch when it arrives, and the other workers have already started theirs.
         if left > 0 and isinstance(self, MultiAsyncCollector):
             left = max(left - (self.num_workers - 1) * batch, batch)
         self.init_random_frames = frames + max(left, 0)

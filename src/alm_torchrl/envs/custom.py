@@ -23,11 +23,7 @@ def is_import_path(task: str) -> bool:
 
 
 def import_factory(path: str) -> Callable[..., Any]:
-    """Imports the class or function at ``package.module:attribute``.
-
-    Raises:
-        ValueError: if it does not exist or is not callable.
-    """
+    """Imports the class or function at ``package.module:attribute``."""
     name, _, attribute = path.partition(":")
     try:
         module = import_module(name)
@@ -57,12 +53,7 @@ def make_custom(
     action_repeat: int,
     device: torch.device | str,
 ) -> EnvBase:
-    """Creates one custom environment, without transforms.
-
-    Raises:
-        ValueError: if the factory does not return one environment, or ``action_repeat`` does not
-            apply to it.
-    """
+    """Creates one custom environment, without transforms."""
     env = factory(**kwargs)
     if isinstance(env, EnvBase):
         if env.batch_size:

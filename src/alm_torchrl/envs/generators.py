@@ -17,12 +17,11 @@ Generator = np.random.Generator | np.random.RandomState
 
 
 def random_states(env: EnvBase) -> list[str]:
-    """Returns the states of the random generators of an environment.
+    """Returns the states of the random generators of an environment, as JSON.
 
-    Returns:
-        For each Gymnasium or DeepMind Control environment in this process, the state of its
-        generator as JSON, followed by that of its :class:`Distractors`. Empty for others, such as
-        Gymnasium's vector environments, closed environments and collectors with workers.
+    They are those of the Gymnasium and DeepMind Control environments in this process, and of their
+    :class:`Distractors`. Vector environments of Gymnasium, closed environments and collectors with
+    workers have none.
     """
     return [json.dumps(_state(g), default=np.ndarray.tolist) for g in _generators(env)]
 
@@ -32,10 +31,6 @@ def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
 
     Environments with unknown generators, such as a custom :class:`~torchrl.envs.EnvBase`, are
     seeded from torch's generator, and so is any environment if there are no states.
-
-    Args:
-        env: an environment of the same kind as that of :func:`random_states`.
-        states: the result of ``random_states``.
 
     Raises:
         ValueError: if the number of states is wrong.

@@ -57,13 +57,10 @@ def make_gymnasium(
     size: tuple[int, int] | None,
     device: torch.device | str,
 ) -> GymnasiumEnv:
-    """Creates one environment, without transforms.
-
-    Only MuJoCo tasks accept a height and width; the frames of others are resized later.
-    """
+    """Creates one environment, without transforms."""
     # GymEnv would remove arguments such as frame_skip.
     options = {**task_kwargs, "render_mode": "rgb_array"} if render else task_kwargs
-    if size is not None:
+    if size is not None:  # only MuJoCo tasks accept a size; the frames of others are resized later
         try:
             env = _gym_make(task, {**options, "height": size[0], "width": size[1]})
             return wrap(env, action_repeat=action_repeat, device=device)
@@ -166,11 +163,7 @@ def _with_own_context(env: Any) -> Any:
 
 
 def velocities(env: Any) -> list[int]:
-    """Returns the dimensions of a MuJoCo task's observation that are velocities, if known.
-
-    They follow from the task's ``observation_structure``, or from the numbers of positions and
-    velocities of its model.
-    """
+    """Returns the dimensions of a MuJoCo task's observation that are velocities, if known."""
     task, shape = env.unwrapped, env.observation_space.shape
     parts = getattr(task, "observation_structure", None)
     model = getattr(task, "model", None)
@@ -189,10 +182,7 @@ def velocities(env: Any) -> list[int]:
 
 @contextmanager
 def _quiet_mujoco() -> Iterator[None]:
-    """Silences MuJoCo 4's deprecation notices about the models of Gymnasium 1.4.
-
-    Other messages of MuJoCo become Python warnings.
-    """
+    """Turns MuJoCo's messages into warnings, except for deprecations in Gymnasium's models."""
     try:
         import mujoco
     except ImportError:

@@ -106,9 +106,9 @@ def make_env(
 
     Returns:
         The environment. ``"observation"`` is float32 ``[..., O]``; ``"pixels"``, uint8
-        ``[..., 3 * frame_stack, height, width]``; ``"history"``, float32 ``[..., history, O]``, or
-        ``O + A`` with actions of size ``A``; ``"episode_reward"``, float32 ``[..., 1]``, is the sum
-        of the episode's rewards so far.
+        ``[..., 3 * frame_stack, height, width]``; ``"history"``, float32 ``[..., history, O]`` or
+        ``[..., history, O + A]``; ``"episode_reward"``, float32 ``[..., 1]``, is the sum of the
+        episode's rewards so far.
 
     Raises:
         ImportError: if Gymnasium, dm_control or the simulator is not installed.
@@ -180,8 +180,8 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
     """Returns the number of frames of each stacked observation of an environment.
 
     It finds observations that TorchRL's :class:`~torchrl.envs.CatFrames` stacks along their first
-    dimension. Pass the result to :func:`alm_torchrl.data.make_replay_buffer`. If the environments
-    run in other processes, another one is created here.
+    dimension. Pass the result to :func:`alm_torchrl.data.make_replay_buffer`. For environments in
+    other processes, it creates another one here.
 
     Examples:
         >>> frame_stacks(make_env("HalfCheetah-v5", history=8))

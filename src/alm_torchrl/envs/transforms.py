@@ -58,10 +58,6 @@ class RenderFrames(_AtResetToo):
         render: returns a frame, uint8 ``[H, W, 3]``.
         size: height and width of the result; other frames are resized by area averaging.
         channels_first: write ``[3, H, W]`` instead of ``[H, W, 3]``.
-        out_key: key of the frame.
-
-    Raises:
-        TypeError: if ``render`` does not return such a frame.
 
     Examples:
         >>> import numpy as np
@@ -107,7 +103,7 @@ class RenderFrames(_AtResetToo):
         return next_tensordict.set(self.out_keys[0], frame)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the frame."""
+        """Adds the frame's spec."""
         observation_spec[self.out_keys[0]] = Bounded(
             0, 255, self.shape, dtype=torch.uint8, device=observation_spec.device
         )
@@ -134,10 +130,6 @@ class _Resize(_AtResetToo, ObservationTransform):
 class KeepDimensions(_Resize):
     """Selects dimensions of the observation.
 
-    Args:
-        indices: the dimensions to keep.
-        in_keys: the observations, each ``[O]``.
-
     Examples:
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
         >>> env = TransformedEnv(ContinuousActionVecMockEnv(), KeepDimensions([0, 2]))
@@ -163,7 +155,6 @@ class Distractors(_Resize):
 
     Args:
         size: dimensions to append.
-        seed: seed of the generator.
         in_keys: the observations, each ``[O]``, which become ``[O + size]``.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Replay windows and collectors: TorchRL's parts, wired for the ALM objective."""
+"""Replay buffers of windows, and collectors."""
 
 from alm_torchrl.data.collectors import make_collector
 from alm_torchrl.data.frames import FrameStore

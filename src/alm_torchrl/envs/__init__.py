@@ -1,4 +1,4 @@
-"""Environments as TorchRL sees them, with the specs the agent is built from."""
+"""Environments, their transforms and their random generators."""
 
 from alm_torchrl.envs.generators import random_states, set_random_states
 from alm_torchrl.envs.make import frame_stacks, make_env

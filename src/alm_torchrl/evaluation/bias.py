@@ -112,14 +112,11 @@ def monte_carlo_returns(
 def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and standard deviation of :math:`(\mathrm{estimate} - G) / |\mathrm{mean}\, G|`.
 
-    The normalization is that of Chen et al. (2021, REDQ).
+    Both are scalars over ``N`` states. The normalization is that of Chen et al. (2021, REDQ).
 
     Args:
         estimate: estimates of the discounted return, ``[N]``.
         returns: the discounted returns :math:`G`, ``[N]``.
-
-    Returns:
-        Both over the ``N`` states, scalars.
 
     Examples:
         >>> normalized_bias(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0]))

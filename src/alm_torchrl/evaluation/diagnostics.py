@@ -106,11 +106,7 @@ def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibrati
 
 
 def split_into_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
-    """Cuts a rollout ``[N, T]`` into windows ``[N * (T // length), length]`` without overlap.
-
-    Raises:
-        ValueError: if the rollout is shorter than a window.
-    """
+    """Cuts a rollout ``[N, T]`` into windows ``[N * (T // length), length]`` without overlap."""
     count = rollout.shape[1] // length
     if count < 1:
         raise ValueError(f"a rollout of {rollout.shape[1]} steps holds no window of {length}")
@@ -150,12 +146,8 @@ def classifier_calibration(
     """The calibration of the classifier's probabilities.
 
     The classifier sees every transition twice: with the next latent from the target encoder
-    (label 1) and from the latent dynamics (label 0).
-
-    Args:
-        loss: the objective.
-        transitions: see the loss's ``forward``, ``[N]``.
-        bins: number of bins.
+    (label 1) and from the latent dynamics (label 0). The transitions ``[N]`` are those of the
+    loss's ``forward``.
     """
     latent_key, action_key = loss.encoder.dist_sample_keys[-1], loss.actor.dist_sample_keys[-1]
     action = transitions.get(loss.tensor_keys.action)

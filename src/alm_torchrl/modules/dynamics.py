@@ -1,7 +1,4 @@
-"""The latent world model: dynamics, reward, continuation, and the transition classifier.
-
-All read a latent ``[..., D]`` and an action ``[..., A]``.
-"""
+"""Dynamics, reward, continuation and classifier, which read a latent ``[..., D]`` and an action."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Output heads that map features to the latent distribution.
-
-Encoder and latent dynamics need the same head: ``LatentDynamics(..., head=encoder.head)``.
-"""
+"""Output heads that map features to the latent distribution."""
 
 from __future__ import annotations
 

@@ -86,11 +86,7 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
         return self[0].module
 
     def update_statistics(self, tensordict: TensorDictBase) -> None:
-        """Updates the running input statistics, if the network keeps any.
-
-        Calls ``network.update_statistics(*inputs)``, if the network has this method. The losses
-        never do, so a loss evaluated twice gives the same result.
-        """
+        """Calls ``network.update_statistics(*inputs)``, if the network has this method."""
         update = getattr(self.network, "update_statistics", None)
         if update is not None:
             update(*(tensordict.get(key) for key in self[0].in_keys))

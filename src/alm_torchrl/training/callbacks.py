@@ -24,10 +24,7 @@ from alm_torchrl.training.runtime import any_rank
 
 
 class EvaluationSchedule(L.Callback):
-    """Evaluates after the warm-up's updates and then every ``every`` updates.
-
-    Lightning alone would count from the first update.
-    """
+    """Evaluates after the warm-up's updates and then every ``every`` updates."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -109,11 +106,8 @@ class StopOnSignal(L.Callback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Installs the handlers, which only the main thread may do.
-
-        They replace Lightning's SIGTERM handler, which makes processes wait for each other in the
-        middle of an update.
-        """
+        """Installs the handlers, which only the main thread may do."""
+        # Lightning's handler of SIGTERM makes processes wait for each other during an update.
         self._module = pl_module
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -173,11 +167,7 @@ class StopOnSignal(L.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """One line: progress, time left, environment steps per second and the newest return.
-
-    Args:
-        refresh_rate: updates between two refreshes.
-    """
+    """One line: progress, time left, environment steps per second and the newest return."""
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate)

@@ -99,13 +99,8 @@ class LearningCurve(CurveFile):
     """The learning curve, as ``curve.csv`` and ``curve.png``.
 
     A row holds the environment steps after the warm-up, the seed, the mean return and its standard
-    deviation over episodes, all frames, and the seconds of training so far.
-
-    Args:
-        folder: where the files go.
-        seed: the seed noted in each row.
-        seed_index: position of this seed among the seeds trained together.
-        title: title of the plot.
+    deviation over episodes, all frames, and the seconds of training so far. The arguments are those
+    of :class:`CurveFile` and the title of the plot.
     """
 
     name = "curve"
@@ -200,13 +195,8 @@ def write_table(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
 def check_table(path: Path, rows: Sequence[Row], seed: int, *, resumed: bool) -> bool:
     """Compares a CSV file with the rows of a checkpoint and sets aside a file of another run.
 
-    The file may hold further rows: those written after the checkpoint, which will be repeated.
-
-    Args:
-        path: the file.
-        rows: rows of the checkpoint; empty for a new run.
-        seed: seed of the run.
-        resumed: whether the run resumes from a checkpoint.
+    The file may hold further rows: those written after the checkpoint, which will be repeated. For
+    a new run, ``rows`` is empty.
 
     Returns:
         Whether the file must be written again to hold the rows.

@@ -37,11 +37,8 @@ class Measurement(CurveFile):
     ``draw(figure)``. Random generators are restored afterwards, so training does not depend on
     measurements. The loggers receive the numbers of the first seed as ``eval/...``.
 
-    Args:
-        folder: where the files go.
-        seed: the seed noted in each row.
-        seed_index: position of this seed among the seeds trained together.
-        steps: steps played in each evaluation environment.
+    The arguments are those of :class:`CurveFile` and the ``steps`` played in each evaluation
+    environment.
 
     Examples:
         >>> class RewardMean(Measurement):
@@ -58,12 +55,7 @@ class Measurement(CurveFile):
         self.steps = steps
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
-        """Computes the numbers, scalars by name.
-
-        Args:
-            loss: the objective of this seed.
-            rollout: steps played by its policy, ``[N, steps]``.
-        """
+        """Computes scalars by name from a rollout ``[N, steps]`` of this seed's policy."""
         raise NotImplementedError
 
     @rank_zero_only

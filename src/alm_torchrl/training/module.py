@@ -145,12 +145,7 @@ class ALMModule(L.LightningModule):
         return self.experience
 
     def on_fit_start(self) -> None:
-        """Seeds each process differently, because Lightning seeds all alike.
-
-        Raises:
-            MisconfigurationException: if an encoder keeps running statistics and the run has
-                several processes.
-        """
+        """Seeds each process differently, because Lightning seeds all alike."""
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
             raise MisconfigurationException(
                 "an encoder with running statistics trains in one process, because each process "
@@ -183,11 +178,7 @@ class ALMModule(L.LightningModule):
         self.restored = True
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
-        """Makes one update, and waits for a GPU only when a log entry is due.
-
-        Raises:
-            FloatingPointError: if a gradient norm is not finite.
-        """
+        """Makes one update, and waits for a GPU only when a log entry is due."""
         metrics = TensorDict()
         # As a closure, so that Lightning counts a step that may be part of a graph. No gradients
         # are left after it, so Lightning's own optimizer step does nothing.
@@ -208,11 +199,7 @@ class ALMModule(L.LightningModule):
         self.check()
 
     def check(self) -> None:
-        """Waits for the updates so far and raises if one was not sound.
-
-        Raises:
-            FloatingPointError: if a gradient norm was not finite.
-        """
+        """Waits for the updates and raises if a gradient norm was not finite."""
         try:
             self._update.check()
         except FloatingPointError as error:
@@ -226,14 +213,7 @@ class ALMModule(L.LightningModule):
         return [0]
 
     def validation_step(self, *_: Any) -> Tensor:
-        """Plays whole episodes with the mean action, on rank 0, in float32.
-
-        Returns:
-            Their returns, ``[seeds, episodes]``.
-
-        Raises:
-            EnvironmentFailedError: if the environment raises or returns a non-finite value.
-        """
+        """Plays episodes with the mean action, on rank 0; their returns, ``[seeds, episodes]``."""
         returns = self._evaluate() if self.trainer.is_global_zero else None
         returns = self.trainer.strategy.broadcast(returns)
         assert returns is not None

@@ -32,9 +32,6 @@ def choose_precision(name: str, device: torch.device | str = "cpu") -> Precision
             (NVIDIA GPUs since Ampere, CPUs with AMX).
         device: where the losses are computed.
 
-    Raises:
-        ValueError: for any other name.
-
     Examples:
         >>> choose_precision("32-true")
         '32-true'
@@ -58,9 +55,6 @@ def worth_compiling(mode: str, updates: int, device: torch.device | str = "cpu")
             compiler; ``"always"``; or ``"never"``.
         updates: updates of the run.
         device: where the losses are computed.
-
-    Raises:
-        ValueError: for any other mode.
 
     Examples:
         >>> worth_compiling("auto", updates=100)

@@ -1,8 +1,7 @@
-"""Several seeds trained at once by one update over stacked parameters.
+"""Several seeds trained together by one update over stacked parameters.
 
-An update of small networks hardly fills a GPU, so training seeds together costs far less than
-training them one after the other. The seeds share nothing: each has its own networks, environment,
-share of the replay buffer, random numbers, gradient norms and curve.
+The seeds share nothing: each has its own networks, environments, share of the replay buffer, random
+numbers, gradient norms and curve.
 """
 
 from __future__ import annotations
@@ -84,14 +83,7 @@ class StackedLoss(nn.Module):
         return norms
 
     def forward(self, windows: TensorDictBase) -> TensorDictBase:
-        """Computes all losses of all seeds.
-
-        Args:
-            windows: one batch for each seed, ``[S, B, T]``.
-
-        Returns:
-            Losses and metrics, ``[S]``.
-        """
+        """Computes losses and metrics ``[S]`` from one batch for each seed, ``[S, B, T]``."""
         return torch.vmap(self._one, randomness="different")(self._stack, windows)
 
     def _one(self, parameters: TensorDictBase, windows: TensorDictBase) -> TensorDictBase:
@@ -121,12 +113,7 @@ class StackedLoss(nn.Module):
 
 
 class TargetUpdate:
-    """TorchRL's ``SoftUpdate`` of the target networks, for one seed or several.
-
-    Args:
-        loss: the objective, or those of several seeds.
-        tau: weight of the new value in the moving average.
-    """
+    """TorchRL's ``SoftUpdate`` of the target networks, for one seed or several."""
 
     def __init__(self, loss: ALMLoss | StackedLoss, tau: float) -> None:
         self._updates = [SoftUpdate(one, tau=tau) for one in losses_of(loss)]
@@ -138,11 +125,7 @@ class TargetUpdate:
 
 
 class StackedAgent(nn.Module):
-    """The agents of ``S`` seeds as one that acts in a multiple of ``S`` environments.
-
-    Args:
-        agents: one for each seed, whose losses have been stacked.
-    """
+    """The agents of ``S`` seeds as one that acts in a multiple of ``S`` environments."""
 
     def __init__(self, agents: Sequence[ALMAgent]) -> None:
         super().__init__()
@@ -176,11 +159,7 @@ class StackedNoise:
 
 
 class StackedPolicy(TensorDictModuleBase):
-    """Policies that each act in their own share of the environments.
-
-    Args:
-        policies: one for each seed, of the same sizes.
-    """
+    """Policies of the same sizes that each act in their own share of the environments."""
 
     def __init__(self, policies: Sequence[TensorDictModuleBase]) -> None:
         super().__init__()
@@ -203,18 +182,7 @@ class StackedPolicy(TensorDictModuleBase):
 def stack_seeds(
     agents: Sequence[ALMAgent], losses: Sequence[ALMLoss]
 ) -> tuple[ALMAgent | StackedAgent, ALMLoss | StackedLoss]:
-    """Stacks the agents and losses of several seeds; a single pair is returned unchanged.
-
-    Args:
-        agents: one for each seed.
-        losses: the objective of each agent.
-
-    Returns:
-        The agent and the loss for :class:`~alm_torchrl.training.ALMModule`.
-
-    Raises:
-        ValueError: see :class:`StackedLoss`.
-    """
+    """Stacks the agents and losses of several seeds; a single pair is returned unchanged."""
     if len(agents) == 1:
         return agents[0], losses[0]
     return StackedAgent(agents), StackedLoss(losses)

@@ -149,11 +149,7 @@ def make_trainer(
 
 
 def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
-    """How processes find their ranks; empty where Lightning detects it.
-
-    Raises:
-        ValueError: if SLURM starts other processes than the run has.
-    """
+    """How processes find their ranks; empty where Lightning detects it."""
     if num_processes == 1:
         # RANK and SLURM_PROCID number independent runs here, not processes of this run.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]

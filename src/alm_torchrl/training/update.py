@@ -125,9 +125,6 @@ class Update:
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Makes one update.
 
-        Args:
-            batch: see the loss's ``forward``.
-
         Returns:
             Losses, metrics and the gradient norm of every group before clipping (``grad_norm/..``),
             scalars or, for several seeds, ``[S]``; detached and on the device.
@@ -146,11 +143,7 @@ class Update:
         return metrics
 
     def check(self) -> None:
-        """Waits for the device and raises if an update was not sound.
-
-        Raises:
-            FloatingPointError: if a gradient norm was not finite in any update so far.
-        """
+        """Waits for the device and raises if a gradient norm was not finite so far."""
         bad = [n for n, flag in zip(self.groups, self.non_finite.tolist(), strict=True) if flag]
         if bad:
             names = ", ".join(map(repr, bad))
@@ -209,14 +202,7 @@ class CapturedUpdate:
         self._failed = False
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        """Makes one update.
-
-        Args:
-            batch: as for :class:`Update`, of the same shapes every time.
-
-        Returns:
-            As :class:`Update`; overwritten by the next call.
-        """
+        """Makes one update; the next call overwrites the result."""
         if self._warmup > 0:
             self._warmup -= 1
             return self._on_side_stream(batch)

@@ -104,11 +104,7 @@ class ConfigRecord(L.Callback):
 
     The files are written when training starts, so that a run that cannot be restored is unchanged.
 
-    Args:
-        folder: folder of the run.
-        config: new options.
-        changes: result of :func:`find_changes`.
-        step: environment steps before the changes.
+    ``step`` is the number of environment steps before the changes.
     """
 
     def __init__(

@@ -25,11 +25,7 @@ _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
 class Run:
     """A prepared run; its folder is locked until the ``with`` block ends.
 
-    Attributes:
-        folder: output folder.
-        start: checkpoint to resume from, if any.
-        changes: options that changed since that checkpoint.
-        lock: lock of the folder, in the first process.
+    It has the options that changed since the checkpoint ``start``. The first process has the lock.
     """
 
     folder: Path

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 class RandomShift(nn.Module):
     """Shifts each image by a few random pixels and repeats the border.
 
-    The augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645): padding by ``pad`` with
-    the border values, then a random crop. All channels of an image, and so all frames of a stack,
-    move together; each image of the batch has its own shift. Every dtype is kept exactly.
+    The augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645). All channels of an image,
+    and so all frames of a stack, have the same shift; the dtype does not change.
 
     Args:
         pad: largest shift in each direction, in pixels (DrQ-v2: 4 at 84x84).

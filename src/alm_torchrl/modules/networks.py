@@ -35,8 +35,7 @@ class ConcatSequential(nn.Sequential):
 class FullPrecisionLinear(nn.Linear):
     """A linear layer that autocast keeps in the precision of its weights.
 
-    For outputs in units of return: between 256 and 512, bfloat16 resolves steps of 2, which is as
-    coarse as the differences between the values of actions.
+    bfloat16 is too coarse for returns: between 256 and 512 its step is 2.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,9 +96,9 @@ def mlp(
 class LayerNormMLP(ConcatSequential):
     """The network of reward, classifier and values: Linear-LayerNorm-Tanh-Linear-ELU-Linear.
 
-    The normalized and squashed first layer keeps these networks stable on latents that reach +-30.
-    Arguments are those of :func:`mlp`, but ``norm_class`` applies to the first hidden layer alone,
-    and ``activation_class`` to the others.
+    The first layer keeps these networks stable on latents of up to +-30. Arguments are those of
+    :func:`mlp`, but ``norm_class`` applies only to the first hidden layer, and
+    ``activation_class`` only to the others.
     """
 
     def __init__(

@@ -51,10 +51,8 @@ class QValueEnsemble(Rebuildable, TensorDictModule):
 
 
 class _Ensemble(nn.ModuleList):
-    """Runs its modules on the same inputs and concatenates their outputs.
-
-    A plain loop: fusing the networks into batched matrix products is slower.
-    """
+    """Runs its modules on the same inputs and concatenates their outputs."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        # A loop, because batched matrix products are slower.
         return cat([network(*inputs) for network in self], dim=-1)

@@ -57,9 +57,6 @@ class Encoder(LatentModule):
             hidden_dim: width of the hidden layers, if any.
             in_keys: observations to read; by default all that the encoder can read.
             **options: further arguments of the class.
-
-        Raises:
-            ValueError: if an observation is missing or has the wrong number of dimensions.
         """
         ranks = cls._ranks if in_keys is None else cls._ranks_by_name or cls._ranks
         shapes = observation_shapes(spec, in_keys, ranks, ignore=cls._ignored)
@@ -82,9 +79,6 @@ def observation_shapes(
 
     A warning names observations that are not read, except for ``ignore`` and the bookkeeping of
     TorchRL's transforms.
-
-    Raises:
-        ValueError: if an entry is missing or has another rank, or if no entry fits.
     """
     leaves = {unravel_key(key): leaf for key, leaf in spec.items(True, True)}
     found = {key: tuple(leaf.shape) for key, leaf in leaves.items()}

@@ -124,9 +124,6 @@ class RecurrentEncoder(Encoder):
         """Builds an encoder for the vectors of an environment that has a :func:`state_primer`.
 
         Arguments are those of :meth:`Encoder.from_spec`; ``hidden_dim`` is the size of the state.
-
-        Raises:
-            ValueError: if an observation or the state is missing.
         """
         state_key = unravel_key(state_key)
         if state_key not in spec.keys(True, True):

@@ -22,9 +22,8 @@ class RunningNorm(nn.Module):
 
     .. math:: x' = \mathrm{clip}((x - \mu) / \sqrt{\sigma^2 + \epsilon}, -c, c)
 
-    The statistics are buffers, saved with the weights, and only :meth:`update` changes them, so a
-    loss evaluated twice gives the same result. :meth:`ALMAgent.update_statistics` updates them
-    from collected data. Encoder and target encoder of ``ALMLoss`` share them.
+    The statistics are buffers, which the target encoder shares. Only :meth:`update` changes them;
+    :meth:`ALMAgent.update_statistics` calls it on collected data.
 
     Args:
         *shape: shape of an observation. A vector ``(O,)`` has a mean and a variance for each entry.

@@ -27,9 +27,6 @@ class ConvNet(nn.Module):
         feature_dim: size of the output (DrQ-v2: 50).
         channels: channels of every convolution (DrQ-v2: 32).
 
-    Raises:
-        ValueError: if the image is not three-dimensional, or too small for four convolutions.
-
     Examples:
         >>> import torch
         >>> ConvNet((9, 32, 32))(torch.randint(256, (2, 5, 9, 32, 32), dtype=torch.uint8)).shape
@@ -79,9 +76,6 @@ class MultiInputEncoder(Encoder):
             new data. Without it, images with one background have latents so similar that the
             consistency term makes them equal.
         **mlp_kwargs: further arguments of :func:`mlp`.
-
-    Raises:
-        ValueError: for a shape that is neither an image nor a vector.
 
     Examples:
         >>> import torch

@@ -356,6 +356,9 @@ def make_replay_buffer(
             transition has ``4 n`` bytes in addition. The samples do not change.
             :func:`alm_torchrl.envs.frame_stacks` reads it from an environment.
 
+    Raises:
+        ValueError: if the sizes do not fit each other, or the storage is unknown.
+
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict

@@ -51,6 +51,9 @@ class PolicyPublisher:
         collector: a collector with workers, such as
             :func:`make_collector(kind="multi") <alm_torchrl.data.make_collector>`.
         every: updates between two transfers.
+
+    Raises:
+        ValueError: if ``every`` is less than 1.
     """
 
     def __init__(self, policy: VersionedPolicy, collector: BaseCollector, every: int = 1) -> None:
@@ -85,6 +88,9 @@ class CPUPolicy(TensorDictModuleBase):
     Args:
         policy: the trained policy, on any device.
         lag: how many publications acting is behind, 0 or 1.
+
+    Raises:
+        ValueError: for any other lag.
     """
 
     def __init__(self, policy: TensorDictModuleBase, lag: int = 0) -> None:

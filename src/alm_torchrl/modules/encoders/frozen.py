@@ -28,6 +28,9 @@ class FrozenEncoder(Encoder):
         in_keys: the observation to read, exactly one.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
+    Raises:
+        ValueError: if there is more than one observation, or if the module cannot read it.
+
     Examples:
         >>> pretrained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
         >>> encoder = FrozenEncoder(pretrained, (3, 32, 32), latent_dim=8)

@@ -27,6 +27,9 @@ class ConvNet(nn.Module):
         feature_dim: size of the output (DrQ-v2: 50).
         channels: channels of every convolution (DrQ-v2: 32).
 
+    Raises:
+        ValueError: if the image is not three-dimensional, or too small for four convolutions.
+
     Examples:
         >>> import torch
         >>> ConvNet((9, 32, 32))(torch.randint(256, (2, 5, 9, 32, 32), dtype=torch.uint8)).shape

@@ -1,4 +1,4 @@
-"""A wrong encoder is told all that it lacks, and what to write."""
+"""``check_encoder`` reports every violation with a remedy."""
 
 from __future__ import annotations
 
@@ -133,6 +133,11 @@ class RunningMean(nn.Linear):
         return super().forward(x)
 
 
+class ToDouble(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
 class Remembers(nn.Linear):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), x
@@ -141,11 +146,11 @@ class Remembers(nn.Linear):
 WRONG = {
     "no_distribution": (
         lambda: TensorDictModule(nn.Linear(3, 4), ["observation"], ["latent"]),
-        ["ends in no distribution", r"write LatentModule\(network"],
+        ["does not end in a distribution", r"in LatentModule\(network"],
     ),
     "wrong_key": (
         lambda: gaussian(nn.Linear(3, 8), in_keys=["position"]),
-        ["reads 'position', which the observation spec lacks: it has image, observation"],
+        ["reads 'position', which is not in the observation spec: use in_keys from image, obs"],
     ),
     "no_memory": (
         lambda: RecurrentEncoder(3, 4, 8),
@@ -153,7 +158,7 @@ WRONG = {
     ),
     "memory_not_read": (
         lambda: LatentModule(Remembers(3, 8), ["observation"], memory_keys=[("next", "memory")]),
-        [r"writes \('next', 'memory'\), and never reads \('memory',\): add that to its in_keys"],
+        [r"writes \('next', 'memory'\) but does not read 'memory': add that to its in_keys"],
     ),
     "wrong_input_size": (
         lambda: MLPEncoder(5, 4, 8),
@@ -165,15 +170,15 @@ WRONG = {
     ),
     "event": (
         lambda: ending_in(Wide, ("loc",)),
-        [r"event shape \(4, 1\), wanted \(D,\): wrap it"],
+        [r"event shape \(4, 1\), expected \(D,\): wrap it"],
     ),
     "no_rsample": (
         lambda: ending_in(NoRsample, ("loc",)),
-        [r"NoRsample, has no rsample\(\)", "no deterministic_sample: take DiagonalNormal or"],
+        [r"NoRsample, has no rsample\(\)", "no deterministic_sample: use DiagonalNormal or"],
     ),
     "no_divergence": (
         lambda: ending_in(NoDivergence, ("loc",)),
-        [r"no KL divergence .*NoDivergence", r"register_kl\(DiagonalNormal, NoDiv"],
+        [r"KL divergence .*NoDivergence\) is not defined", r"register_kl\(DiagonalNormal, NoDiv"],
     ),
     "wrong_latent": (
         lambda: MLPEncoder(3, 6, 8),
@@ -181,22 +186,51 @@ WRONG = {
     ),
     "wrong_latent_key": (
         lambda: MLPEncoder(3, 4, 8, latent_key="state"),
-        [r"writes 'state', and the dynamics reads \['latent', 'action'\]"],
+        [r"writes 'state', but the dynamics reads \['latent', 'action'\]"],
     ),
     "discrete": (
         lambda: MLPEncoder(3, 4, 8, head=CategoricalHead(classes=2)),
-        [r"no KL divergence .*DiagonalNormal, OneHotGroups\): give the dynamics the encoder's"],
+        [r"KL divergence .*DiagonalNormal, OneHotGroups\) is not defined: build the dynamics with"],
     ),
-    "detached": (lambda: gaussian(Detached(3, 8)), ["no gradient", r"leave out\s+detach"]),
-    "unused": (lambda: gaussian(Unused()), [r"no gradient reaches .*spare\.weight", "spare.bias"]),
+    "detached": (lambda: gaussian(Detached(3, 8)), ["no gradient", r"remove detach\(\)"]),
+    "unused": (lambda: gaussian(Unused()), [r"spare\.weight has no gradient", "spare.bias"]),
     "dropout": (
         lambda: gaussian(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 8))),
-        ["two results under ExplorationType.DETERMINISTIC: leave dropout out"],
+        ["under ExplorationType.DETERMINISTIC differ: remove dropout"],
     ),
     "mutating": (lambda: gaussian(Mutating(3, 8)), ["changes the observation 'observation'"]),
     "plain_tensor": (lambda: gaussian(PlainTensor()), [r"offset is neither .*register_buffer"]),
-    "unsaved": (lambda: gaussian(Unsaved()), ["state_dict back does not restore it"]),
-    "moving": (lambda: gaussian(RunningMean()), ["changes the buffer .*mean: move statistics"]),
+    "unsaved": (lambda: gaussian(Unsaved()), ["state_dict does not restore it"]),
+    "moving": (
+        lambda: gaussian(RunningMean()),
+        ["changes the buffer .*mean: .*update_statistics"],
+    ),
+    "batch_norm": (
+        lambda: gaussian(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8))),
+        [r"batch size \[\] .*: use nn.LayerNorm or RunningNorm"],
+    ),
+    "spectral_norm": (
+        lambda: gaussian(nn.utils.spectral_norm(nn.Linear(3, 8))),
+        ["changes the buffer .*weight_u: .*weight_norm in place of spectral_norm"],
+    ),
+    "float64_latent": (
+        lambda: gaussian(nn.Sequential(nn.Linear(3, 8), ToDouble())),
+        ["the dynamics cannot read its latent.*: build both with the same dtype"],
+    ),
+    "float64_weights": (
+        lambda: gaussian(nn.Linear(3, 8).double()),
+        [r"batch size \[4\] .*: convert the observations to the dtype of the weights"],
+    ),
+    "wrong_image_size": (
+        lambda: gaussian(nn.Sequential(nn.Flatten(-3), nn.Linear(25, 8)), in_keys=["image"]),
+        [r"build it for the shapes in the observation spec, 'image' \[1, 4, 4\]"],
+    ),
+    "convolution": (
+        lambda: gaussian(
+            nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(-3), nn.Linear(4, 8)), in_keys=["image"]
+        ),
+        [r"batch size \[4, 3\] .*: accept any leading dimensions"],
+    ),
 }
 
 
@@ -217,7 +251,7 @@ def test_all_findings_come_at_once() -> None:
     lines = str(error.value).splitlines()
     assert lines[0] == "LatentModule does not satisfy the encoder contract:"
     assert [line.startswith("- ") for line in lines[1:]] == [True] * 3
-    assert error.match("size 6, but the other components are built for latent_dim=5")
+    assert error.match("size 6, but the other components have latent_dim=5")
 
 
 def test_without_dynamics_the_divergence_to_its_like_is_checked() -> None:
@@ -242,7 +276,7 @@ def test_a_right_encoder_is_left_as_it_was() -> None:
 def test_the_dynamics_is_checked_too() -> None:
     encoder = MLPEncoder(3, 4, 8)
     network = TensorDictModule(nn.Linear(6, 4), ["latent", "action"], [("next", "latent")])
-    with pytest.raises(ValueError, match="the dynamics, TensorDictModule, ends in no distribution"):
+    with pytest.raises(ValueError, match="the dynamics, TensorDictModule, does not end in a"):
         check_encoder(encoder, SPEC, network)
     joined = LatentModule(nn.Bilinear(4, 2, 8), ["latent", "action"], latent_key=("next", "latent"))
     with pytest.raises(ValueError, match="pass action_spec=env.action_spec"):

@@ -472,9 +472,9 @@ def test_compiled_terms_equal_eager_ones(
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"consistency": "kl"}, "consistency='kl' is none of reverse_kl, forward_kl"),
-        ({"latent_target": "none"}, "latent_target='none' is none of moving_average"),
-        ({"actor_objective": "q"}, "actor_objective='q' is none of lambda_returns"),
+        ({"consistency": "kl"}, "consistency='kl' is not one of reverse_kl, forward_kl"),
+        ({"latent_target": "none"}, "latent_target='none' is not one of moving_average"),
+        ({"actor_objective": "q"}, "actor_objective='q' is not one of lambda_returns"),
         ({"consistency_level": 0.0}, "consistency_level must be a positive finite number"),
         ({"consistency_level": float("nan")}, "consistency_level must be a positive finite"),
     ],

@@ -963,7 +963,7 @@ def test_a_wrong_shape_is_named(
 ) -> None:
     like = make_windows().get(key, torch.ones(0, dtype=torch.bool))
     td = with_entry(make_windows(), key, torch.zeros(shape, dtype=like.dtype))
-    with pytest.raises(ValueError, match="wanted") as caught:
+    with pytest.raises(ValueError, match="expected") as caught:
         getattr(make_loss(), method)(td)
     message = str(caught.value)
     assert f"entry {key!r} has shape {shape}" in message
@@ -973,12 +973,12 @@ def test_a_wrong_shape_is_named(
 @pytest.mark.parametrize(
     ("key", "size", "message"),
     [
-        ("observation", 7, r"encoder cannot read 'observation' of shape \(6, 4, 7\); .* up to 5,"),
+        ("observation", 7, r"encoder cannot read 'observation' of shape \(6, 4, 7\); .* up to 5; build"),
         (
             "action",
             3,
             r"dynamics cannot read 'latent' of shape \(6, 4\), 'action' of shape \(6, 3\);"
-            r" wanted last sizes that add up to 6,",
+            r" its first layer expects last sizes that add up to 6; build it",
         ),
     ],
 )
@@ -999,19 +999,19 @@ def test_a_wrong_size_is_named(
         (
             "reward_model",
             TensorDictModule(LayerNormMLP(6, 2, 8), ["latent", "action"], ["r"]),
-            r"reward_model wrote entry 'r' of shape \(6, 3, 2\); wanted \(6, 3, 1\)",
+            r"reward_model wrote entry 'r' of shape \(6, 3, 2\); expected \(6, 3, 1\)",
         ),
         (
             "classifier",
             TensorDictModule(
                 LayerNormMLP(10, 1, 8), ["latent", "action", ("next", "latent")], ["logits"]
             ),
-            r"classifier wrote entry 'logits' of shape \(6, 1\); wanted \(6, 2\)",
+            r"classifier wrote entry 'logits' of shape \(6, 1\); expected \(6, 2\)",
         ),
         (
             "reward_model",
             RewardModel(5, 2, 8),
-            r"reward_model cannot read 'latent' of shape .* up to 7,",
+            r"reward_model cannot read 'latent' of shape .* up to 7; build",
         ),
         (
             "dynamics",
@@ -1102,7 +1102,7 @@ def test_a_horizon_may_be_a_number_of_numpy(make_networks: Make) -> None:
 def test_short_windows_are_refused_where_they_matter(make_loss: Make, make_windows: Make) -> None:
     loss, td = make_loss(horizon=3), make_windows(steps=2)
     for call in (loss, loss.world_model_loss, loss.world_model_rollout):
-        with pytest.raises(ValueError, match=r"has shape \(6, 2, 1\), wanted \[B, 3, 1\]"):
+        with pytest.raises(ValueError, match=r"has shape \(6, 2, 1\), expected \[B, 3, 1\]"):
             call(td)
     for name in TERMS[1:]:
         assert term(loss, name, td).isfinite()
@@ -1179,8 +1179,8 @@ def test_the_networks_are_left_whole_after_an_error(
     [
         ({"horizon": 0}, "horizon must be a whole number of at least 1, got 0"),
         ({"horizon": 2.5}, r"horizon must be a whole number of at least 1, got 2\.5"),
-        ({"reduction": "avg"}, "reduction='avg' is none of none, mean, sum"),
-        ({"short_windows": "pad"}, "short_windows='pad' is none of mask, drop"),
+        ({"reduction": "avg"}, "reduction='avg' is not one of none, mean, sum"),
+        ({"short_windows": "pad"}, "short_windows='pad' is not one of mask, drop"),
     ],
 )
 def test_bad_settings_are_refused(

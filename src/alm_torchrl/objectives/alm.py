@@ -4,133 +4,114 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, TypeAlias, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import (
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    dispatch,
-)
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
-from alm_torchrl.objectives.checks import check_choice, check_positive, check_whole
-from alm_torchrl.objectives.functional import discounts, log_ratio, survival, td_target
+from alm_torchrl.objectives import options
+from alm_torchrl.objectives.checks import check_positive, check_whole
+from alm_torchrl.objectives.functional import (
+    detached,
+    discounts,
+    log_ratio,
+    masked_mean,
+    survival,
+    td_target,
+)
 from alm_torchrl.objectives.latent_model import Batch, LatentModelLoss
 
 __all__ = ["ALMLoss"]
 
 LOSS_KEYS = ("loss_world_model", "loss_reward", "loss_classifier", "loss_value", "loss_actor")
-#: How far the dynamics is from the encoder, in the world-model loss.
-Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifier"]
-#: Which parameters encode what the dynamics should predict, and what all other terms start from.
-LatentTarget = Literal["moving_average", "stop_gradient", "online"]
-#: What the actor maximizes.
-ActorObjective = Literal["lambda_returns", "bound", "value"]
-
-_CHOICES = {
-    "reduction": ("none", "mean", "sum"),
-    "short_windows": ("mask", "drop"),
-    "consistency": get_args(Consistency),
-    "latent_target": get_args(LatentTarget),
-    "actor_objective": get_args(ActorObjective),
-}
+LossAndMetrics: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
 class ALMLoss(LatentModelLoss):
     r"""The objective of Aligned Latent Models (Ghugare et al., ICLR 2023, arXiv 2209.08466).
 
-    Encoder, latent dynamics and policy maximize one lower bound on the return; reward model,
-    transition classifier and action values are fitted as well. One call returns all losses. Each
-    gives a gradient only to its own networks, so one backward pass and one optimizer suffice:
+    One call returns all losses. Each loss trains only its own networks, so one backward pass of
+    their sum and one optimizer suffice:
 
-    ================== ========================================= ==================================
-    loss               trains                                    lets gradients pass through
-    ================== ========================================= ==================================
-    loss_world_model   encoder, latent dynamics                  reward, action values
-    loss_reward        reward                                    \-
-    loss_classifier    classifier                                \-
-    loss_value         action values                             \-
-    loss_actor         actor                                     latent dynamics, reward,
-                                                                 classifier, action values,
-                                                                 continuation
-    loss_continuation  continuation (optional)                   \-
-    ================== ========================================= ==================================
+    ================== =========================== ===============================================
+    loss               trains                      passes gradients through
+    ================== =========================== ===============================================
+    loss_world_model   encoder, latent dynamics    reward, action values
+    loss_reward        reward                      \-
+    loss_classifier    classifier                  \-
+    loss_value         action values               \-
+    loss_actor         actor                       latent dynamics, reward, classifier, action
+                                                   values, continuation
+    loss_continuation  continuation (optional)     \-
+    ================== =========================== ===============================================
 
-    The input is a batch of windows ``[B, T]`` (see
-    :func:`alm_torchrl.data.make_replay_buffer`). The world-model loss reads the whole window; the
-    others read only its first transition, which must be drawn uniformly. A plain batch of
-    transitions ``[B]`` counts as windows of one step, at any horizon. Steps past an episode's end,
-    or where ``"validity_mask"`` is false, contribute nothing.
+    The input is a batch of windows ``[B, T]`` (see :func:`alm_torchrl.data.make_replay_buffer`).
+    The world-model loss reads whole windows, the others the first transitions, which must be drawn
+    uniformly. Transitions ``[B]`` count as windows of one step. Steps after an episode's end, or
+    where ``"validity_mask"`` is false, have no effect.
 
-    Deviations from the authors' implementation, each with the option that restores theirs:
+    The defaults differ from the authors' implementation. To restore their behavior:
 
-    * A window that ends in a terminal state has no value term: ``bootstrap_terminated=True``.
-    * A window cut short by an episode's end counts with the steps it has:
-      ``short_windows="drop"``.
-    * One batch serves all terms; theirs samples windows and transitions separately: call the
-      per-term methods with separate batches.
-    * All terms are evaluated before the optimizer steps: step after each per-term method.
+    * value term after a terminal state: ``bootstrap_terminated=True``;
+    * no world-model loss for windows cut short by an episode's end: ``short_windows="drop"``;
+    * separate batches of windows and transitions: call the methods of the losses separately;
+    * one optimizer step after each loss: step after each of these methods.
+
+    :mod:`alm_torchrl.modules` has all of these networks.
 
     Args:
-        encoder: observations to a distribution over the latent, such as
-            :class:`~alm_torchrl.modules.MLPEncoder`.
-        dynamics: latent and action to a distribution over the next latent, such as
-            :class:`~alm_torchrl.modules.LatentDynamics`.
+        encoder: observations to a distribution over the latent.
+        dynamics: latent and action to a distribution over the next latent.
         reward_model: latent and action to a reward ``[..., 1]``.
-        classifier: latent, action and next latent to two logits ``[..., 2]``, class 1 for a next
-            latent encoded from a real observation.
-        qvalue_network: latent and action to ``N`` action values ``[..., N]``, whose minimum is
-            used.
-        actor: latent to a distribution over the action, with the noise that the losses should
-            see, such as :class:`~alm_torchrl.modules.Actor`.
+        classifier: latent, action and next latent to two logits ``[..., 2]``; class 1 is the next
+            latent of a real observation.
+        qvalue_network: latent and action to ``N`` action values ``[..., N]``; the losses use the
+            minimum.
+        actor: latent to a distribution over the action, including the exploration noise.
         continuation_model: latent and action to the logit ``[..., 1]`` of the probability that the
-            step does not terminate, such as :class:`~alm_torchrl.modules.ContinuationModel`.
-            Imagined episodes then end, too. None by default: nothing ends in imagination.
+            step does not terminate. By default, imagined episodes do not terminate.
 
     Keyword Args:
-        horizon (int): steps ``K`` imagined for the actor, and the length of the windows.
-        consistency_coeff (float): weight ``c`` of the log-ratio in the actor's reward; may be
-            assigned during training.
+        horizon (int): imagined steps ``K`` of the actor, and length of the windows.
+        consistency_coeff (float): weight ``c`` of the log-ratio in the actor's reward; assignable.
         reduction (str): ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for losses ``[B]``.
-        bootstrap_terminated (bool): whether a window keeps its value term after a terminal state.
-        short_windows (str): ``"mask"`` keeps the steps that a window cut short has; ``"drop"``
-            leaves such windows out of the world-model loss.
-        reward_term (bool): whether the world-model loss holds the rewards.
-        value_term (bool): whether it holds the value at the window's end.
-        consistency (str): its measure of how far the dynamics :math:`m` is from the encoder
-            :math:`e`: ``"reverse_kl"`` :math:`KL(m \| e)`, ``"forward_kl"`` :math:`KL(e \| m)`,
-            ``"squared_distance"`` of the two means, or ``"classifier"``, the negated log-ratio of
-            the latents drawn from :math:`m`.
-        consistency_level (float): if given, this term gets a learnt weight in place of 1, a
-            Lagrange multiplier that holds its mean over steps at this level (nats, or squared
-            latent units); it brings ``loss_multiplier`` and a parameter group ``multiplier``.
-        latent_target (str): which encoder the dynamics is held against, and latents of the other
-            losses come from: the ``"moving_average"`` of its weights, or the encoder itself with a
-            ``"stop_gradient"``, or ``"online"``, where the consistency term trains both sides.
-        actor_objective (str): ``"lambda_returns"`` of every imagined step, the K-step ``"bound"``
-            alone, or the ``"value"`` of the first latent and action, without the model.
-        value_expansion (bool): whether the value targets hold the imagined return of ``horizon``
-            steps from the next latent, in place of the value there.
-        start_steps (int): the actor's rollouts start after up to this many imagined steps, in
-            place of at encoded observations; see :meth:`roll_on`.
-
-        auxiliary_losses (dict): further losses by name. Each module gets the windows ``[B, T]``
-            with the latents of the trained encoder (first step) and dynamics (later steps), and
-            ``"validity_mask"``; it returns a scalar or ``[B]``, which becomes ``loss_<name>``.
+        bootstrap_terminated (bool): keeps the value term after a terminal state.
+        short_windows (str): ``"mask"`` uses the valid steps of windows cut short; ``"drop"``
+            excludes these windows from the world-model loss.
+        reward_term (bool): includes the rewards in the world-model loss.
+        value_term (bool): includes the value of the last latent in the world-model loss.
+        consistency (str): distance between dynamics :math:`m` and encoder :math:`e`:
+            ``"reverse_kl"`` :math:`KL(m \| e)`, ``"forward_kl"`` :math:`KL(e \| m)`,
+            ``"squared_distance"`` of the means, or ``"classifier"``, the negated log-ratio of
+            latents drawn from :math:`m`.
+        consistency_level (float): learns the weight of this distance as a Lagrange multiplier, to
+            keep its mean over steps at this level (nats, or squared latent units). Adds
+            ``loss_multiplier`` and a parameter group ``multiplier``. By default, the weight is 1.
+        latent_target (str): encoder of the dynamics' targets and of the latents of the other
+            losses: ``"moving_average"`` of its weights, ``"stop_gradient"`` for the encoder
+            itself, or ``"online"``, where the distance also trains the targets.
+        actor_objective (str): ``"lambda_returns"`` of all imagined steps, the K-step ``"bound"``,
+            or the model-free ``"value"`` of the first latent and action.
+        value_expansion (bool): replaces the value of the next latent in the value targets by its
+            imagined return over ``horizon`` steps.
+        start_steps (int): largest number of imagined steps before the actor's rollout starts; see
+            :meth:`roll_on`.
+        auxiliary_losses (dict): further losses by name. Each module reads the windows ``[B, T]``
+            with ``"validity_mask"`` and the latents of encoder (first step) and dynamics (later
+            steps); it returns a scalar or ``[B]``, which becomes ``loss_<name>``.
 
     The options from ``reward_term`` to ``actor_objective`` are for ablations; the later ones and
-    ``continuation_model`` are not part of the paper. :meth:`make_value_estimator` sets discount
-    and lambda of the imagined returns (0.99 and 0.95 by default). Update the targets with
-    ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``; build it before loading a checkpoint.
+    ``continuation_model`` are not in the paper. :meth:`make_value_estimator` sets discount and
+    lambda (0.99 and 0.95 by default). Update the target networks with
+    ``torchrl.objectives.SoftUpdate(loss, tau=0.005)``; create it before loading a checkpoint.
 
     Raises:
-        ValueError: for modules of the wrong kind or with keys that do not match, and for unknown
-            settings.
+        ValueError: if a module has the wrong kind or keys, or an option is invalid.
 
     Examples:
         >>> import torch
@@ -147,19 +128,14 @@ class ALMLoss(LatentModelLoss):
         ... )
         >>> target_update = SoftUpdate(loss, tau=0.005)
         >>> flag = torch.zeros(6, 3, 1, dtype=torch.bool)
+        >>> observation, reward = torch.randn(6, 3, 5), torch.randn(6, 3, 1)
+        >>> outcome = dict(observation=observation, reward=reward, done=flag, terminated=flag)
         >>> windows = TensorDict(
-        ...     observation=torch.randn(6, 3, 5),
-        ...     action=torch.rand(6, 3, 2),
-        ...     next=TensorDict(
-        ...         observation=torch.randn(6, 3, 5),
-        ...         reward=torch.randn(6, 3, 1),
-        ...         done=flag,
-        ...         terminated=flag,
-        ...     ),
+        ...     dict(observation=observation, action=torch.rand(6, 3, 2), next=outcome),
         ...     batch_size=[6, 3],
         ... )
         >>> losses = loss(windows)
-        >>> sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
+        >>> sum(losses[key] for key in loss.out_keys).backward()
         >>> target_update.step()
     """
 
@@ -168,7 +144,7 @@ class ALMLoss(LatentModelLoss):
         """The keys that :meth:`ALMLoss.set_keys` configures.
 
         ``reward`` and the flags are read under ``"next"``; each flag ends an episode.
-        ``truncated`` and ``validity_mask``, the steps that hold data ``[B, T]``, are optional.
+        ``truncated`` and ``validity_mask`` ``[B, T]`` are optional.
         """
 
         action: NestedKey = "action"
@@ -197,15 +173,15 @@ class ALMLoss(LatentModelLoss):
         *,
         horizon: int = 3,
         consistency_coeff: float = 0.1,
-        reduction: Literal["none", "mean", "sum"] = "mean",
+        reduction: options.Reduction = "mean",
         bootstrap_terminated: bool = False,
-        short_windows: Literal["mask", "drop"] = "mask",
+        short_windows: options.ShortWindows = "mask",
         reward_term: bool = True,
         value_term: bool = True,
-        consistency: Consistency = "reverse_kl",
+        consistency: options.Consistency = "reverse_kl",
         consistency_level: float | None = None,
-        latent_target: LatentTarget = "moving_average",
-        actor_objective: ActorObjective = "lambda_returns",
+        latent_target: options.LatentTarget = "moving_average",
+        actor_objective: options.ActorObjective = "lambda_returns",
         value_expansion: bool = False,
         start_steps: int = 0,
         auxiliary_losses: Mapping[str, nn.Module] | None = None,
@@ -240,17 +216,11 @@ class ALMLoss(LatentModelLoss):
             check_positive("consistency_level", consistency_level)
             self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))
         self.auxiliary_losses = nn.ModuleDict(auxiliary_losses or {})
-        self._check_options()
-        self.set_keys(action=self._action_key)
-        self.make_value_estimator()
-
-    def _check_options(self) -> None:
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        options.check_choices(self)
         if len(set(self.out_keys)) < len(self.out_keys):
             raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
-
-    # ---------------------------------------------------------------- keys and estimators
+        self.set_keys(action=self._action_key)
+        self.make_value_estimator()
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -270,9 +240,9 @@ class ALMLoss(LatentModelLoss):
         return keys + [f"loss_{name}" for name in self.auxiliary_losses]
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
-        """Renames the entries read from the batch; see :class:`ALMLoss._AcceptedKeys`.
+        """Renames the entries of the batch, see :class:`ALMLoss._AcceptedKeys`.
 
-        ``None`` restores a default. The networks keep the keys that they were built with.
+        ``None`` restores a default. The keys of the networks do not change.
         """
         if kwargs.get("action", self._action_key) is None:
             kwargs["action"] = self._action_key
@@ -284,10 +254,8 @@ class ALMLoss(LatentModelLoss):
     ) -> ALMLoss:
         """Sets the estimator of imagined returns and the discount of all losses.
 
-        Args:
-            value_type: ``ValueEstimators.TDLambda`` (the default), ``TD0`` or ``TD1``, or a value
-                estimator of TorchRL.
-            **hyperparams: such as ``gamma`` (0.99 by default) and ``lmbda`` (0.95).
+        The estimator may be ``ValueEstimators.TDLambda`` (the default), ``TD0``, ``TD1``, or a
+        value estimator of TorchRL; its options are ``gamma`` and ``lmbda``.
         """
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is None:
@@ -307,13 +275,11 @@ class ALMLoss(LatentModelLoss):
         return self
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters by the losses that move them.
+        """Returns the trainable parameters in groups, to clip gradients and set learning rates.
 
-        The gradient norm of each group is clipped separately; each may have its learning rate.
-
-        Returns:
-            ``world_model`` (encoder, dynamics and auxiliary losses), ``reward`` (reward model and
-            classifier), ``value`` and ``actor``; optionally ``continuation`` and ``multiplier``.
+        The groups are ``world_model`` (encoder, dynamics and auxiliary losses), ``reward`` (reward
+        model and classifier), ``value`` and ``actor``; optionally ``continuation`` and
+        ``multiplier``.
         """
         members = {
             "world_model": (self.encoder_params, self.dynamics_params, self.auxiliary_losses),
@@ -332,17 +298,15 @@ class ALMLoss(LatentModelLoss):
         return groups
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Does nothing: the estimator reads imagined rollouts, whose keys are the loss's own."""
-
-    # ------------------------------------------------------------------------- the losses
+        """Does nothing: the estimator reads imagined rollouts, whose keys are fixed."""
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All losses and their metrics from one batch.
+        """Computes all losses and their metrics.
 
         Args:
-            tensordict: windows ``[B, T]`` with ``T >= horizon``, or transitions ``[B]``, holding
-                :attr:`in_keys`. It is not changed.
+            tensordict: windows ``[B, T]`` with ``T >= horizon``, or transitions ``[B]``, with the
+                entries :attr:`in_keys`.
 
         Returns:
             The losses, scalars (``[B]`` with ``reduction="none"``), and detached scalar metrics.
@@ -367,14 +331,11 @@ class ALMLoss(LatentModelLoss):
             out |= {name: loss, **metrics}
         return TensorDict(out)
 
-    def world_model_loss(
-        self, tensordict: TensorDictBase | Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The world-model loss; see :meth:`world_model_rollout` for its terms.
+    def world_model_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
+        """The loss of encoder and dynamics, from the terms of :meth:`world_model_rollout`.
 
-        Like every loss term, it takes the windows of :meth:`forward`, or a batch from
-        :meth:`prepare`, and returns the loss and its metrics. :meth:`forward` calls the public
-        terms, so that a subclass may override them.
+        Like the other losses, it reads windows or a batch from :meth:`prepare` and returns a loss
+        and metrics. Subclasses may override each of them.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         rollout = self.world_model_rollout(batch)
@@ -387,25 +348,22 @@ class ALMLoss(LatentModelLoss):
         if self.value_term:
             loss = loss - rollout["value"].squeeze(-1)
         metrics = {
-            "kl": _masked_mean(rollout["kl"], batch.mask),
-            "prior_entropy": _masked_mean(rollout["prior_entropy"], batch.mask),
-            "posterior_entropy": _masked_mean(rollout["posterior_entropy"], batch.mask[:, 0]),
+            "kl": masked_mean(rollout["kl"], batch.mask),
+            "prior_entropy": masked_mean(rollout["prior_entropy"], batch.mask),
+            "posterior_entropy": masked_mean(rollout["posterior_entropy"], batch.mask[:, 0]),
             "latent_spread": rollout["latent"].std(0, correction=0).mean(),
         }
         if self.consistency != "reverse_kl":
-            metrics["consistency"] = _masked_mean(rollout["consistency"], batch.mask)
-        return self._reduce(loss, self._counted(batch)), _detached(metrics)
+            metrics["consistency"] = masked_mean(rollout["consistency"], batch.mask)
+        return self._reduce(loss, self._counted(batch)), detached(metrics)
 
-    def multiplier_loss(
-        self, tensordict: TensorDictBase | Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The dual of the constraint that the consistency term stays below its level.
+    def multiplier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
+        r"""The loss of the multiplier :math:`\beta` that holds the consistency term at its level.
 
         .. math:: -\log \beta \sum_t \big(\mathrm{sg}[\mathrm{consistency}_t] -
                   \mathrm{level}\big)
 
-        The multiplier :math:`\beta`, which weighs the term in the world-model loss, grows while
-        the term is above its level and shrinks while it is below.
+        :math:`\beta` grows while the term is above the level.
         """
         if self.consistency_level is None:
             raise ValueError("the loss has no multiplier; give ALMLoss a consistency_level")
@@ -413,11 +371,9 @@ class ALMLoss(LatentModelLoss):
         excess = self.world_model_rollout(batch)["consistency"].detach() - self.consistency_level
         loss = -self.log_multiplier * (excess.squeeze(-1) * batch.mask).sum(-1)
         metrics = {"multiplier": self.log_multiplier.exp()}
-        return self._reduce(loss, self._counted(batch)), _detached(metrics)
+        return self._reduce(loss, self._counted(batch)), detached(metrics)
 
-    def auxiliary_loss(
-        self, tensordict: TensorDictBase | Batch, name: str
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def auxiliary_loss(self, tensordict: TensorDictBase | Batch, name: str) -> LossAndMetrics:
         """The loss of the auxiliary module ``name``, without metrics."""
         batch = self.prepare(tensordict, steps=self.horizon)
         module, windows = self.auxiliary_losses[name], batch.windows.copy()
@@ -433,16 +389,14 @@ class ALMLoss(LatentModelLoss):
             )
         return (self._reduce(loss, batch.mask[:, 0]) if loss.ndim else loss), {}
 
-    def reward_loss(self, tensordict: TensorDictBase | Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def reward_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The mean squared error of the reward model, on the first transition of each window."""
         batch = self.prepare(tensordict)
         predicted = self.reward(*self._first_transition(batch), self.reward_model_params)
         loss = F.mse_loss(predicted, self._outcome(batch, "reward"), reduction="none").squeeze(-1)
         return self._reduce(loss, batch.mask[:, 0]), {}
 
-    def continuation_loss(
-        self, tensordict: TensorDictBase | Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def continuation_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The cross-entropy of the continuation model, on the first transition of each window.
 
         A terminal state ends an episode; a time limit does not.
@@ -454,9 +408,7 @@ class ALMLoss(LatentModelLoss):
         loss = F.binary_cross_entropy_with_logits(logit, continues, reduction="none").squeeze(-1)
         return self._reduce(loss, batch.mask[:, 0]), {}
 
-    def classifier_loss(
-        self, tensordict: TensorDictBase | Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def classifier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The cross-entropy of the classifier, on the first transition of each window.
 
         The rows of :meth:`generated_rows` get a next latent drawn from the dynamics (class 0).
@@ -472,26 +424,19 @@ class ALMLoss(LatentModelLoss):
         labels = (~generated).long()
         loss = F.cross_entropy(logits, labels, reduction="none")
         correct = (log_ratio(logits).squeeze(-1) > 0) == labels.bool()
-        metrics = {"classifier_accuracy": _masked_mean(correct.to(loss.dtype), batch.mask[:, 0])}
+        metrics = {"classifier_accuracy": masked_mean(correct.to(loss.dtype), batch.mask[:, 0])}
         return self._reduce(loss, batch.mask[:, 0]), metrics
 
     def generated_rows(self, tensordict: TensorDictBase) -> Tensor:
-        """The rows for which the classifier sees an imagined next latent: a random half.
+        """The rows with an imagined next latent for the classifier, bool ``[B]``: a random half.
 
-        Args:
-            tensordict: latents and actions of the first transitions, ``[B]``.
-
-        Returns:
-            bool ``[B]``. A subclass may override it.
+        Its input holds latents and actions of the first transitions. Subclasses may override it.
         """
         rows = tensordict.shape[0]
         return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
 
-    def value_loss(self, tensordict: TensorDictBase | Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The squared temporal-difference error, on the first transition of each window.
-
-        The loss is a mean over the action values of the ensemble.
-        """
+    def value_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
+        """The squared temporal-difference error of all action values, on the first transitions."""
         batch = self.prepare(tensordict)
         latent, action = self._first_transition(batch)
         params = self.target_qvalue_network_params
@@ -507,21 +452,18 @@ class ALMLoss(LatentModelLoss):
         values = self.action_values(latent, action, self.qvalue_network_params)
         loss = (values - target).square().mean(-1)
         mask = batch.mask[:, 0]
-        metrics = {
-            "q_value": _masked_mean(values, mask),
-            "target_value": _masked_mean(target, mask),
-        }
-        return self._reduce(loss, mask), _detached(metrics)
+        metrics = {"q_value": masked_mean(values, mask), "target_value": masked_mean(target, mask)}
+        return self._reduce(loss, mask), detached(metrics)
 
-    def actor_loss(self, tensordict: TensorDictBase | Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The negated return of rollouts imagined from the first observation of each window."""
         batch = self.prepare(tensordict)
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
         mask = batch.mask[:, 0]
         if self.actor_objective == "value":
             value = self.value(latent, self.act(latent, self.actor_params))
-            metrics = {"actor_value": _masked_mean(value, mask)}
-            return self._reduce(-value.squeeze(-1), mask), _detached(metrics)
+            metrics = {"actor_value": masked_mean(value, mask)}
+            return self._reduce(-value.squeeze(-1), mask), detached(metrics)
         rollout = self.imagine(self.roll_on(latent) if self.start_steps else latent)
         returns = self.lambda_return(rollout)
         if self.actor_objective == "bound":
@@ -532,14 +474,14 @@ class ALMLoss(LatentModelLoss):
                 weights = weights * survival(rollout["continuation"].detach())[:, :-1]
             loss = -(weights * returns).mean(-2).squeeze(-1)
         metrics = {
-            "imagined_reward": _masked_mean(rollout["reward"], mask),
-            "imagined_log_ratio": _masked_mean(rollout["log_ratio"], mask),
-            "imagined_value": _masked_mean(rollout["next", "value"], mask),
-            "imagined_return": _masked_mean(returns[:, 0], mask),
+            "imagined_reward": masked_mean(rollout["reward"], mask),
+            "imagined_log_ratio": masked_mean(rollout["log_ratio"], mask),
+            "imagined_value": masked_mean(rollout["next", "value"], mask),
+            "imagined_return": masked_mean(returns[:, 0], mask),
         }
         if self.continuation_model is not None:
-            metrics["imagined_continuation"] = _masked_mean(rollout["continuation"], mask)
-        return self._reduce(loss, mask), _detached(metrics)
+            metrics["imagined_continuation"] = masked_mean(rollout["continuation"], mask)
+        return self._reduce(loss, mask), detached(metrics)
 
     def _first_transition(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A latent drawn for the first observation, and its recorded action."""
@@ -547,22 +489,12 @@ class ALMLoss(LatentModelLoss):
         return latent, batch.windows.get(self.tensor_keys.action)[:, 0]
 
     def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
-        """An entry of the first transition under ``"next"``, ``[B, 1]``."""
+        """An entry under ``"next"`` of the first transition, ``[B, 1]``."""
         return batch.windows.get(unravel_key(("next", getattr(self.tensor_keys, name))))[:, 0]
 
     def _counted(self, batch: Batch) -> Tensor:
-        """The windows that the world-model loss counts, bool ``[B]``."""
+        """The windows in the world-model loss, bool ``[B]``."""
         return batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
 
     def _reduce(self, loss: Tensor, mask: Tensor) -> Tensor:
         return self._reduce_loss(loss, TensorDict({self.tensor_keys.validity_mask: mask}))
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of ``values`` ``[*mask.shape, ...]`` over the entries that the mask keeps."""
-    means = values.reshape(*mask.shape, -1).mean(-1)
-    return torch.where(mask, means, 0).sum() / mask.sum().clamp_min(1)
-
-
-def _detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in metrics.items()}

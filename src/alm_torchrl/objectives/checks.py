@@ -17,7 +17,6 @@ from torch import distributions as D
 from alm_torchrl.data.transitions import as_column, as_flag
 
 __all__ = [
-    "check_choice",
     "check_latents",
     "check_networks",
     "check_positive",
@@ -37,15 +36,15 @@ def read_windows(
 ) -> TensorDictBase:
     """Reads and checks a batch.
 
-    Flags of another type that hold only 0 and 1 are read as bool, numbers as the networks' dtype,
-    and entries of one number for each transition may lack their last dimension.
+    Converts flags of zeros and ones to bool and numbers to ``dtype``, and adds a missing last
+    dimension of size 1.
 
     Args:
         tensordict: windows ``[B, T]`` or transitions ``[B]``.
-        keys: the loss's ``tensor_keys``.
-        observations: the encoder's ``in_keys``.
-        steps: steps wanted of each window.
-        dtype: of the networks.
+        keys: the ``tensor_keys`` of the loss.
+        observations: the ``in_keys`` of the encoder.
+        steps: number of steps to read.
+        dtype: dtype of the networks.
 
     Returns:
         The entries, ``[B, steps]`` (``[B, 1]`` from plain transitions).
@@ -62,7 +61,7 @@ def read_windows(
     shape = reward.shape
     if len(shape) not in (2, 3) or shape[-1] != 1:
         raise ValueError(
-            f"entry {reward_key!r} has shape {tuple(shape)}; wanted [B, T, 1] (windows) or "
+            f"entry {reward_key!r} has shape {tuple(shape)}; expected [B, T, 1] (windows) or "
             "[B, 1] (transitions)"
         )
     shape = shape[:-1]
@@ -94,7 +93,7 @@ def read_windows(
         return windows.unsqueeze(1)
     if shape[1] < steps:
         raise ValueError(
-            f"the windows are too short: entry {reward_key!r} has shape {(*shape, 1)}, wanted "
+            f"the windows are too short: entry {reward_key!r} has shape {(*shape, 1)}, expected "
             f"[B, {steps}, 1]; sample windows of at least `horizon` steps or lower `horizon`"
         )
     return windows[:, :steps]
@@ -106,54 +105,48 @@ def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         found = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
         raise KeyError(
             f"entry {key!r} is missing from the batch, which has {', '.join(found)}; rename "
-            "with `ALMLoss.set_keys` or store it in the replay buffer"
+            "it with `ALMLoss.set_keys` or store it in the replay buffer"
         )
     return value
 
 
 def _as_read(observation: Tensor, dtype: torch.dtype) -> Tensor:
-    """Double precision as the networks have it; an encoder may want any other type as it is."""
+    """Converts float64 to the dtype of the networks; the encoder handles other dtypes."""
     return observation.to(dtype) if observation.dtype == torch.float64 else observation
 
 
-def _check_shape(key: NestedKey, value: Tensor, wanted: Sequence[int | str]) -> None:
-    """Refuses an entry of another shape, where ``"..."`` stands for any further sizes."""
-    if wanted[-1] == "...":
-        matches = value.ndim >= len(wanted) and value.shape[: len(wanted) - 1] == wanted[:-1]
+def _check_shape(key: NestedKey, value: Tensor, expected: Sequence[int | str]) -> None:
+    """Raises if an entry has another shape; a final ``"..."`` allows further dimensions."""
+    if expected[-1] == "...":
+        matches = value.ndim >= len(expected) and value.shape[: len(expected) - 1] == expected[:-1]
     else:
-        matches = value.shape == wanted
+        matches = value.shape == expected
     if not matches:
-        sizes = ", ".join(map(str, wanted))
+        sizes = ", ".join(map(str, expected))
         raise ValueError(
-            f"entry {key!r} has shape {tuple(value.shape)}; wanted [{sizes}] to go with the "
-            "reward and the other entries"
+            f"entry {key!r} has shape {tuple(value.shape)}; expected [{sizes}]; give all "
+            "entries the batch size of the reward"
         )
 
 
 def mask_invalid(value: Tensor, mask: Tensor) -> Tensor:
-    """Floating-point values with zeros where the mask is false."""
+    """Sets floating-point values to zero where the mask is false."""
     if not value.is_floating_point():
         return value
     return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
 
 
 def check_whole(name: str, value: object, *, at_least: int) -> int:
-    """Python's own number, of a whole one that is large enough."""
+    """Converts a number to ``int``; raises if it is not whole or is too small."""
     if not isinstance(value, SupportsIndex) or index(value) < at_least:
         raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
     return index(value)
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuses a number that is not positive and finite."""
+    """Raises if a number is not positive and finite."""
     if not 0 < value < inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuses a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
 
 
 def check_networks(
@@ -165,7 +158,7 @@ def check_networks(
     actor: TensorDictModuleBase,
     **others: TensorDictModuleBase,
 ) -> None:
-    """Refuses modules that are of the wrong kind or read what no other module writes."""
+    """Raises if a module has the wrong kind, or reads an entry that no module writes."""
     for name, module in {"encoder": encoder, "dynamics": dynamics, "actor": actor}.items():
         if not isinstance(module, ProbabilisticTensorDictSequential):
             raise ValueError(
@@ -215,7 +208,7 @@ def check_networks(
 def explain_sizes(
     error: RuntimeError, name: str, network: TensorDictModuleBase, inputs: TensorDictBase
 ) -> None:
-    """Raises an error that names the inputs if they do not fit the first linear layer."""
+    """Raises an error with the input shapes if they do not fit the first linear layer."""
     first = next(layer for layer in network.modules() if next(layer.children(), None) is None)
     entries = {key: inputs.get(key) for key in network.in_keys}
     sizes = sum(value.shape[-1] for value in entries.values())
@@ -223,13 +216,13 @@ def explain_sizes(
         return
     found = ", ".join(f"{key!r} of shape {tuple(v.shape)}" for key, v in entries.items())
     raise ValueError(
-        f"{name} cannot read {found}; wanted last sizes that add up to {first.in_features}, for "
-        "which it was built"
+        f"{name} cannot read {found}; its first layer expects last sizes "
+        f"that add up to {first.in_features}; build it for these inputs"
     ) from error
 
 
 def check_latents(prior: D.Distribution, target: D.Distribution) -> None:
-    """Refuses dynamics and an encoder whose latents differ in shape."""
+    """Raises if dynamics and encoder have latents of different shapes."""
     if prior.batch_shape + prior.event_shape != target.batch_shape + target.event_shape:
         raise ValueError(
             f"the dynamics writes latents of shape {tuple(prior.batch_shape + prior.event_shape)}, "

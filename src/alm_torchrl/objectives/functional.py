@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from alm_torchrl.distributions import OneHotGroups, one_hot_kl
 
 __all__ = [
+    "detached",
     "discounts",
     "episode_mask",
     "gaussian_kl",
@@ -25,6 +26,7 @@ __all__ = [
     "lambda_returns",
     "log_ratio",
     "log_return_bound",
+    "masked_mean",
     "squared_distance",
     "survival",
     "td_target",
@@ -284,3 +286,19 @@ def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:
     if valid is not None:
         inside = inside & valid
     return inside.int().cumprod(1).bool()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of values ``[*mask.shape, ...]`` over the entries with a true mask.
+
+    Examples:
+        >>> masked_mean(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
+    means = values.reshape(*mask.shape, -1).mean(-1)
+    return torch.where(mask, means, 0).sum() / mask.sum().clamp_min(1)
+
+
+def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics without gradients."""
+    return {name: value.detach() for name, value in metrics.items()}

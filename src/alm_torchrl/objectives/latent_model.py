@@ -1,4 +1,4 @@
-"""The networks of ALMLoss, the verbs that call them, and rollouts in the latent space."""
+"""The networks of ALMLoss, methods that call them, and rollouts in the latent space."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ __all__ = ["Batch", "LatentModelLoss"]
 
 
 class Batch(NamedTuple):
-    """A checked batch of windows, with what several loss terms share."""
+    """A checked batch of windows with its encodings, shared by the losses."""
 
     windows: TensorDictBase
     """The entries of ``ALMLoss.in_keys``, ``[B, T]``."""
     mask: Tensor
-    """Which steps belong to the episode of the window's first step, bool ``[B, T]``."""
+    """True for steps in the episode of the window's first step, bool ``[B, T]``."""
     current: TensorDictBase
     """Target-encoder distribution parameters of the first observation, ``[B]``."""
     following: TensorDictBase
     """Target-encoder distribution parameters of the next observations, ``[B, T]``."""
     rollout: TensorDictBase | None = None
-    """The result of :meth:`LatentModelLoss.world_model_rollout`, if it was computed already."""
+    """The result of :meth:`LatentModelLoss.world_model_rollout`, if already computed."""
 
 
 class LatentModelLoss(LossModule):
-    """The networks, verbs and rollouts of :class:`ALMLoss`, without its loss terms.
+    """The networks and rollouts of :class:`ALMLoss`, without its losses.
 
-    The loss shares all parameters and buffers with the networks. ``to`` moves the networks too,
-    and a copy of the loss shares with its own copies. A network wrapped by ``torch.compile`` is
-    unwrapped and compiles with the loss; state dicts of both kinds are interchangeable.
+    The loss shares all parameters and buffers with the networks, and ``to`` moves both. A network
+    wrapped by ``torch.compile`` is unwrapped and compiles with the loss; the loss loads state dicts
+    of compiled and plain networks.
 
     Args:
         networks: the networks by name.
-        averaged: names of the networks that get a moving average as target.
+        averaged: names of the networks with a moving average as target.
     """
 
     deterministic_sampling_mode = ExplorationType.RANDOM
@@ -120,7 +120,7 @@ class LatentModelLoss(LossModule):
             network = getattr(self, name)
             params = TensorDict.from_module(network, as_module=True)
             setattr(self, f"{name}_params", params)
-            # Read as an attribute, it would warn that nothing updates it yet.
+            # Attribute access would warn that no target updater is registered yet.
             target = self._modules.get(f"target_{name}_params")
             if target is not None:
                 share_untrained(params, target)
@@ -138,9 +138,9 @@ class LatentModelLoss(LossModule):
             if own is tensor or (own is not None and own.data_ptr() == tensor.data_ptr()):
                 continue
             raise RuntimeError(
-                "a network was moved or got new tensors after the loss was built, so they no "
-                "longer share parameters and buffers; move the loss instead (it moves its "
-                "networks), as in loss.to(device), or build the loss after the move"
+                "a network no longer shares its tensors with the loss, because it was moved or "
+                "changed after the loss was built; move the loss (and so its networks) with "
+                "loss.to(device), or build the loss after the move"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -156,7 +156,7 @@ class LatentModelLoss(LossModule):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Shares the tensors again, which a copy or a pickle holds twice."""
+        """Shares the tensors again after a copy or unpickling."""
         super().__setstate__(state)
         self._share()
 
@@ -169,18 +169,18 @@ class LatentModelLoss(LossModule):
         params: TensorDictBase,
         size: int | None = None,
     ) -> Tensor:
-        """The output of a deterministic network, checked to have the given last size."""
+        """Runs a deterministic network and checks the last size of its output."""
         try:
             with parametrized(network, params):
                 output = network(inputs.copy()).get(network.out_keys[-1])
         except RuntimeError as error:
             explain_sizes(error, self._name(network), network, inputs)
             raise
-        wanted = (*inputs.batch_size, output.shape[-1] if size is None else size)
-        if output.shape != wanted:
+        expected = (*inputs.batch_size, output.shape[-1] if size is None else size)
+        if output.shape != expected:
             raise ValueError(
                 f"{self._name(network)} wrote entry {network.out_keys[-1]!r} of shape "
-                f"{tuple(output.shape)}; wanted {wanted}"
+                f"{tuple(output.shape)}; expected {expected}"
             )
         return output
 
@@ -190,7 +190,7 @@ class LatentModelLoss(LossModule):
         inputs: TensorDictBase,
         params: TensorDictBase,
     ) -> TensorDictBase:
-        """The parameters of a network's distribution, which can be stacked and indexed."""
+        """Computes the parameters of a network's distribution."""
         try:
             with parametrized(network, params):
                 return network.get_dist_params(inputs.copy()).select(*network.dist_params_keys)
@@ -206,12 +206,12 @@ class LatentModelLoss(LossModule):
         return TensorDict(entries, batch_size=latent.shape[:-1])
 
     def _draw(self, dist: D.Distribution) -> Tensor:
-        """A sample, whatever the exploration type outside; the mean if the loss asks for it."""
+        """Draws a sample in any exploration type, or the mean in deterministic mode."""
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
             return dist.rsample()
         return dist.deterministic_sample  # type: ignore[attr-defined]
 
-    # ------------------------------------------------------------------------------ the verbs
+    # --------------------------------------------------------------- calls of single networks
 
     @torch.no_grad()
     def _encode(self, observations: TensorDictBase) -> TensorDictBase:
@@ -234,7 +234,7 @@ class LatentModelLoss(LossModule):
     ) -> tuple[Tensor, TensorDictBase]:
         """A next latent ``[..., D]`` drawn from the dynamics, and its distribution parameters.
 
-        Like all verbs, it takes no gradient to the network unless ``params`` has one.
+        As in the following methods, only given ``params`` receive a gradient.
         """
         params = self.dynamics_params.detach() if params is None else params
         prior = self._dist_params(self.dynamics, self._step(latent, action), params)
@@ -291,15 +291,15 @@ class LatentModelLoss(LossModule):
     # ------------------------------------------------------------------------------ the batch
 
     def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
-        """Checks a batch and encodes its observations with the target encoder in one pass.
+        """Checks a batch and encodes its observations with the target encoder.
 
         Args:
-            tensordict: windows ``[B, T]`` or transitions ``[B]`` with the loss's ``in_keys``; a
-                prepared batch is returned as it is.
-            steps: steps to read of each window.
+            tensordict: windows ``[B, T]`` or transitions ``[B]`` with the entries ``in_keys``; a
+                prepared batch is returned unchanged.
+            steps: number of steps to read.
 
         Returns:
-            The prepared batch, which every loss term accepts in place of the windows.
+            The batch, which all losses accept in place of windows.
         """
         if isinstance(tensordict, Batch):
             return tensordict
@@ -309,7 +309,7 @@ class LatentModelLoss(LossModule):
         windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
         done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
-        # Entries after the end of the episode may be NaN, whose gradient no mask would remove.
+        # Entries after the episode may be NaN; masking the loss would not remove their gradient.
         windows = windows.apply(lambda value: mask_invalid(value, mask))
         observations = self.encoder.in_keys
         current = windows[:, :1].select(*observations)
@@ -330,8 +330,8 @@ class LatentModelLoss(LossModule):
 
         Returns:
             ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the term in the loss) and ``reward``,
-            each ``[B, T, 1]`` and meaningful where the window is valid, ``value`` ``[B, 1]`` of
-            the last latent, ``latent`` ``[B, T, D]`` and entropies.
+            each ``[B, T, 1]`` and not yet masked; ``latent`` ``[B, T, D]``; ``value`` ``[B, 1]``
+            of the last latent; and entropies.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         if batch.rollout is not None:
@@ -370,7 +370,7 @@ class LatentModelLoss(LossModule):
         )
 
     def _target_distribution(self, batch: Batch) -> D.Distribution:
-        """The distribution that the dynamics should predict, ``[B, T]``."""
+        """The target distribution of the dynamics, ``[B, T]``."""
         parameters = batch.following
         if self.latent_target == "online":
             observations = batch.windows.get("next").select(*self.encoder.in_keys)
@@ -390,8 +390,8 @@ class LatentModelLoss(LossModule):
     def roll_on(self, latent: Tensor) -> Tensor:
         r"""Advances latents ``[B, D]`` by up to ``start_steps`` steps of the actor.
 
-        The number of steps of each row is uniform in :math:`\{0, \dots, N\}`. A row stops where
-        its episode is expected to terminate.
+        The number of steps is uniform in :math:`\{0, \dots, N\}` for each row. A row stops early
+        where the continuation model predicts a termination.
         """
         steps = torch.randint(self.start_steps + 1, latent.shape[:1], device=latent.device)
         moving = torch.ones_like(steps, dtype=torch.bool)
@@ -415,14 +415,14 @@ class LatentModelLoss(LossModule):
     ) -> TensorDictBase:
         r"""Rolls the actor out in the latent dynamics.
 
-        Actions are drawn on detached latents and detached again where they enter the values, so
-        the gradient reaches the actor through the dynamics, the rewards and the log-ratios.
+        Actions depend on detached latents, and the values on detached actions. The gradient reaches
+        the actor through the dynamics, the rewards and the log-ratios.
 
         Args:
-            latent: where to start, ``[B, D]``.
+            latent: first latents, ``[B, D]``.
             action: the first action ``[B, A]``; drawn from the actor by default.
-            values: parameters of the action values; the current ones by default.
-            with_log_ratio: whether to evaluate the classifier.
+            values: parameters of the action values; those in training by default.
+            with_log_ratio: evaluates the classifier.
 
         Returns:
             ``latent``, ``action``, ``reward``, ``log_ratio`` and, under ``"next"``, ``latent``,
@@ -466,8 +466,7 @@ class LatentModelLoss(LossModule):
         r"""The returns ``[B, K, 1]`` of an imagined rollout by the loss's value estimator.
 
         The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, or
-        :math:`r(z_t, a_t)` in a rollout without ``log_ratio``. Episodes end inside a rollout only
-        if there is a continuation model: see
+        :math:`r(z_t, a_t)` in a rollout without ``log_ratio``. With a continuation model, see
         :func:`~alm_torchrl.objectives.functional.lambda_returns`.
         """
         reward = self._augmented_reward(rollout)
@@ -483,7 +482,7 @@ class LatentModelLoss(LossModule):
     def bound(self, rollout: TensorDictBase) -> Tensor:
         r"""The K-step bound of an imagined rollout, ``[B, 1]``.
 
-        It is the first of :meth:`lambda_return`'s returns at :math:`\lambda = 1`; see
+        It equals the first return of :meth:`lambda_return` at :math:`\lambda = 1`; see
         :func:`~alm_torchrl.objectives.functional.k_step_bound`.
         """
         value, gamma = rollout["next", "value"][:, -1], self.value_estimator.gamma

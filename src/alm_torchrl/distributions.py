@@ -1,9 +1,8 @@
 """The distributions of Aligned Latent Models.
 
-* The latent is a diagonal Normal (:class:`DiagonalNormal`) or groups of one-hot categoricals
+* Latents: a diagonal Normal (:class:`DiagonalNormal`) or groups of one-hot categoricals
   (:class:`OneHotGroups`).
-* The action is a Normal around the actor's output, with optional clipping of the noise and a
-  straight-through clamp to the action range: :class:`ClampedNormal`.
+* Actions: a Normal with clipped noise and a clamp to the action range (:class:`ClampedNormal`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ __all__ = ["ClampedNormal", "DiagonalNormal", "OneHotGroups"]
 
 
 class DiagonalNormal(IndependentNormal):
-    """TorchRL's Normal of independent dimensions, with samples that ``torch.vmap`` can follow.
+    """TorchRL's diagonal Normal, with samples that work under ``torch.vmap``.
 
     Args:
         loc: location, ``[..., D]``.
@@ -38,7 +37,7 @@ class DiagonalNormal(IndependentNormal):
         super().__init__(loc, scale, validate_args=False)
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws samples ``[*sample_shape, ..., D]`` that gradients pass through."""
+        """Draws samples ``[*sample_shape, ..., D]`` with a gradient."""
         shape = self._extended_shape(torch.Size(sample_shape))
         loc, scale = self.base_dist.loc, self.base_dist.scale
         return loc + scale * torch.randn(shape, dtype=loc.dtype, device=loc.device)
@@ -50,22 +49,19 @@ class ClampedNormal(D.Independent):
     .. math:: a = \mathrm{clamp}(\mu + \mathrm{clip}(\sigma\epsilon, -c, c),\;
               low + \delta,\; high - \delta), \quad \epsilon \sim N(0, I)
 
-    The clamp is straight-through: backwards it is the identity, so that an action at the border
-    still receives a gradient. This is the "truncated normal" of DrQ-v2 (Yarats et al., 2021) that
-    ALM uses; it is not :class:`torchrl.modules.TruncatedNormal`, which renormalizes the density.
-
-    The clamp puts probability mass on the border, so there is no density: ``log_prob`` and
-    ``entropy`` raise.
+    The gradient of the clamp is the identity (straight-through), so actions at a border still
+    receive a gradient. This is the "truncated normal" of DrQ-v2 (Yarats et al., 2021). It has
+    probability mass at the borders and therefore no density: ``log_prob`` and ``entropy`` raise.
+    In contrast, :class:`torchrl.modules.TruncatedNormal` renormalizes the density.
 
     Args:
         loc: center of the noise, ``[..., A]``, in action units.
         scale: standard deviation of the noise before clipping, broadcastable to ``loc``.
         low: lower end of the action range; a float, or a tensor broadcastable to ``[A]``.
         high: upper end of the action range, like ``low``.
-        noise_clip: largest absolute noise (a float or a tensor like ``low``), or ``None`` for no
-            clipping. ALM clips at 0.3 inside its losses and does not clip when acting.
-        margin: :math:`\delta`, the distance kept from the ends of the range; at most a quarter of
-            the range.
+        noise_clip: largest absolute noise, a float or a tensor like ``low``; no clipping by
+            default. ALM clips at 0.3 in its losses, but not in the environment.
+        margin: distance :math:`\delta` from the ends of the range, at most a quarter of the range.
 
     Examples:
         >>> import torch
@@ -93,7 +89,7 @@ class ClampedNormal(D.Independent):
         if not isinstance(scale, Tensor):
             scale = torch.full_like(loc, scale)
         low, high = _match(low, loc), _match(high, loc)
-        kept = (high - low) / 4  # of a range so narrow that the ends would cross
+        kept = (high - low) / 4  # the ends of a narrow range must not cross
         kept = kept.clamp(max=margin) if isinstance(kept, Tensor) else min(kept, margin)
         self._low, self._high = low + kept, high - kept
         self.noise_clip = None if noise_clip is None else _match(noise_clip, loc)
@@ -150,11 +146,11 @@ class ClampedNormal(D.Independent):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Raises, because the clamp leaves no density."""
-        raise NotImplementedError("ClampedNormal has mass on its borders and so no density")
+        raise NotImplementedError("ClampedNormal has no density; use another actor distribution")
 
     def entropy(self) -> Tensor:
         """Raises, because the clamp leaves no density."""
-        raise NotImplementedError("ClampedNormal has mass on its borders and so no entropy")
+        raise NotImplementedError("ClampedNormal has no entropy; use another actor distribution")
 
     def _clamp(self, action: Tensor) -> Tensor:
         clamped = action.detach().clamp(min=self._low).clamp(max=self._high)
@@ -163,18 +159,18 @@ class ClampedNormal(D.Independent):
 
 
 class OneHotGroups(D.Distribution):
-    r"""Independent groups of one-hot categoricals, side by side in one vector.
+    r"""Independent one-hot categoricals, concatenated to one vector.
 
-    A sample is one-hot in each of the ``G`` groups, flattened to ``[..., G * C]``. Its gradient is
-    that of the probabilities (straight-through: :math:`z + p - \mathrm{sg}(p)`), as in DreamerV2
-    (Hafner et al., 2021, arXiv 2010.02193). Samples are drawn by the Gumbel-max trick, which
-    compiles, is captured by a CUDA graph, and works under ``torch.vmap``.
+    A sample ``[..., G * C]`` is one-hot in each of the ``G`` groups. Its gradient is that of the
+    probabilities (straight-through: :math:`z + p - \mathrm{sg}(p)`), as in DreamerV2 (Hafner et
+    al., 2021, arXiv 2010.02193). The Gumbel-max trick draws samples, because it works with
+    ``torch.compile``, CUDA graphs and ``torch.vmap``.
 
     Args:
-        logits: unnormalized log-probabilities, ``[..., G, C]``; half precision is raised to
-            float32.
-        unimix: share of a uniform categorical that is mixed in, which bounds every divergence
-            (DreamerV3, Hafner et al., 2023, arXiv 2301.04104, has 0.01; DreamerV2 none).
+        logits: unnormalized log-probabilities, ``[..., G, C]``; half precision is converted
+            to float32.
+        unimix: weight of a uniform categorical in the mixture, which bounds every divergence
+            (0.01 in DreamerV3, Hafner et al., 2023, arXiv 2301.04104; 0 in DreamerV2).
 
     Raises:
         ValueError: if ``unimix`` is not in [0, 1).
@@ -195,7 +191,7 @@ class OneHotGroups(D.Distribution):
 
     def __init__(self, logits: Tensor, unimix: float = 0.0) -> None:
         if not 0 <= unimix < 1:
-            raise ValueError(f"unimix is a share in [0, 1), got {unimix}")
+            raise ValueError(f"unimix must be in [0, 1), got {unimix}")
         log_probs = full_precision(logits).log_softmax(-1)
         if unimix:
             log_probs = ((1 - unimix) * log_probs.exp() + unimix / logits.shape[-1]).log()
@@ -210,12 +206,12 @@ class OneHotGroups(D.Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """The probabilities side by side, ``[..., G * C]``."""
+        """The probabilities, ``[..., G * C]``."""
         return self.probs.flatten(-2)
 
     @property
     def mode(self) -> Tensor:
-        """The likeliest class of each group, one-hot, ``[..., G * C]``; straight-through."""
+        """The most likely class of each group, one-hot with a straight-through gradient."""
         return self._straight_through(self.log_probs, self.probs)
 
     @property
@@ -266,7 +262,7 @@ def one_hot_kl(p: OneHotGroups, q: OneHotGroups) -> Tensor:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Raises half-precision values to float32 and keeps every other dtype."""
+    """Converts half precision to float32 and keeps other dtypes."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

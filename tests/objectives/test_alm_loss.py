@@ -973,7 +973,11 @@ def test_a_wrong_shape_is_named(
 @pytest.mark.parametrize(
     ("key", "size", "message"),
     [
-        ("observation", 7, r"encoder cannot read 'observation' of shape \(6, 4, 7\); .* up to 5; build"),
+        (
+            "observation",
+            7,
+            r"encoder cannot read 'observation' of shape \(6, 4, 7\); .* up to 5; build",
+        ),
         (
             "action",
             3,

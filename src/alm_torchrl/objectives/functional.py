@@ -55,9 +55,11 @@ def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
     r""":math:`KL(p \| q)` of two latent distributions.
 
     Diagonal Normals and groups of one-hot categoricals have closed forms, which ``torch.compile``
-    traces without a graph break. Other pairs use :func:`torch.distributions.kl_divergence`, which
-    raises a ``NotImplementedError`` for an unknown pair: register it with
+    traces without a graph break. Other pairs need a divergence registered with
     :func:`torch.distributions.register_kl`. The divergence is in nats, ``[...]``.
+
+    Raises:
+        NotImplementedError: if no divergence is registered for the pair.
 
     Examples:
         >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
@@ -85,7 +87,7 @@ def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
 
     .. math:: \sum_d (\mu^p_d - \mu^q_d)^2
 
-    For two Normals of scale :math:`\sigma` it is :math:`2 \sigma^2` times their KL divergence.
+    For two Normals of scale :math:`\sigma`, it equals :math:`2 \sigma^2` times the KL divergence.
 
     Examples:
         >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
@@ -100,7 +102,7 @@ def log_ratio(logits: Tensor) -> Tensor:
     r"""The classifier's estimate of :math:`\log e(z' \mid s') - \log m(z' \mid z, a)`.
 
     Args:
-        logits: the classifier's output, ``[..., 2]``; class 1 is an encoded next latent.
+        logits: output of the classifier, ``[..., 2]``; class 1 is an encoded next latent.
 
     Returns:
         The log-ratio in nats, ``[..., 1]``.
@@ -115,7 +117,7 @@ def log_ratio(logits: Tensor) -> Tensor:
 def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Tensor) -> Tensor:
     r"""The one-step target :math:`y = r + \gamma (1 - \mathrm{terminated}) Q(z', a')`.
 
-    A time limit is no termination: pass ``terminated``, never ``done``.
+    Pass ``terminated``, not ``done``: a time limit is not a termination.
 
     Args:
         reward: ``[..., 1]``.
@@ -137,7 +139,7 @@ def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Ten
 def discounts(gamma: Tensor, steps: int) -> Tensor:
     r"""The weights :math:`1, \gamma, \gamma^2, \dots` of a rollout.
 
-    They have shape ``[steps, 1]``, to broadcast against ``[..., steps, 1]``.
+    Their shape ``[steps, 1]`` broadcasts with ``[..., steps, 1]``.
 
     Examples:
         >>> discounts(torch.tensor(0.5), 3).flatten()
@@ -168,7 +170,7 @@ def survival(continuation: Tensor) -> Tensor:
 def lambda_returns(
     reward: Tensor, value: Tensor, continuation: Tensor, gamma: Tensor, lmbda: Tensor | float
 ) -> Tensor:
-    r"""TD-lambda returns of a rollout that may terminate at every step.
+    r"""The TD-lambda returns of a rollout that may terminate at every step.
 
     .. math:: G_t = r_t + \gamma d_t \big((1 - \lambda) V_{t+1} + \lambda G_{t+1}\big),
               \qquad G_K = V_K
@@ -200,7 +202,7 @@ def lambda_returns(
 def k_step_bound(
     reward: Tensor, value: Tensor, gamma: Tensor, continuation: Tensor | None = None
 ) -> Tensor:
-    r"""The K-step lower bound of a rollout, as ALM maximizes it.
+    r"""The K-step lower bound of a rollout, in the form that ALM maximizes.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big) \tilde r_t
               + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) Q(z_K, a_K)
@@ -234,22 +236,22 @@ def log_return_bound(
     gamma: Tensor,
     continuation: Tensor | None = None,
 ) -> Tensor:
-    r"""The K-step lower bound on the logarithm of the return, as in the theorem.
+    r"""The K-step lower bound on the logarithm of the return, in the form of the theorem.
 
     .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big)
               \big((1 - \gamma) \log r_t + \rho_t\big)
               + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) \log Q_K,
               \qquad \rho_t = \log e(z_{t+1} \mid s_{t+1}) - \log m(z_{t+1} \mid z_t, a_t)
 
-    Its mean over trajectories whose latents come from the model is at most
-    :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` under the real ones, if rewards and
-    values are those of the states. Where episodes terminate, :math:`r_t = 1` after the end counts
-    in both. See :func:`k_step_bound` for what is maximized in practice.
+    Its mean over trajectories with latents of the model is at most
+    :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` over real trajectories, if rewards
+    and values are those of the states. After a termination, both count :math:`r_t = 1`. See
+    :func:`k_step_bound` for the form used in practice.
 
     Args:
         reward: positive rewards, ``[..., K, 1]``.
-        log_ratio: of encoder to model in nats, or the negated divergence of the model from the
-            encoder, ``[..., K, 1]``.
+        log_ratio: log-ratio of encoder and model in nats, or the negated KL divergence of the
+            model from the encoder, ``[..., K, 1]``.
         value: normalized value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
             state and action, ``[..., 1]``.
         gamma: discount, a scalar.
@@ -269,14 +271,14 @@ def log_return_bound(
 
 
 def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Which steps of a window belong to the episode of its first step.
+    """Marks the steps of a window that belong to the episode of its first step.
 
     Args:
-        done: whether the episode ended with a step, bool ``[B, T]``.
-        valid: which steps hold data at all, bool ``[B, T]``; all of them by default.
+        done: true for the last step of an episode, bool ``[B, T]``.
+        valid: true for steps with data, bool ``[B, T]``; all by default.
 
     Returns:
-        bool ``[B, T]``: true up to the episode's last step or the first invalid one.
+        bool ``[B, T]``: true up to the last step of the episode or before the first invalid step.
 
     Examples:
         >>> episode_mask(torch.tensor([[False, True, False]]))

@@ -130,7 +130,7 @@ def check_encoder(
             encoder = copy.deepcopy(encoder)
             findings = [*_shapes(encoder, spec)]
             if not findings:
-                dist = encoder.get_dist(_observations(encoder, spec, 4, 3))  # type: ignore[operator]
+                dist = encoder.get_dist(_observations(encoder, spec, 4, 3))
                 size = dist.event_shape[0]
                 for check in (_samples, _gradient, _evaluation, _state_dict):
                     findings += check(encoder, spec)

@@ -335,5 +335,5 @@ def test_groups_under_vmap_and_in_half_precision() -> None:
     draws = torch.vmap(lambda x: OneHotGroups(x).rsample(), randomness="different")(logits)
     assert (draws.unflatten(-1, (2, 4)).sum(-1) == 1).all()
     assert OneHotGroups(logits.bfloat16()).rsample().dtype == torch.float32
-    with pytest.raises(ValueError, match=r"share in \[0, 1\), got 1.5"):
+    with pytest.raises(ValueError, match=r"unimix must be in \[0, 1\), got 1.5"):
         OneHotGroups(logits, unimix=1.5)

@@ -1,4 +1,4 @@
-"""Builds environment, agent, loss and data from the options."""
+"""Builds environment, data and the module to train from the options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 from hydra.utils import instantiate
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
-from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import frame_stacks, make_env
-from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
     CPUPolicy,
@@ -30,24 +28,8 @@ from alm_torchrl.training import (
     stack_seeds,
 )
 from alm_torchrl.training.runtime import rank_seed
+from recipes.build_agent import make_agent
 from recipes.config import Config, env_options, num_processes, pick
-
-
-def make_agent(
-    config: Config, env: EnvBase, device: torch.device, seed: int
-) -> tuple[ALMAgent, ALMLoss]:
-    """Builds the networks of a seed and their loss."""
-    torch.manual_seed(seed)
-    options = dict(vars(config.agent))
-    sizes = {"latent_dim": options.pop("latent_dim"), "hidden_dim": options["hidden_dim"]}
-    build = instantiate(config.encoder.build, _partial_=True)
-    encoder = build(env.observation_spec_unbatched, **sizes)
-    agent = ALMAgent.from_env(env, encoder=encoder, **options).to(device)
-    objective = dict(vars(config.objective))
-    estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
-    loss = ALMLoss(**agent.networks(), **objective)
-    loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
-    return agent, loss
 
 
 def env_factory(config: Config) -> Callable[..., EnvBase]:

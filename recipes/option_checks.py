@@ -41,8 +41,20 @@ def check_options(config: Config) -> None:
             f"num_seeds={config.num_seeds} does not fit training.num_envs={training.num_envs}: "
             "train several seeds with one environment each, or one seed with several environments"
         )
+    _check_targets(config)
     _check_processes(config)
     _check_workers(config)
+
+
+def _check_targets(config: Config) -> None:
+    """Checks that each object to build has an import path."""
+    if "encoder" in config.agent.networks:
+        raise ValueError("agent.networks has an encoder: set encoder.build instead")
+    targets = {"encoder.build": config.encoder.build}
+    targets |= {f"agent.networks.{name}": value for name, value in config.agent.networks.items()}
+    for option, value in targets.items():
+        if not isinstance(value, dict) or "_target_" not in value:
+            raise ValueError(f"{option} has no _target_: give it the import path of a class")
 
 
 def _check_processes(config: Config) -> None:

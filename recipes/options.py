@@ -73,6 +73,8 @@ class Agent:
     noise_steps: int = fixed()  # steps until the final scale
     normalize_mean: bool = fixed(False)  # normalize the mean to avoid saturation
     continuation: bool = fixed(False)  # learn and imagine terminations
+    network_kwargs: dict[str, Any] = fixed(dict)  # by network: depth, activation_class, ...
+    networks: dict[str, Any] = fixed(dict)  # own networks; called with action spec and sizes
 
 
 #: Encoder of runs older than the option.
@@ -81,7 +83,7 @@ _MLP = {"_target_": "alm_torchrl.modules.MLPEncoder.from_spec"}
 
 @dataclass
 class Encoder:
-    """Encoder; ``_target_`` is an import path that is called with the other entries."""
+    """Encoder; ``_target_`` is the import path of a class or function to call."""
 
     transforms: list[Any] = fixed(before=[])  # transforms of the environment
     build: dict[str, Any] = fixed(before=_MLP)  # called with observation spec and sizes

@@ -57,6 +57,8 @@ def test_the_paper_preset_holds_the_published_hyperparameters(config) -> None:
         "noise_steps": 100_000,
         "normalize_mean": False,
         "continuation": False,
+        "network_kwargs": {},
+        "networks": {},
     }
     assert set(vars(paper.learning_rates).values()) == {1e-4}
     objective, training = paper.objective, paper.training
@@ -229,6 +231,12 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["run.compile=true"], "choose auto, always or never"),
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),
+        (["+agent.networks={actor: {hidden_dim: 8}}"], "agent.networks.actor has no _target_"),
+        (["+agent.networks={encoder: {_target_: a.b}}"], "set encoder.build instead"),
+        (
+            ["+agent.network_kwargs={policy: {depth: 3}}"],
+            "network_kwargs names no network 'policy'",
+        ),
         (["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
         (["run.devices=0"], "run.devices=0 and run.num_nodes=1 must be at least 1"),
         (["run.devices=3"], "training.batch_size=256 must be a multiple of the 3 processes"),
@@ -368,7 +376,8 @@ PIXELS = ("pixels", "pixels_and_vector")
 def test_every_encoder_is_an_option_of_the_state_tasks(config, encoder: str) -> None:
     import torch
 
-    from recipes.build import env_factory, make_agent
+    from recipes.build import env_factory
+    from recipes.build_agent import make_agent
 
     sizes = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
     options = config(f"encoder={encoder}", *sizes)

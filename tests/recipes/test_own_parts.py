@@ -1,0 +1,51 @@
+"""Networks, optimizer, losses and measurements of one's own, given as options of the recipe."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Bounded
+
+from alm_torchrl.modules import CategoricalHead, QValueEnsemble
+from recipes.build import env_factory
+from recipes.build_agent import make_agent
+
+SIZES = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
+CPU = torch.device("cpu")
+
+
+def make_critics(
+    action_spec: Bounded, latent_dim: int, hidden_dim: int, num_networks: int = 2
+) -> TensorDictModule:
+    return QValueEnsemble(latent_dim, action_spec.shape[-1], hidden_dim, num_networks=num_networks)
+
+
+def test_networks_are_built_from_options(config) -> None:
+    options = config(
+        *SIZES,
+        "+agent.network_kwargs.encoder={depth: 3, activation_class: SiLU}",
+        "+agent.network_kwargs.encoder.head._target_=alm_torchrl.modules.CategoricalHead",
+        "+agent.network_kwargs.encoder.head.classes=4",
+        "+agent.network_kwargs.actor.depth=4",
+        f"+agent.networks.qvalue_network._target_={__name__}.make_critics",
+        "+agent.networks.qvalue_network.num_networks=5",
+        "num_seeds=2",
+    )
+    env = env_factory(options)(seed=0)
+    agent, loss = make_agent(options, env, CPU, seed=0)
+    linear = {name: _count(network, nn.Linear) for name, network in agent.networks().items()}
+    plain, _ = make_agent(config(*SIZES), env, CPU, seed=0)
+    usual = {name: _count(network, nn.Linear) for name, network in plain.networks().items()}
+    assert linear["encoder"] == usual["encoder"] + 1
+    assert linear["actor"] == usual["actor"] + 2
+    assert linear["reward_model"] == usual["reward_model"]
+    assert _count(agent.encoder, nn.SiLU) == 3
+    assert agent.encoder.head == agent.dynamics.head == CategoricalHead(classes=4)
+    rollout = env.rollout(4, agent.policy()).unsqueeze(0)
+    assert agent.qvalue_network(agent.encoder(rollout))["state_action_value"].shape[-1] == 5
+    assert all(loss(rollout)[key].isfinite() for key in loss.out_keys)
+
+
+def _count(network: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in network.modules())

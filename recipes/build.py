@@ -28,7 +28,7 @@ from alm_torchrl.training import (
     stack_seeds,
 )
 from alm_torchrl.training.runtime import rank_seed
-from recipes.build_agent import make_agent
+from recipes.build_agent import learning_rates, make_agent
 from recipes.config import Config, env_options, num_processes, pick
 
 
@@ -99,7 +99,9 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         loss,
         experience,
         env_factory(config)(seed=eval_seed, num_envs=eval_envs),
-        learning_rates=pick(config.learning_rates, *loss.parameter_groups()),
+        learning_rates=learning_rates(config, loss),
+        optimizer=instantiate(training.optimizer, _partial_=True),
+        schedule=instantiate(training.schedule, _partial_=True) if training.schedule else None,
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
         eval_episodes=config.evaluation.episodes,

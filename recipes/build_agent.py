@@ -12,7 +12,8 @@ from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.objectives import ALMLoss
-from recipes.config import Config
+from alm_torchrl.training import StackedLoss
+from recipes.config import Config, pick
 
 
 def make_networks(
@@ -45,3 +46,14 @@ def make_agent(
     loss = ALMLoss(**agent.networks(), **objective)
     loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
     return agent, loss
+
+
+def learning_rates(config: Config, loss: ALMLoss | StackedLoss) -> dict[str, float]:
+    """Returns the learning rate of each parameter group."""
+    options = config.learning_rates
+    rates = pick(options, *loss.parameter_groups())
+    split = pick(options, "encoder", "dynamics")
+    if any(rate is not None for rate in split.values()):
+        shared = rates.pop("world_model")
+        rates |= {name: shared if rate is None else rate for name, rate in split.items()}
+    return rates

@@ -1,5 +1,6 @@
 """Options of recipes/mujoco.py for training, evaluation and the run. Presets are in conf/."""
 
+# ruff: noqa: RUF009 - fixed(), noted() and free() return fields
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ class Training:
     batch_size: int = noted()  # windows per update
     policy_lag: int = noted(0)  # updates by which the acting policy lags: 0 or 1
     replay_capacity: int = fixed()  # transitions in the replay buffer
+    optimizer: dict[str, Any] = fixed(before={"_target_": "torch.optim.Adam"})  # must be fused
+    schedule: dict[str, Any] = fixed(dict)  # scheduler, stepped at every update; empty: constant
     max_grad_norm: float = noted()  # maximum gradient norm of each parameter group
     target_tau: float = noted()  # rate of the moving average of target networks
 

@@ -50,7 +50,10 @@ def _check_targets(config: Config) -> None:
     """Checks that each object to build has an import path."""
     if "encoder" in config.agent.networks:
         raise ValueError("agent.networks has an encoder: set encoder.build instead")
-    targets = {"encoder.build": config.encoder.build}
+    training = config.training
+    targets = {"encoder.build": config.encoder.build, "training.optimizer": training.optimizer}
+    if training.schedule:
+        targets["training.schedule"] = training.schedule
     targets |= {f"agent.networks.{name}": value for name, value in config.agent.networks.items()}
     for option, value in targets.items():
         if not isinstance(value, dict) or "_target_" not in value:

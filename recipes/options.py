@@ -115,7 +115,9 @@ class Objective:
 class LearningRates:
     """Learning rate of each parameter group."""
 
-    world_model: float = noted()  # encoder and latent dynamics
+    world_model: float = noted()  # encoder, latent dynamics and auxiliary losses
+    encoder: float | None = noted(None)  # encoder alone; null: world_model
+    dynamics: float | None = noted(None)  # the other networks of world_model; null: world_model
     reward: float = noted()  # reward model and classifier
     value: float = noted()  # critics
     actor: float = noted()  # actor

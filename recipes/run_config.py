@@ -50,12 +50,18 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
             raise ValueError(f"{folder / 'config.yaml'} lacks {name}: {REMEDY}")
         if value == new[name]:
             continue
-        if kind == "fixed":
+        if kind == "fixed" or _is_restored(name, (value, new[name]), config):
             raise ValueError(
                 f"{folder} was trained with {name}={value} and cannot continue with {new[name]}"
             )
         changes.append({"option": name, "from": value, "to": new[name]})
     return changes
+
+
+def _is_restored(name: str, values: tuple[Any, Any], config: Config) -> bool:
+    """Returns whether a checkpoint restores the option with its schedule or parameter groups."""
+    rate = name.startswith("learning_rates.")
+    return rate and (bool(config.training.schedule) or None in values)
 
 
 def _read(path: Path) -> dict[str, Any]:

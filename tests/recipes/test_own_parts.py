@@ -8,7 +8,7 @@ from torch import nn
 from torchrl.data import Bounded
 
 from alm_torchrl.modules import CategoricalHead, QValueEnsemble
-from recipes.build import env_factory
+from recipes.build import env_factory, make_module
 from recipes.build_agent import make_agent
 
 SIZES = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
@@ -45,6 +45,31 @@ def test_networks_are_built_from_options(config) -> None:
     rollout = env.rollout(4, agent.policy()).unsqueeze(0)
     assert agent.qvalue_network(agent.encoder(rollout))["state_action_value"].shape[-1] == 5
     assert all(loss(rollout)[key].isfinite() for key in loss.out_keys)
+
+
+def test_optimizer_and_schedule_are_built_from_options(config) -> None:
+    module = make_module(
+        config(
+            *(*SIZES, "training.warmup_steps=20", "run.compile=never"),
+            *("training.optimizer._target_=torch.optim.AdamW", "learning_rates.encoder=1e-5"),
+            "+training.optimizer.weight_decay=0.1",
+            "+training.schedule._target_=torch.optim.lr_scheduler.LinearLR",
+            *("+training.schedule.start_factor=0.5", "+training.schedule.total_iters=4"),
+        ),
+        CPU,
+    )
+    configured = module.configure_optimizers()
+    optimizer = configured["optimizer"]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
+    assert rates.keys() == {"encoder", "dynamics", "reward", "value", "actor"}
+    assert (rates["encoder"], rates["dynamics"]) == (1e-5, 1e-3)
+    assert optimizer.param_groups[0]["lr"] == 0.5e-5
+    assert isinstance(configured["lr_scheduler"], torch.optim.lr_scheduler.LinearLR)
+    usual = make_module(config(*SIZES, "training.warmup_steps=20"), CPU).configure_optimizers()
+    assert type(usual) is torch.optim.Adam
+    assert usual.param_groups[0]["name"] == "world_model"
 
 
 def _count(network: nn.Module, kind: type[nn.Module]) -> int:

@@ -60,7 +60,11 @@ def test_the_paper_preset_holds_the_published_hyperparameters(config) -> None:
         "network_kwargs": {},
         "networks": {},
     }
-    assert set(vars(paper.learning_rates).values()) == {1e-4}
+    rates = vars(paper.learning_rates)
+    assert rates.pop("encoder") is rates.pop("dynamics") is None  # the rate of the world model
+    assert set(rates.values()) == {1e-4}
+    assert paper.training.optimizer == {"_target_": "torch.optim.Adam"}
+    assert paper.training.schedule == {}
     objective, training = paper.objective, paper.training
     assert (objective.horizon, objective.gamma, objective.lmbda) == (3, 0.99, 0.95)
     assert objective.consistency_coeff == 0.1
@@ -237,6 +241,8 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
             ["+agent.network_kwargs={policy: {depth: 3}}"],
             "network_kwargs names no network 'policy'",
         ),
+        (["~training.optimizer._target_"], "training.optimizer has no _target_"),
+        (["+training.schedule.gamma=0.9"], "training.schedule has no _target_"),
         (["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
         (["run.devices=0"], "run.devices=0 and run.num_nodes=1 must be at least 1"),
         (["run.devices=3"], "training.batch_size=256 must be a multiple of the 3 processes"),

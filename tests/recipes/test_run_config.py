@@ -71,6 +71,18 @@ def test_every_option_says_whether_a_run_may_change_it() -> None:
             "encoder=linear",
             "encoder.build={'_target_': 'alm_torchrl.modules.MLP",
         ),
+        (
+            "+training.optimizer.weight_decay=0.1",
+            "training.optimizer={'_target_': 'torch.optim.Adam'}",
+        ),
+        (
+            "+training.schedule._target_=torch.optim.lr_scheduler.LinearLR",
+            "training.schedule={} and cannot continue with",
+        ),
+        (
+            "learning_rates.encoder=1e-4",
+            "learning_rates.encoder=None and cannot continue with 0.0001",
+        ),
         ("task.pixels=84", "task.pixels=False and cannot continue with 84"),
         ("seed=1", "seed=0 and cannot continue with 1"),
     ],
@@ -79,6 +91,13 @@ def test_a_run_cannot_go_on_as_another(config, tmp_path: Path, option: str, says
     write_config(tmp_path, config())
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} was trained with {says}")):
         find_changes(tmp_path, config(option))
+
+
+def test_rates_of_a_schedule_cannot_change(config, tmp_path: Path) -> None:
+    schedule = "+training.schedule._target_=torch.optim.lr_scheduler.LinearLR"
+    write_config(tmp_path, config(schedule))
+    with pytest.raises(ValueError, match="learning_rates.actor=0.001 and cannot continue with"):
+        find_changes(tmp_path, config(schedule, "learning_rates.actor=1e-5"))
 
 
 def test_what_may_change_is_noted_with_its_step(config, tmp_path: Path, capsys) -> None:

@@ -43,7 +43,9 @@ def make_agent(
     agent = ALMAgent.from_env(env, **networks, **options).to(device)
     objective = dict(vars(config.objective))
     estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
-    loss = ALMLoss(**agent.networks(), **objective)
+    auxiliary = objective.pop("auxiliary_losses")
+    auxiliary = {name: instantiate(target).to(device) for name, target in auxiliary.items()}
+    loss = ALMLoss(**agent.networks(), **objective, auxiliary_losses=auxiliary)
     loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
     return agent, loss
 

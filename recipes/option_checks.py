@@ -54,7 +54,12 @@ def _check_targets(config: Config) -> None:
     targets = {"encoder.build": config.encoder.build, "training.optimizer": training.optimizer}
     if training.schedule:
         targets["training.schedule"] = training.schedule
-    targets |= {f"agent.networks.{name}": value for name, value in config.agent.networks.items()}
+    groups = {
+        "agent.networks": config.agent.networks,
+        "objective.auxiliary_losses": config.objective.auxiliary_losses,
+    }
+    for group, entries in groups.items():
+        targets |= {f"{group}.{name}": value for name, value in entries.items()}
     for option, value in targets.items():
         if not isinstance(value, dict) or "_target_" not in value:
             raise ValueError(f"{option} has no _target_: give it the import path of a class")

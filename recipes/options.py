@@ -109,6 +109,7 @@ class Objective:
     actor_objective: str = fixed(before="lambda_returns")  # or bound, value (without the model)
     value_expansion: bool = fixed(False)  # value targets from imagined returns
     start_steps: int = fixed(0)  # maximum imagined steps before the actor's rollout
+    auxiliary_losses: dict[str, Any] = fixed(dict)  # further losses by name, each a _target_
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import Bounded
 
 from alm_torchrl.modules import CategoricalHead, QValueEnsemble
@@ -70,6 +72,40 @@ def test_optimizer_and_schedule_are_built_from_options(config) -> None:
     usual = make_module(config(*SIZES, "training.warmup_steps=20"), CPU).configure_optimizers()
     assert type(usual) is torch.optim.Adam
     assert usual.param_groups[0]["name"] == "world_model"
+
+
+class Reconstruction(nn.Module):
+    """The example of docs/auxiliary_loss.md."""
+
+    def __init__(self, latent_dim: int, observation_dim: int) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(latent_dim, observation_dim)
+
+    def forward(self, windows: TensorDictBase) -> Tensor:
+        predicted = self.decoder(windows["latent"][:, 0])
+        return (predicted - windows["observation"][:, 0]).square().mean(-1)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_auxiliary_losses_are_built_from_options(config, num_seeds: int) -> None:
+    name = "+objective.auxiliary_losses.reconstruction"
+    module = make_module(
+        config(
+            *(*SIZES, "training.warmup_steps=20", f"num_seeds={num_seeds}"),
+            *(f"{name}._target_={__name__}.Reconstruction", f"{name}.observation_dim=17"),
+            f"{name}.latent_dim=${{agent.latent_dim}}",
+        ),
+        CPU,
+    )
+    assert "loss_reconstruction" in module.loss.out_keys
+    optimizer = module.configure_optimizers()
+    batch = next(iter(module.experience))
+    losses = module.loss(batch)
+    assert losses["loss_reconstruction"].isfinite().all()
+    sum(losses[key].sum() for key in module.loss.out_keys).backward()
+    decoders = [p for p in optimizer.param_groups[0]["params"] if p.shape[-2:] == (17, 8)]
+    assert len(decoders) == 1
+    assert decoders[0].grad.abs().sum() > 0
 
 
 def _count(network: nn.Module, kind: type[nn.Module]) -> int:

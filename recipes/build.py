@@ -113,10 +113,11 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
     )
 
 
-def make_measurements(config: Config) -> list[type[Measurement]]:
+def make_measurements(config: Config) -> list[Callable[..., Measurement]]:
     """Returns the measurements of every evaluation."""
     chosen: dict[type[Measurement], bool] = {
         ValueBias: config.evaluation.bias,
         Diagnostics: config.evaluation.diagnostics,
     }
-    return [measurement for measurement, wanted in chosen.items() if wanted]
+    own = [instantiate(target, _partial_=True) for target in config.evaluation.measurements]
+    return [*(measurement for measurement, wanted in chosen.items() if wanted), *own]

@@ -48,6 +48,7 @@ class Evaluation:
     video: bool = free()  # record an episode after training
     bias: bool = free()  # compare values and bound with Monte Carlo returns
     diagnostics: bool = free()  # measure latents, dynamics and classifier
+    measurements: list[Any] = free(list)  # further measurements, each a _target_
 
 
 @dataclass

@@ -57,6 +57,7 @@ def _check_targets(config: Config) -> None:
     groups = {
         "agent.networks": config.agent.networks,
         "objective.auxiliary_losses": config.objective.auxiliary_losses,
+        "evaluation.measurements": dict(enumerate(config.evaluation.measurements)),
     }
     for group, entries in groups.items():
         targets |= {f"{group}.{name}": value for name, value in entries.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tensordict import TensorDictBase
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from torchrl.data import Bounded
 
 from alm_torchrl.modules import CategoricalHead, QValueEnsemble
-from recipes.build import env_factory, make_module
+from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.training import Measurement, ValueBias
+from recipes.build import env_factory, make_measurements, make_module
 from recipes.build_agent import make_agent
 
 SIZES = ("agent.latent_dim=8", "agent.hidden_dim=8", "agent.dynamics_hidden_dim=8")
@@ -106,6 +110,25 @@ def test_auxiliary_losses_are_built_from_options(config, num_seeds: int) -> None
     decoders = [p for p in optimizer.param_groups[0]["params"] if p.shape[-2:] == (17, 8)]
     assert len(decoders) == 1
     assert decoders[0].grad.abs().sum() > 0
+
+
+class RewardMean(Measurement):
+    """The example of docs/lightning.md."""
+
+    name = "reward"
+
+    def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> dict[str, Tensor]:
+        return {"reward_mean": rollout["next", "reward"].mean()}
+
+
+def test_measurements_are_built_from_options(config, tmp_path: Path) -> None:
+    own = f"evaluation.measurements=[{{_target_: {__name__}.RewardMean, steps: 7}}]"
+    usual, measurement = make_measurements(config(own, "evaluation.bias=true"))
+    assert usual is ValueBias
+    built = measurement(tmp_path, seed=0, seed_index=0)
+    assert isinstance(built, RewardMean)
+    assert built.steps == 7
+    assert make_measurements(config()) == []
 
 
 def _count(network: nn.Module, kind: type[nn.Module]) -> int:

@@ -38,7 +38,12 @@ def test_a_folder_carries_every_option_that_has_a_part_in_what_is_learnt() -> No
     unnamed = {name for name, option in declarations() if not option.metadata["named"]}
     assert unnamed == {
         *("seed", "task.name", "task.paper_steps", "training.total_steps", "resume"),
-        *("evaluation.video", "evaluation.bias", "evaluation.diagnostics"),
+        *(
+            "evaluation.video",
+            "evaluation.bias",
+            "evaluation.diagnostics",
+            "evaluation.measurements",
+        ),
         *("checkpoint.every", "checkpoint.keep", "run.folder"),
         *("run.log_every", "run.tensorboard", "run.wandb"),
     }

@@ -81,6 +81,8 @@ def fit(config: Config, run: Run) -> None:
         *(EnvironmentFailedError, MisconfigurationException),
     ) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except HydraException as error:  # a _target_ that cannot be built
+        sys.exit(_one_line_with_cause(error))
     say = rank_zero_only(print)
     begin = f"resuming at step {start.step}" if start else f"{training.warmup_steps} random steps"
     say(f"{task.id}: {begin}, then training; {folder}")
@@ -116,6 +118,10 @@ def _kept(folder: Path) -> str:
     return "no checkpoint was saved yet"
 
 
+def _one_line_with_cause(error: Exception) -> str:
+    return " ".join(f"{error} {error.__cause__ or ''}".split())
+
+
 def launch(config_name: str) -> None:
     """Reads the command line and trains; an invalid option is reported in one line."""
     silence_library_warnings()
@@ -128,7 +134,7 @@ def launch(config_name: str) -> None:
     try:
         hydra.main(version_base="1.3", **options)(train)()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(" ".join(f"{error} {error.__cause__ or ''}".split()))
+        sys.exit(_one_line_with_cause(error))
 
 
 if __name__ == "__main__":

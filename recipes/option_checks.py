@@ -5,6 +5,8 @@ The package checks the options of its own functions; only rules of the recipe ar
 
 from __future__ import annotations
 
+from typing import Any
+
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
@@ -51,10 +53,13 @@ def _check_targets(config: Config) -> None:
     if "encoder" in config.agent.networks:
         raise ValueError("agent.networks has an encoder: set encoder.build instead")
     training = config.training
-    targets = {"encoder.build": config.encoder.build, "training.optimizer": training.optimizer}
+    targets: dict[str, Any] = {
+        "encoder.build": config.encoder.build,
+        "training.optimizer": training.optimizer,
+    }
     if training.schedule:
         targets["training.schedule"] = training.schedule
-    groups = {
+    groups: dict[str, dict[Any, Any]] = {
         "agent.networks": config.agent.networks,
         "objective.auxiliary_losses": config.objective.auxiliary_losses,
         "evaluation.measurements": dict(enumerate(config.evaluation.measurements)),

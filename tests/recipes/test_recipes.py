@@ -245,6 +245,7 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["+training.schedule.gamma=0.9"], "training.schedule has no _target_"),
         (["+objective.auxiliary_losses.rec.size=3"], "auxiliary_losses.rec has no _target_"),
         (["evaluation.measurements=[a.b]"], "evaluation.measurements.0 has no _target_"),
+        (["training.optimizer._target_=nothing.X"], "Error loading 'nothing.X'"),
         (["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
         (["run.devices=0"], "run.devices=0 and run.num_nodes=1 must be at least 1"),
         (["run.devices=3"], "training.batch_size=256 must be a multiple of the 3 processes"),

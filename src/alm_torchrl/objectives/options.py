@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-__all__ = [
-    "ActorObjective",
-    "Consistency",
-    "LatentTarget",
-    "Reduction",
-    "ShortWindows",
-    "check_choices",
-]
-
 Reduction = Literal["none", "mean", "sum"]
 #: The use of windows cut short by an episode's end, in the world-model loss.
 ShortWindows = Literal["mask", "drop"]

@@ -54,7 +54,7 @@ napoleon_use_rtype = False
 
 # References to public names of this package must resolve; names of other packages need not.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!alm_torchrl).*|.*\._.*")]
+nitpick_ignore_regex = [(r"py:.*", r"(?!alm_torchrl).*|.*\._.*|.*\.StackedNoise")]
 
 html_theme = "furo"
 html_title = "alm_torchrl"
@@ -100,6 +100,15 @@ def _signature(
     return stringify_signature(inspect.Signature(parameters), show_annotation=False), returns
 
 
+def _documented_bases(app: Any, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
+    """Replaces internal base classes by their own bases."""
+    for base in [*bases]:
+        module = getattr(base, "__module__", "")
+        if module.startswith("alm_torchrl.") and _public_name(f"{module}.{base.__name__}") is None:
+            index = bases.index(base)
+            bases[index : index + 1] = [b for b in base.__bases__ if b is not object]
+
+
 def _no_inline_type(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -111,4 +120,5 @@ def _no_inline_type(
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _no_inline_type, priority=400)
     app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-bases", _documented_bases)
     app.connect("missing-reference", _resolve)

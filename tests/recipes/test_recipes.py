@@ -231,7 +231,7 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["task.id=HalfCheta-v5"], "did you mean HalfCheetah-v5"),
         (["+task.kwargs.frames=3"], "does not take the argument 'frames'"),
         (["evaluation.every=7000"], "must be a multiple of evaluation.every"),
-        (["objective.short_windows=skip"], "none of mask, drop"),
+        (["objective.short_windows=skip"], "not one of mask, drop"),
         (["run.compile=true"], "choose auto, always or never"),
         (["run.folder=file/out"], "NotADirectoryError"),
         (["run.accelerator=abacus"], "abacus"),

@@ -62,7 +62,7 @@ class ALMLoss(LatentModelLoss):
     * separate batches of windows and transitions: call the methods of the losses separately;
     * one optimizer step after each loss: step after each of these methods.
 
-    :mod:`alm_torchrl.modules` has all of these networks.
+    ``alm_torchrl.modules`` has all of these networks.
 
     Args:
         encoder: observations to a distribution over the latent.

@@ -55,12 +55,11 @@ class ALMModule(L.LightningModule):
         ema_decay: decay of a moving average of the weights, which is evaluated and saved instead
             of the newest weights; 0 disables it, as the authors do. It does not affect training.
         log_every: updates between two log entries.
-        precision: precision of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``; see
-            :func:`~alm_torchrl.training.runtime.choose_precision`.
+        precision: precision of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``,
+            which is bfloat16 on hardware with bfloat16 matrix units.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
-            graph on a GPU; ``"auto"`` does so where
-            :func:`~alm_torchrl.training.runtime.worth_compiling` says it pays, and warns instead
-            of failing.
+            graph on a GPU; ``"auto"`` does so on a GPU or for 10,000 updates or more, and
+            warns instead of failing.
 
     Raises:
         ValueError: if the loss was not built on the agent, or an argument is out of range.

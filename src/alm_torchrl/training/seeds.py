@@ -136,7 +136,7 @@ class StackedAgent(nn.Module):
         """The noise schedules of all seeds."""
         return StackedNoise([agent.noise for agent in agents_of(self)])
 
-    def policy(self) -> StackedPolicy:
+    def policy(self) -> TensorDictModuleBase:
         """A policy over environments ``[S * E]``, the first ``E`` of which are the first seed's."""
         return StackedPolicy([agent.policy() for agent in agents_of(self)])
 

@@ -77,17 +77,17 @@ QUICKSTART = Sizes(batch=256, hidden=256, dynamics=256)
 
 def windows(task: Task, shape: tuple[int, ...], device: torch.device) -> TensorDict:
     """Returns random steps ``[*shape]`` of episodes that do not end."""
-    *lanes, steps = shape
-    observed = task.observe((*lanes, steps + 1), device)
+    *envs, steps = shape
+    observed = task.observe((*envs, steps + 1), device)
     flag = torch.zeros(*shape, 1, dtype=torch.bool, device=device)
 
     def randn(size: int) -> Tensor:
         return torch.randn(*shape, size, device=device)
 
-    outcome = {key: value.narrow(len(lanes), 1, steps) for key, value in observed.items()}
+    outcome = {key: value.narrow(len(envs), 1, steps) for key, value in observed.items()}
     return TensorDict(
         {
-            **{key: value.narrow(len(lanes), 0, steps) for key, value in observed.items()},
+            **{key: value.narrow(len(envs), 0, steps) for key, value in observed.items()},
             "action": randn(task.actions).tanh(),
             "next": {**outcome, "reward": randn(1), "done": flag, "terminated": flag.clone()},
         },

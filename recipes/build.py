@@ -73,12 +73,12 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
     agents = [make_agent(config, env, device, config.seed + i) for i in range(num_seeds)]
     agent, loss = stack_seeds(*zip(*agents, strict=True))
     collector, policy = make_experience_collector(config, env, agent)
-    lanes = num_envs // training.num_workers if training.overlap else num_envs
+    stored_envs = num_envs // training.num_workers if training.overlap else num_envs
     replay = make_replay_buffer(
         training.replay_capacity * num_seeds // processes,
         batch_size=training.batch_size // processes,
         window_length=config.objective.horizon,
-        num_envs=lanes,
+        num_envs=stored_envs,
         device=device,
         per_env=num_seeds > 1,
         frame_stacks=frame_stacks(env),

@@ -292,9 +292,9 @@ def test_make_env_can_be_sent_to_a_worker():
 def test_seeds_of_their_own_give_the_environments_of_those_seeds() -> None:
     together = make_env("HalfCheetah-v5", seed=[3, 4], num_envs=2)
     start = together.reset()["observation"]
-    for lane, seed in enumerate((3, 4)):
+    for index, seed in enumerate((3, 4)):
         apart = make_env("HalfCheetah-v5", seed=seed).reset()["observation"]
-        assert torch.equal(start[lane], apart)
+        assert torch.equal(start[index], apart)
     with pytest.raises(ValueError, match="got 3 seeds for num_envs=2"):
         make_env("HalfCheetah-v5", seed=[1, 2, 3], num_envs=2)
 

@@ -80,13 +80,13 @@ def test_the_frames_are_those_of_the_simulator(renders):
 
 def test_environments_side_by_side_show_what_each_shows_alone(renders):
     together = play(make_env("HalfCheetah-v5", seed=[3, 4], num_envs=2, pixels=16), 3)
-    for lane, seed in enumerate((3, 4)):
+    for index, seed in enumerate((3, 4)):
         alone = make_env("HalfCheetah-v5", seed=[seed], pixels=16)
         torch.manual_seed(0)
         step = alone.reset()
         for time in range(3):
-            assert torch.equal(step["pixels"], together["pixels"][lane, time])
-            step = alone.step(step.set("action", together["action"][lane, time]))["next"]
+            assert torch.equal(step["pixels"], together["pixels"][index, time])
+            step = alone.step(step.set("action", together["action"][index, time]))["next"]
 
 
 def test_tasks_that_choose_their_size_themselves_are_scaled(renders):

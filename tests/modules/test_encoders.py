@@ -262,8 +262,8 @@ def test_a_state_is_primed_handed_on_and_stored(num_envs: int) -> None:
     data = next(iter(collector)).reshape(num_envs, 12)
     states, following = data["recurrent_state"], data["next", "recurrent_state"]
     done = data["next", "done"].squeeze(-1)
-    for lane, steps in enumerate(limits):
-        assert done[lane].nonzero()[0, 0] == steps - 1
+    for index, steps in enumerate(limits):
+        assert done[index].nonzero()[0, 0] == steps - 1
     assert (states[:, 0] == 0).all()
     assert (following.abs().sum((-1, -2)) > 0).all()
     expected = torch.where(done[:, :-1, None, None], 0, following[:, :-1])

@@ -195,7 +195,7 @@ def test_a_run_goes_on_without_a_ray_actor_that_was_killed(tmp_path) -> None:
     check_windows(module)
     stored = experience.replay.storage.get(slice(None))
     closed = stored["next", "truncated"] & (stored["next", "observation"][..., 2:] < 7)
-    assert closed.sum() == 2  # the episodes that were running, one in each lane
+    assert closed.sum() == 2  # the episodes that were running, one in each environment
     assert stored["observation"][..., 0].unique().numel() > 2  # not the same episodes again
 
 

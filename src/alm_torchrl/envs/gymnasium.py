@@ -133,7 +133,7 @@ def _with_own_context(env: Any) -> Any:
     """
     import gymnasium
 
-    if not hasattr(env.unwrapped, "mujoco_renderer"):
+    if env.render_mode is None or not hasattr(env.unwrapped, "mujoco_renderer"):
         return env
     renderer = env.unwrapped.mujoco_renderer
     if renderer.camera_id == -1:  # no camera was chosen

@@ -197,7 +197,8 @@ def _callbacks_by_seed(
     for index in range(num_seeds):
         number, own, title_of_seed = seed + index, folder, title
         if num_seeds > 1:
-            own, title_of_seed = folder / f"seed{number}", f"{title}, seed {number}"
+            own = folder / f"seed{number}"
+            title_of_seed = ", ".join(filter(None, (title, f"seed {number}")))
             own.mkdir(exist_ok=True)
         callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, seed_index=index))
         callbacks.append(SaveAgent(own, seed_index=index))

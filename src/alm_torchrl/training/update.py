@@ -45,7 +45,7 @@ def make_optimizer(
         groups = {**_split_world_model(loss, groups), **groups}
         del groups["world_model"]
     if learning_rates.keys() != groups.keys():
-        raise ValueError(f"learning_rates names {sorted(learning_rates)}, wanted {sorted(groups)}")
+        raise ValueError(f"learning_rates has {sorted(learning_rates)}; expected {sorted(groups)}")
     accepted = inspect.signature(optimizer).parameters
     if "fused" not in accepted:
         raise ValueError(f"{optimizer} has no fused implementation: choose Adam, AdamW or SGD")

@@ -1,4 +1,4 @@
-"""Returns and biases where both are known exactly."""
+"""Returns and biases in cases with exact solutions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.evaluation import (
     UnknownReturnsError,
     monte_carlo_returns,
-    normalized_bias,
     rollout_for_bias,
     value_bias,
 )
+from alm_torchrl.evaluation.bias import normalized_bias
 from alm_torchrl.modules import Actor, LatentModule, NoiseSchedule
 from alm_torchrl.objectives import ALMLoss
 
@@ -27,7 +27,7 @@ REWARDS = torch.tensor([1.0, 3.0, -2.0, 4.0, 0.5, 2.0])
 
 
 class Line(EnvBase):
-    """States 0, 1, ...; each step goes on by one and pays what the state holds.
+    """States 0, 1, ...; each step increases the state and gives its reward.
 
     It terminates after the last reward, or pays 1 for ever (`endless`).
     """
@@ -63,7 +63,7 @@ class Line(EnvBase):
 
 
 class Shift(nn.Module):
-    """The state plus a number, as a Normal's location whose softest bounds do not matter here."""
+    """The state plus a number, as the location of a Normal within its soft bounds."""
 
     def __init__(self, by: float) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Shift(nn.Module):
 
 
 class Lookup(nn.Module):
-    """A table of the rounded state, zero behind its end."""
+    """A table of values by rounded state, followed by zeros."""
 
     def __init__(self, table: Tensor, outputs: int = 1, offset: float = 0.0) -> None:
         super().__init__()
@@ -144,8 +144,8 @@ def test_returns_and_which_are_known() -> None:
     assert counted[0].squeeze(-1).tolist()[4:] == [True, True] + 6 * [False]
 
 
-def test_a_terminal_flag_without_an_end_ends_nothing() -> None:
-    """As where an environment's flag lingers: only `done` bounds an episode."""
+def test_a_terminal_flag_without_done_ends_nothing() -> None:
+    """Some environments keep the flag set: only `done` ends an episode."""
     reward, done = torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.bool)
     _, counted = monte_carlo_returns(reward, done, ~done, 0.9, tail=0.1)
     assert not counted.any()
@@ -181,7 +181,7 @@ def test_exact_estimates_have_no_bias(envs: int) -> None:
         assert abs(number.item()) < 1e-5
 
 
-def test_a_bias_is_what_was_added() -> None:
+def test_a_bias_is_the_added_error() -> None:
     mean = true_values().mean().item()
     loss = exact_loss(true_values(), REWARDS, offset=0.6, wrong=0.2)
     bias = value_bias(loss, rollout_for_bias(loss, Line(), 2 * LENGTH))
@@ -189,7 +189,7 @@ def test_a_bias_is_what_was_added() -> None:
     assert abs(bias.value_std.item()) < 1e-5
     added = 0.2 * (1 + GAMMA + GAMMA**2) + 0.6 * GAMMA**3
     assert bias.bound.item() == pytest.approx(added / mean, rel=1e-4)
-    # One value that is wrong: the mean and the spread follow.
+    # One wrong value changes mean and standard deviation.
     values = true_values()
     values[2] += 3.0
     loss = exact_loss(values, REWARDS)
@@ -200,8 +200,8 @@ def test_a_bias_is_what_was_added() -> None:
     assert bias.value_std.item() == pytest.approx(errors.std(correction=0).item(), rel=1e-4)
 
 
-def test_a_time_limit_is_no_end_of_the_return() -> None:
-    """One for ever is worth 10, also where episodes are cut at 40 steps."""
+def test_a_time_limit_does_not_end_a_return() -> None:
+    """A reward of 1 forever is worth 10, even if episodes are cut at 40 steps."""
     env = TransformedEnv(Line(endless=True), StepCounter(max_steps=40))
     loss = exact_loss(torch.full((60,), 10.0), torch.ones(60))
     bias = value_bias(loss, rollout_for_bias(loss, env, 80), tail=0.03)
@@ -212,7 +212,7 @@ def test_a_time_limit_is_no_end_of_the_return() -> None:
 
 
 def test_the_policy_is_that_of_the_losses() -> None:
-    """The noise of the scale 0.5 is clipped at 0.1, as in the value's target."""
+    """Noise of scale 0.5 is clipped at 0.1, as in the value target."""
     env = Line()
     loss = exact_loss(true_values(), REWARDS)
     with torch.no_grad():

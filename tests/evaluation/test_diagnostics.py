@@ -1,4 +1,4 @@
-"""Ranks, errors and calibrations that are known."""
+"""Ranks, errors and calibrations in cases with known results."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alm_torchrl.evaluation import (
-    calibration,
     classifier_calibration,
     effective_rank,
     model_error,
-    rollout_error,
     split_into_windows,
 )
+from alm_torchrl.evaluation.diagnostics import calibration, rollout_error
 from tests.evaluation.test_bias import REWARDS, Line, exact_loss, rollout_for_bias, true_values
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=30)
@@ -57,7 +56,7 @@ def test_rollout_error_is_in_units_of_the_variance() -> None:
     torch.testing.assert_close(rollout_error(mean, encoded, mask), ones)
     half = (mean + encoded) / 2
     torch.testing.assert_close(rollout_error(half, encoded, mask), 0.25 * ones)
-    # Steps apart, and masked rows left out of both error and variance.
+    # Steps are separate, and masked rows count in neither error nor variance.
     mask[:50, 1] = False
     found = rollout_error(0 * encoded, encoded, mask)
     for t, rows in ((0, slice(None)), (1, slice(50, None)), (2, slice(None))):
@@ -94,7 +93,7 @@ def test_a_calibrated_probability_has_no_error() -> None:
     assert calibration(1 - probability, label).error.item() == pytest.approx(0.5)
 
 
-def test_windows_lie_side_by_side() -> None:
+def test_windows_do_not_overlap() -> None:
     rollout = torch.arange(20).reshape(2, 10)
     assert split_into_windows(rollout, 4).tolist() == [
         [0, 1, 2, 3],
@@ -102,18 +101,18 @@ def test_windows_lie_side_by_side() -> None:
         [10, 11, 12, 13],
         [14, 15, 16, 17],
     ]
-    with pytest.raises(ValueError, match="a rollout of 10 steps holds no window of 11"):
+    with pytest.raises(ValueError, match="a rollout of 10 steps is shorter than length=11"):
         split_into_windows(rollout, 11)
 
 
-def test_the_error_of_a_model_that_knows_is_nought_and_episodes_are_not_joined() -> None:
+def test_an_exact_model_has_no_error_and_episodes_are_not_joined() -> None:
     loss = exact_loss(true_values(), REWARDS)
     windows = split_into_windows(rollout_for_bias(loss, Line(), 60), 4)
     assert windows["next", "done"][:, :-1].any()
     errors = model_error(loss, windows)
     assert errors.shape == (4,)
     assert errors.max() < 1e-6
-    with torch.no_grad():  # a model that stands still is off by one more at every step
+    with torch.no_grad():  # the error of a constant model grows by one at every step
         next(loss.dynamics.parameters()).fill_(0.0)
     errors = model_error(loss, windows)
     inside = windows["next", "done"].squeeze(-1).int().cumsum(1)
@@ -124,8 +123,8 @@ def test_the_error_of_a_model_that_knows_is_nought_and_episodes_are_not_joined()
         assert errors[t].item() == pytest.approx((t + 1) ** 2 / variance, rel=1e-4)
 
 
-def test_the_classifier_is_shown_both_kinds() -> None:
-    """One that cannot tell is calibrated; one that is sure of class 1 is wrong half the time."""
+def test_the_classifier_sees_both_labels() -> None:
+    """An undecided classifier is calibrated; one that always says 1 is wrong half the time."""
     loss = exact_loss(true_values(), REWARDS)
     transitions = rollout_for_bias(loss, Line(), 30).reshape(-1)
     found = classifier_calibration(loss, transitions)
@@ -140,9 +139,9 @@ def test_the_classifier_is_shown_both_kinds() -> None:
 
 
 def test_label_one_is_the_encoded_latent() -> None:
-    """A classifier that knows what the model would say is right about both."""
+    """A classifier that knows the predictions of the model is right about both."""
     loss = exact_loss(true_values(), REWARDS)
-    with torch.no_grad():  # the model stands still, while the state goes on
+    with torch.no_grad():  # the model is constant, while the state changes
         next(loss.dynamics.parameters()).fill_(0.0)
 
     def moved(latent, action, following):

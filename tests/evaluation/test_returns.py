@@ -65,7 +65,7 @@ def test_more_episodes_than_environments_and_fewer() -> None:
     assert evaluate_policy(env, POLICY, episodes=1).tolist() == [3]
 
 
-def test_an_episode_is_cut_at_max_steps_and_that_is_said() -> None:
+def test_an_episode_is_cut_at_max_steps_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"cut after 4 steps.*time limit.*evaluation.max_steps"):
         assert evaluate_policy(Countdown(10), POLICY, episodes=1, max_steps=4).tolist() == [10]
 
@@ -101,7 +101,7 @@ def test_pieces_are_one_rollout(monkeypatch, num_envs: int, piece: int) -> None:
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
-def test_nothing_is_played_once_every_episode_has_ended(num_envs: int) -> None:
+def test_no_step_follows_the_end_of_every_episode(num_envs: int) -> None:
     acted = 0
 
     def act(observation):
@@ -114,7 +114,7 @@ def test_nothing_is_played_once_every_episode_has_ended(num_envs: int) -> None:
     policy = TensorDictModule(act, in_keys=["observation"], out_keys=["action"])
     returns = evaluate_policy(env, policy, episodes=num_envs)
     assert returns.tolist() == [n * (n + 1) / 2 for n in lengths]
-    assert acted == 200  # the longest episode, and what is left of its piece
+    assert acted == 200  # the longest episode, and the rest of its piece
 
 
 def test_a_long_episode_of_large_observations_is_not_kept() -> None:
@@ -176,7 +176,7 @@ def test_gymnasiums_vector_environments(vectorized: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["reward", "observation"])
-def test_what_is_not_finite_stops_with_the_environments_name(value: float, key: str) -> None:
+def test_a_non_finite_value_raises_with_the_environments_name(value: float, key: str) -> None:
     class Diverging(Countdown):
         def _step(self, tensordict):
             return super()._step(tensordict).set(key, torch.tensor([value]))
@@ -188,7 +188,7 @@ def test_what_is_not_finite_stops_with_the_environments_name(value: float, key: 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_a_scaled_reward_is_evaluated_in_the_environments_units(num_envs: int) -> None:
-    """As training notes the returns of its episodes."""
+    """Training records the returns of its episodes in the same units."""
     scaling = [RewardScaling(loc=0.0, scale=0.1)]
     env = make_env(Countdown, num_envs=num_envs, transforms=scaling, length=150)
     assert evaluate_policy(env, POLICY, episodes=3).tolist() == [150 * 151 / 2] * 3

@@ -1,4 +1,4 @@
-"""What is measured at every evaluation: files, loggers, checkpoints, nothing disturbed."""
+"""Measurements at every evaluation: files, loggers, checkpoints, and unchanged training."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_the_numbers_are_those_of_the_functions(tmp_path: Path) -> None:
     assert "model_error_20" in found
 
 
-def test_a_run_is_the_same_with_and_without(tmp_path: Path) -> None:
-    """What is learnt, and the episodes that evaluations play."""
+def test_measurements_do_not_change_a_run(tmp_path: Path) -> None:
+    """Neither the trained weights nor the episodes of evaluations change."""
     weights, curves = [], []
     for name in ("with", "without"):
         envs = {
@@ -119,7 +119,7 @@ def test_a_measurement_of_the_user(tmp_path: Path) -> None:
     assert (tmp_path / "reward.png").stat().st_size > 1000
 
 
-def test_every_seed_has_its_own(tmp_path: Path) -> None:
+def test_every_seed_has_its_own_measurements(tmp_path: Path) -> None:
     module = make_stacked()
     options = {"measurements": [partial(Diagnostics, steps=10)], "num_seeds": 2}
     fit(tmp_path, module, **options)
@@ -131,7 +131,7 @@ def test_every_seed_has_its_own(tmp_path: Path) -> None:
     assert str(second[1]["effective_rank"]) not in logged
 
 
-def test_a_run_outlasts_a_time_limit_that_hides_every_return(tmp_path: Path) -> None:
+def test_a_run_continues_if_a_time_limit_hides_every_return(tmp_path: Path) -> None:
     """The environment's episodes end after ten steps."""
     bias = ValueBias(tmp_path, seed=0, steps=30)
     with pytest.warns(

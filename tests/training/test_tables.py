@@ -1,4 +1,4 @@
-"""The tables of a run: nothing of them is lost, and nothing else that lies in their place."""
+"""The tables of a run lose no rows, and other files in their place are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from alm_torchrl.training.curves import (
     LearningCurve,
     check_table,
     significant,
-    write_table,
+    table_bytes,
 )
 from tests.training.tiny import make_module
 
@@ -35,11 +35,11 @@ def steps(path: Path) -> list[str]:
     return [row["step"] for row in csv.DictReader(path.open())]
 
 
-def test_a_table_that_goes_on_is_left_as_it_is(tmp_path: Path, recwarn) -> None:
+def test_a_table_of_this_run_does_not_change(tmp_path: Path, recwarn) -> None:
     path = tmp_path / "curve.csv"
     assert not check_table(path, [], 3, resumed=False)
     for rows in ([], ROWS, [*ROWS, LATER]):
-        write_table(path, FIELDS, rows)
+        path.write_bytes(table_bytes(FIELDS, rows))
         before = path.read_bytes()
         assert not check_table(path, rows[:2], 3, resumed=bool(rows))
         assert path.read_bytes() == before
@@ -53,14 +53,14 @@ DAMAGE = {
     "header alone": b"step,seed,return\r\n",
     "edited": b"step,seed,return\r\n6,3,0.75\r\n12,3,9.9\r\n",
     "another seed": b"step,seed,return\r\n6,4,0.75\r\n12,4,1.5\r\n",
-    "another seed goes on": b"step,seed,return\r\n6,3,0.75\r\n12,3,1.5\r\n18,4,2.5\r\n",
+    "rows of another seed": b"step,seed,return\r\n6,3,0.75\r\n12,3,1.5\r\n18,4,2.5\r\n",
     "cut off": b"step,seed,return\r\n6,3,0.75\r\n12,3,1.5\r\n18,",
     "other columns": b"step,return\r\n6,0.75\r\n12,1.5\r\n",
 }
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
-def test_what_is_not_as_the_run_left_it_is_kept_and_said(tmp_path: Path, content: bytes) -> None:
+def test_a_changed_table_is_renamed_with_a_warning(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "curve.csv"
     for kept in ("curve.csv.kept", "curve.csv.2.kept"):
         path.write_bytes(content)
@@ -70,7 +70,7 @@ def test_what_is_not_as_the_run_left_it_is_kept_and_said(tmp_path: Path, content
         assert (tmp_path / kept).read_bytes() == content
 
 
-def test_a_table_that_is_missing_is_written_again(tmp_path: Path) -> None:
+def test_a_missing_table_is_written_again(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="curve.csv is missing; it was restored"):
         assert check_table(tmp_path / "curve.csv", ROWS, 3, resumed=True)
 
@@ -84,15 +84,15 @@ def test_a_folder_in_its_place_is_kept(tmp_path: Path, name: str) -> None:
     assert (tmp_path / f"{name}.kept/note.txt").read_text() == "mine"
 
 
-def test_a_run_that_begins_keeps_the_curve_of_another(tmp_path: Path) -> None:
-    write_table(tmp_path / "curve.csv", FIELDS, ROWS)
+def test_a_new_run_keeps_the_curve_of_another(tmp_path: Path) -> None:
+    (tmp_path / "curve.csv").write_bytes(table_bytes(FIELDS, ROWS))
     with pytest.warns(UserWarning, match="belongs to another run; .*curve.csv.kept"):
         assert not check_table(tmp_path / "curve.csv", [], 3, resumed=False)
     assert steps(tmp_path / "curve.csv.kept") == ["6", "12"]
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_run_goes_on_with_the_curve_of_its_checkpoint(tmp_path: Path, harm) -> None:
+def test_a_run_resumes_with_the_curve_of_its_checkpoint(tmp_path: Path, harm) -> None:
     seen: list[list[str]] = []
 
     def note(*_: object) -> None:
@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_the_curve_of_its_checkpoint(tmp_path: Path, harm) ->
     ("value", "written"),
     [(0.002, 0.002), (12345.678, 12345.68), (-1e-9, -1e-9), (3.0, 3.0), (1 / 3, 0.3333333)],
 )
-def test_small_returns_are_written_as_they_are(tmp_path: Path, value, written) -> None:
+def test_returns_keep_seven_digits(tmp_path: Path, value, written) -> None:
     assert significant(torch.tensor(value, dtype=torch.float64).item()) == written
     curve = LearningCurve(tmp_path, seed=3)
     module = make_module()
@@ -134,7 +134,7 @@ def test_small_returns_are_written_as_they_are(tmp_path: Path, value, written) -
     assert float(row["return"]) == pytest.approx(value, rel=1e-6)
 
 
-def test_a_measurement_that_fails_leaves_the_other_tables_whole(tmp_path: Path) -> None:
+def test_a_failing_measurement_does_not_change_the_other_tables(tmp_path: Path) -> None:
     class Failing(ValueBias):
         name = "second"
         broken = True

@@ -5,17 +5,14 @@ from alm_torchrl.evaluation.bias import (
     UnknownReturnsError,
     lower_bound,
     monte_carlo_returns,
-    normalized_bias,
     rollout_for_bias,
     value_bias,
 )
 from alm_torchrl.evaluation.diagnostics import (
     Calibration,
-    calibration,
     classifier_calibration,
     effective_rank,
     model_error,
-    rollout_error,
     split_into_windows,
 )
 from alm_torchrl.evaluation.returns import evaluate_policy
@@ -24,15 +21,12 @@ __all__ = [
     "Bias",
     "Calibration",
     "UnknownReturnsError",
-    "calibration",
     "classifier_calibration",
     "effective_rank",
     "evaluate_policy",
     "lower_bound",
     "model_error",
     "monte_carlo_returns",
-    "normalized_bias",
-    "rollout_error",
     "rollout_for_bias",
     "split_into_windows",
     "value_bias",

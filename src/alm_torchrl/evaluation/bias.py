@@ -1,4 +1,4 @@
-"""The bound on the return, and the bias of values and bound against Monte-Carlo returns."""
+"""The bound on the return, and the bias of values and bound relative to Monte-Carlo returns."""
 
 from __future__ import annotations
 
@@ -17,44 +17,39 @@ from alm_torchrl.objectives.alm import ALMLoss
 
 
 class UnknownReturnsError(ValueError):
-    """No return of a rollout is known: a time limit or the rollout's end hides them all."""
+    """No return of a rollout is known: a time limit or the rollout's end hides all of them."""
 
 
 class Bias(NamedTuple):
-    """Normalized biases over the states of a rollout."""
+    """Normalized biases of the smallest action value and the K-step bound.
+
+    Each has a mean and a standard deviation over states. ``monte_carlo`` is the mean discounted
+    return.
+    """
 
     value: Tensor
-    """Bias of the smallest action value, a mean over states."""
     value_std: Tensor
-    """Its standard deviation over states."""
     bound: Tensor
-    """Bias of the K-step bound."""
     bound_std: Tensor
-    """Its standard deviation over states."""
     monte_carlo: Tensor
-    """Mean discounted return."""
     states: Tensor
-    """Number of states."""
 
 
 @torch.no_grad()
 def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> Tensor:
-    r"""The K-step bound that ALM maximizes, along one imagined rollout.
+    r"""Returns the K-step bound that ALM maximizes ``[B, 1]``, along one imagined rollout.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \left(r(z_t, a_t) + c \cdot \mathrm{logratio}_t\right)
               + \gamma^K \min_i Q_i(z_K, a_K)
 
-    With learned rewards and values, and without the theorem's logarithms, it estimates the return
-    and may exceed it; :func:`value_bias` measures by how much. For the theorem itself see
+    With learned rewards and values, and without the theorem's logarithms, it may exceed the return;
+    :func:`value_bias` measures by how much. The theorem itself is
     :func:`~alm_torchrl.objectives.functional.log_return_bound`.
 
     Args:
         loss: the objective.
         latent: start of the rollout, ``[B, D]``.
-        action: the first action, ``[B, A]``; drawn from the actor by default.
-
-    Returns:
-        The bound, ``[B, 1]``, in units of return.
+        action: first action, ``[B, A]``; by default, the actor draws it.
     """
     return loss.bound(loss.imagine(latent, action))
 
@@ -63,13 +58,8 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
 def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDictBase:
     """Plays with the policy whose value the loss estimates: its actor, with clipped noise.
 
-    Args:
-        loss: the objective.
-        env: one environment, or a batch of them; finished episodes are followed by new ones.
-        steps: steps of each environment.
-
-    Returns:
-        The entries that the loss reads, ``[N, steps]``.
+    Returns the entries that the loss reads, ``[N, steps]``, from one environment or a batch of
+    them. New episodes follow finished ones.
     """
     policy = TensorDictSequential(loss.encoder, loss.actor)
     with set_exploration_type(ExplorationType.RANDOM):
@@ -81,22 +71,15 @@ def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDi
 def monte_carlo_returns(
     reward: Tensor, done: Tensor, terminated: Tensor, gamma: float, *, tail: float = 0.03
 ) -> tuple[Tensor, Tensor]:
-    r"""The discounted returns of a rollout, and the steps for which they are known.
+    r"""Returns the discounted returns of a rollout, and for which steps they are known.
 
     A termination ends a return. A time limit, or the end of the rollout, hides the rest of it, so
-    a step counts only if at most a share ``tail`` of an infinite-horizon return is hidden:
+    a return is known only if it hides at most the share ``tail`` of an infinite-horizon return:
     :math:`\gamma^n \le` ``tail`` with :math:`n` steps left (349 at a discount of 0.99). Nothing is
-    bootstrapped, since that would use the values under test.
+    bootstrapped, because that would use the values under test.
 
-    Args:
-        reward: ``[..., T, 1]``.
-        done: end of an episode for any reason, bool ``[..., T, 1]``.
-        terminated: end in a terminal state, bool ``[..., T, 1]``.
-        gamma: discount.
-        tail: largest share that may be hidden.
-
-    Returns:
-        The returns, and whether each is known, bool; both ``[..., T, 1]``.
+    All tensors are ``[..., T, 1]``; the flags ``done`` (any end of an episode) and ``terminated``
+    (a terminal state) and the second result are bool.
 
     Examples:
         >>> reward, never = torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.bool)
@@ -110,17 +93,9 @@ def monte_carlo_returns(
 
 
 def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Mean and standard deviation of :math:`(\mathrm{estimate} - G) / |\mathrm{mean}\, G|`.
+    """Returns mean and standard deviation of the error over the absolute mean return.
 
-    Both are scalars over ``N`` states. The normalization is that of Chen et al. (2021, REDQ).
-
-    Args:
-        estimate: estimates of the discounted return, ``[N]``.
-        returns: the discounted returns :math:`G`, ``[N]``.
-
-    Examples:
-        >>> normalized_bias(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0]))
-        (tensor(0.), tensor(0.5000))
+    The normalization is that of Chen et al. (2021, REDQ).
     """
     errors = (estimate - returns) / returns.mean().abs()
     return errors.mean(), errors.std(correction=0)
@@ -128,19 +103,17 @@ def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) -> Bias:
-    """Compares value and bound with the returns that followed the states of a rollout.
+    """Compares value and bound with the returns after the states of a rollout.
+
+    A positive bias is an overestimate.
 
     Args:
         loss: the objective.
         rollout: see :func:`rollout_for_bias`, ``[N, T]``.
         tail: see :func:`monte_carlo_returns`.
 
-    Returns:
-        The normalized biases; positive ones overestimate.
-
     Raises:
-        UnknownReturnsError: if no state is far enough from the end of its episode or of the
-            rollout.
+        UnknownReturnsError: if no return is known.
     """
     keys = loss.tensor_keys
     reward, done, terminated = (
@@ -151,7 +124,7 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
     if not counted.any():
         raise UnknownReturnsError(
             f"no return is known to within {tail:.0%}: each of the {rollout.shape[-1]} steps is "
-            "too near to a time limit or the end of the rollout: play more steps, or raise `tail`"
+            "too near a time limit or the end of the rollout: play more steps, or raise `tail`"
         )
     rows = counted.squeeze(-1)
     visited, returns = rollout[rows], returns[rows].squeeze(-1)

@@ -14,31 +14,24 @@ from alm_torchrl.objectives.functional import episode_mask, log_ratio
 
 
 class Calibration(NamedTuple):
-    """How well probabilities agree with frequencies."""
+    """Expected calibration error; and mean probability, share of label 1, and size of each bin.
+
+    Empty bins are NaN.
+    """
 
     error: Tensor
-    """The expected calibration error, a scalar in [0, 1]."""
     confidence: Tensor
-    """Mean probability of each bin, NaN in an empty one, ``[bins]``."""
     frequency: Tensor
-    """Share of label 1 in each bin, NaN in an empty one, ``[bins]``."""
     sizes: Tensor
-    """Samples in each bin, ``[bins]``."""
 
 
 def effective_rank(latents: Tensor) -> Tensor:
-    r"""The number of directions in which latents vary: exponential entropy of the spectrum.
+    r"""Returns the number of directions in which latents vary: exponential entropy of the spectrum.
 
     .. math:: \exp\Big(-\sum_d p_d \log p_d\Big), \qquad p_d = \sigma_d / \sum_k \sigma_k
 
-    over the singular values of the centered latents (Roy and Vetterli, 2007). It is ``D`` for equal
-    variance in all directions, and 1 for variance in one direction.
-
-    Args:
-        latents: ``[N, D]``.
-
-    Returns:
-        A scalar from 1 to ``D``; 0 if all latents are the same.
+    over the singular values of the centered latents ``[N, D]`` (Roy and Vetterli, 2007). It is
+    ``D`` for equal variance in all directions, 1 for variance in one, and 0 without variance.
 
     Examples:
         >>> square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
@@ -52,25 +45,7 @@ def effective_rank(latents: Tensor) -> Tensor:
 
 
 def rollout_error(predicted: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
-    r"""The squared error of predicted latents by rollout length, relative to their variance.
-
-    .. math:: \frac{\mathbb{E} \lVert \hat z_t - z_t \rVert^2}{\sum_d \mathrm{Var}(z_{t, d})}
-
-    It is 1 for a model that always predicts the mean (the fraction of variance unexplained).
-
-    Args:
-        predicted: latents after 1, 2, ... steps, ``[B, T, D]``.
-        encoded: encoded latents of the same steps, ``[B, T, D]``.
-        mask: valid steps, bool ``[B, T]``.
-
-    Returns:
-        The error after each number of steps, ``[T]``; NaN without valid steps or variance.
-
-    Examples:
-        >>> z = torch.tensor([[[1.0]], [[-1.0]]])
-        >>> rollout_error(0 * z, z, torch.ones(2, 1, dtype=torch.bool))
-        tensor([1.])
-    """
+    """Returns the error ``[T]`` of latents ``[B, T, D]``; see :func:`model_error`."""
     weight = mask.unsqueeze(-1).to(encoded.dtype)
     mean = (weight * encoded).sum(0) / weight.sum(0)
     error = (weight * (predicted - encoded).square()).sum((0, 2))
@@ -78,22 +53,7 @@ def rollout_error(predicted: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
 
 
 def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibration:
-    r"""Expected calibration error over bins of equal width.
-
-    .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{N} \, | \mathrm{frequency}_b -
-              \mathrm{confidence}_b |
-
-    (Guo et al., 2017, for the probability of class 1.)
-
-    Args:
-        probability: probability of label 1, ``[N]``.
-        label: bool ``[N]``.
-        bins: number of bins.
-
-    Examples:
-        >>> calibration(torch.tensor([0.7, 0.7]), torch.tensor([True, False]), bins=2).error
-        tensor(0.2000)
-    """
+    """Returns the calibration of probabilities ``[N]`` of label 1, over bins of equal width."""
     index = (probability * bins).long().clamp_max(bins - 1)
     ones = torch.ones_like(probability)
 
@@ -106,33 +66,28 @@ def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibrati
 
 
 def split_into_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
-    """Cuts a rollout ``[N, T]`` into windows ``[N * (T // length), length]`` without overlap."""
+    """Splits a rollout ``[N, T]`` into windows ``[N * (T // length), length]`` without overlap."""
     count = rollout.shape[1] // length
     if count < 1:
-        raise ValueError(f"a rollout of {rollout.shape[1]} steps holds no window of {length}")
+        raise ValueError(f"a rollout of {rollout.shape[1]} steps is shorter than length={length}")
     return rollout[:, : count * length].reshape(-1, length)
 
 
 @torch.no_grad()
 def model_error(loss: ALMLoss, windows: TensorDictBase) -> Tensor:
-    """The error of the latent dynamics by rollout length.
+    r"""Returns the squared error of the latent dynamics after 1 to ``T`` steps, over the variance.
 
-    The rollout starts at the encoder's mean for the first observation and follows the means of the
-    dynamics along the recorded actions. Each is compared with the target encoder's mean.
+    .. math:: \frac{\mathbb{E} \lVert \hat z_t - z_t \rVert^2}{\sum_d \mathrm{Var}(z_{t, d})}
 
-    Args:
-        loss: the objective.
-        windows: see the loss's ``forward``, ``[B, T]`` of any length ``T``.
-
-    Returns:
-        :func:`rollout_error` after 1 to ``T`` steps, ``[T]``.
+    :math:`\hat z_t` starts at the encoder's mean for the first observation of a window ``[B, T]``
+    and follows the means of the dynamics along the recorded actions; :math:`z_t` are the target
+    encoder's means. The error is 1 for a model that always predicts the mean (the fraction of
+    variance unexplained), and NaN without valid steps or variance.
     """
-    latent_key, action_key = loss.encoder.dist_sample_keys[-1], loss.actor.dist_sample_keys[-1]
     actions = windows.get(loss.tensor_keys.action)
     latent, predicted = loss.encoder.get_dist(windows[:, 0].select(*loss.encoder.in_keys)).mean, []
     for t in range(windows.shape[1]):
-        step = TensorDict({latent_key: latent, action_key: actions[:, t]}, windows.shape[:1])
-        latent = loss.dynamics.get_dist(step).mean
+        latent = loss.dynamics.get_dist(_step(loss, latent, actions[:, t])).mean
         predicted.append(latent)
     encoded = loss.encoding(windows.get("next")).mean
     done = windows.get(unravel_key(("next", loss.tensor_keys.done))).squeeze(-1)
@@ -143,15 +98,15 @@ def model_error(loss: ALMLoss, windows: TensorDictBase) -> Tensor:
 def classifier_calibration(
     loss: ALMLoss, transitions: TensorDictBase, bins: int = 10
 ) -> Calibration:
-    """The calibration of the classifier's probabilities.
+    r"""Returns the calibration of the classifier on transitions ``[N]``.
 
     The classifier sees every transition twice: with the next latent from the target encoder
-    (label 1) and from the latent dynamics (label 0). The transitions ``[N]`` are those of the
-    loss's ``forward``.
+    (label 1) and from the latent dynamics (label 0). Its expected calibration error over bins of
+    equal width (Guo et al., 2017) is
+
+    .. math:: \sum_b \frac{n_b}{N} \, | \mathrm{frequency}_b - \mathrm{confidence}_b |
     """
-    latent_key, action_key = loss.encoder.dist_sample_keys[-1], loss.actor.dist_sample_keys[-1]
-    action = transitions.get(loss.tensor_keys.action)
-    step = TensorDict({latent_key: loss.encode(transitions), action_key: action}, transitions.shape)
+    step = _step(loss, loss.encode(transitions), transitions.get(loss.tensor_keys.action))
     real = loss.encode(transitions.get("next"))
     imagined = loss.dynamics.get_dist(step).sample()
     probabilities = []
@@ -159,5 +114,11 @@ def classifier_calibration(
         shown = step.copy().set(loss.dynamics.dist_sample_keys[-1], following)
         logits = loss.classifier(shown).get(loss.classifier.out_keys[-1])
         probabilities.append(log_ratio(logits).squeeze(-1).sigmoid())
-    label = torch.arange(2, device=action.device).repeat_interleave(len(action)) == 0
+    label = torch.arange(2, device=real.device).repeat_interleave(len(real)) == 0
     return calibration(torch.cat(probabilities), label, bins)
+
+
+def _step(loss: ALMLoss, latent: Tensor, action: Tensor) -> TensorDict:
+    """Returns latents and actions under the keys that the networks read."""
+    keys = loss.encoder.dist_sample_keys[-1], loss.actor.dist_sample_keys[-1]
+    return TensorDict(dict(zip(keys, (latent, action), strict=True)), latent.shape[:1])

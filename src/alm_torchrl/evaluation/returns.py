@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
@@ -15,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 from alm_torchrl.envs.failures import check_finite, env_name
 
 _PIECE = 100  # steps per rollout
-_LONGEST = 100_000  # default for max_steps
+_LONGEST = 100_000  # default of max_steps
 
 
 @torch.no_grad()
@@ -27,9 +26,8 @@ def evaluate_policy(
     max_steps: int | None = None,
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
     reward_key: NestedKey | None = None,
-    done_key: NestedKey = "done",
 ) -> Tensor:
-    """Undiscounted returns of a policy, by default with its mean action.
+    """Returns the undiscounted returns of a policy, ``[episodes]``, by default for its mean action.
 
     Args:
         env: one environment, or a batch of them, each of which plays one episode at a time; not
@@ -38,14 +36,9 @@ def evaluate_policy(
         episodes: number of episodes.
         max_steps: steps after which an episode is cut, with a warning; 100,000 by default.
         exploration_type: how the policy draws its action.
-        reward_key: the reward under ``"next"``, whose sum is the return. By default the return is
-            read from ``"episode_reward"`` if the environment has it, as those of
-            :func:`~alm_torchrl.envs.make_env` do (in the task's units, whatever ``transforms`` do
-            to the reward), and else summed over ``"reward"``.
-        done_key: the end of an episode under ``"next"``.
-
-    Returns:
-        ``[episodes]``.
+        reward_key: reward under ``"next"`` to sum. By default, the return is ``"episode_reward"``
+            if the environment has it, and otherwise the sum of ``"reward"``. Environments of
+            :func:`~alm_torchrl.envs.make_env` have it, without the effect of ``transforms``.
 
     Raises:
         ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment is closed.
@@ -66,21 +59,25 @@ def evaluate_policy(
     returns: list[Tensor] = []
     with set_exploration_type(exploration_type):
         while sum(r.numel() for r in returns) < episodes:
-            played = _play(env, policy, longest, reward_key, done_key)
+            played = _play(env, policy, longest, reward_key)
             returns.append(played.reshape(-1).cpu())
     return torch.cat(returns)[:episodes]
 
 
 def _play(
-    env: EnvBase,
-    policy: TensorDictModuleBase,
-    max_steps: int,
-    reward_key: NestedKey | None,
-    done_key: NestedKey,
+    env: EnvBase, policy: TensorDictModuleBase, max_steps: int, reward_key: NestedKey | None
 ) -> Tensor:
-    """Returns of the first episodes, rolled out in pieces to bound the memory."""
+    """Plays an episode in each environment, in pieces to bound the memory; returns the returns."""
     batched = bool(env.batch_size)
-    start = _reset(env)
+    try:
+        start = env.reset()
+    except Exception as error:
+        if not env.is_closed:
+            raise
+        raise ValueError(
+            f"the environment is closed ({type(error).__name__}), as a collector closes its own: "
+            "evaluate in another one"
+        ) from error
     keeps_return = reward_key is None and "episode_reward" in start.keys()  # noqa: SIM118
     key = "episode_reward" if keeps_return else reward_key or "reward"
     values: list[Tensor] = []
@@ -98,7 +95,7 @@ def _play(
         )
         check_finite(rollout, f"of {env_name(env)}")
         values.append(rollout[unravel_key(("next", key))].squeeze(-1))
-        dones.append(rollout[unravel_key(("next", done_key))].squeeze(-1))
+        dones.append(rollout["next", "done"].squeeze(-1))
         if torch.cat(dones, -1).any(-1).all():
             break
         start = step_mdp(rollout[..., -1])
@@ -113,16 +110,3 @@ def _play(
     if keeps_return:
         return value.gather(-1, first_episode.sum(-1, keepdim=True) - 1).squeeze(-1)
     return (value * first_episode).sum(-1)
-
-
-def _reset(env: EnvBase) -> TensorDictBase:
-    """Resets the environment, and names the remedy if it is closed."""
-    try:
-        return env.reset()
-    except Exception as error:
-        if not env.is_closed:
-            raise
-        raise ValueError(
-            f"the environment is closed ({type(error).__name__}), as a collector closes its own: "
-            "evaluate in another one"
-        ) from error

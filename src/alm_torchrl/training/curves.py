@@ -1,4 +1,4 @@
-"""Tables that grow by one row per evaluation: a CSV file, its plot, and a copy in checkpoints."""
+"""Tables with one row per evaluation: a CSV file, its plot, and a copy in checkpoints."""
 
 from __future__ import annotations
 
@@ -21,36 +21,37 @@ Row = Mapping[str, float]
 
 
 class CurveFile(L.Callback):
-    """Keeps rows of numbers as ``<name>.csv`` and plots them as ``<name>.png``.
+    """Writes rows of numbers to ``<name>.csv`` and plots them as ``<name>.png``.
 
     Checkpoints hold the rows as well. When a run resumes, a file that does not start with these
-    rows is kept as ``<name>.csv.kept``, with a warning, and written again.
+    rows is renamed to ``<name>.csv.kept``, with a warning, and written again.
 
     Args:
-        folder: where the files go.
-        seed: the seed noted in each row.
+        folder: folder of the files.
+        seed: seed in each row.
         seed_index: position of this seed among the seeds trained together.
     """
 
-    #: Stem of both file names.
     name: str
+    #: Columns of a file without rows.
+    columns: tuple[str, ...] = ()
     #: Width and height of the plot in inches.
     figure_size: tuple[float, float] = (10, 3.5)
 
     def __init__(self, folder: str | Path, *, seed: int, seed_index: int = 0) -> None:
         self.folder = Path(folder)
-        self.seed = int(seed)  # checkpoints hold no NumPy numbers
+        self.seed = int(seed)  # checkpoints cannot hold NumPy numbers
         self.seed_index = seed_index
         self.rows: list[dict[str, float]] = []
         self._resumed = False
 
     @property
     def state_key(self) -> str:
-        """Key of this seed's rows in a checkpoint."""
+        """Key of this seed in a checkpoint."""
         return self._generate_state_key(seed_index=self.seed_index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
+        """Returns the rows so far."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ class CurveFile(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Compares the file with the rows and writes it again if they differ."""
+        """Compares the file with the rows, and writes it again if it differs."""
         path = self.folder / f"{self.name}.csv"
         if check_table(path, self.rows, self.seed, resumed=self._resumed):
             self.write()
@@ -73,37 +74,46 @@ class CurveFile(L.Callback):
         """Writes both files."""
         from matplotlib.figure import Figure
 
-        write_table(self.folder / f"{self.name}.csv", self.fields(), self.rows)
+        fields = list(self.rows[0]) if self.rows else self.columns
+        with atomic_write(self.folder / f"{self.name}.csv") as file:
+            file.write(table_bytes(fields, self.rows))
         figure = Figure(figsize=self.figure_size, layout="constrained")
         self.draw(figure)
         with atomic_write(self.folder / f"{self.name}.png") as file:
             figure.savefig(file, format="png", dpi=150)
 
-    def fields(self) -> Sequence[str]:
-        """Column names."""
-        return list(self.rows[0])
-
     def column(self, name: str) -> Tensor:
-        """One column of :attr:`rows`."""
+        """Returns a column as float64 ``[rows]``."""
         return torch.tensor([row[name] for row in self.rows], dtype=torch.float64)
 
     def draw(self, figure: Any) -> None:
-        """Draws :attr:`rows` on a matplotlib figure: by default, one panel for each column."""
-        names = [name for name in self.fields() if name not in ("step", "seed")]
+        """Draws the rows on a matplotlib figure: by default, one panel for each column."""
+        names = [name for name in self.rows[0] if name not in ("step", "seed")]
         panels = figure.subplots(1, len(names), squeeze=False)[0]
         for axes, name in zip(panels, names, strict=True):
-            plot_column(axes, self.column("step"), self.column(name), title=name)
+            self.plot(axes, name, title=name)
+
+    def plot(self, axes: Any, name: str, std: str | None = None, *, title: str) -> None:
+        """Plots a column against the environment steps, with a band of the column ``std``."""
+        steps, mean = self.column("step"), self.column(name)
+        axes.plot(steps, mean, marker="o", markersize=3)
+        if std is not None:
+            width = self.column(std)
+            axes.fill_between(steps, mean - width, mean + width, alpha=0.2, linewidth=0)
+        axes.set(xlabel="environment steps after the warm-up", title=title)
+        axes.grid(alpha=0.3)
 
 
 class LearningCurve(CurveFile):
     """The learning curve, as ``curve.csv`` and ``curve.png``.
 
-    A row holds the environment steps after the warm-up, the seed, the mean return and its standard
-    deviation over episodes, all frames, and the seconds of training so far. The arguments are those
-    of :class:`CurveFile` and the title of the plot.
+    A row contains the environment steps after the warm-up, the seed, mean and standard deviation of
+    the return over episodes, all frames, and the seconds of training. In addition to the arguments
+    of :class:`CurveFile`, ``title`` is the title of the plot.
     """
 
     name = "curve"
+    columns = ("step", "seed", "return", "return_std", "frames", "seconds")
     figure_size = (6, 4)
 
     def __init__(
@@ -115,7 +125,7 @@ class LearningCurve(CurveFile):
         self._start = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows and the seconds so far."""
+        """Returns the rows and the seconds so far."""
         return {"rows": self.rows, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,100 +152,66 @@ class LearningCurve(CurveFile):
         self.add(experience.steps, numbers)
 
     @rank_zero_only
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
-    ) -> None:
-        """Writes both files even if no evaluation has finished."""
+    def on_exception(self, trainer: L.Trainer, pl_module: ALMModule, *_: Any) -> None:
+        """Writes both files, even if no evaluation has finished."""
         if pl_module.restored:
             self.write()
-
-    def fields(self) -> Sequence[str]:
-        """Column names."""
-        return ("step", "seed", "return", "return_std", "frames", "seconds")
 
     def draw(self, figure: Any) -> None:
         """Draws the mean return and its standard deviation."""
         axes = figure.subplots()
-        plot_column(
-            axes, self.column("step"), self.column("return"), self.column("return_std"), self.title
-        )
+        self.plot(axes, "return", "return_std", title=self.title)
         axes.set_ylabel("return")
 
     def _seconds(self) -> float:
         return self._before + time.monotonic() - self._start
 
 
-def plot_column(
-    axes: Any, steps: Tensor, mean: Tensor, std: Tensor | None = None, title: str = ""
-) -> None:
-    """Plots a column against the environment steps, with a band of one standard deviation."""
-    axes.plot(steps, mean, marker="o", markersize=3)
-    if std is not None:
-        axes.fill_between(steps, mean - std, mean + std, alpha=0.2, linewidth=0)
-    axes.set(xlabel="environment steps after the warm-up", title=title)
-    axes.grid(alpha=0.3)
-
-
 def significant(value: float) -> float:
-    """Rounds to seven significant digits, as many as float32 has.
-
-    Examples:
-        >>> significant(0.0020000000949949026)
-        0.002
-    """
+    """Rounds to seven significant digits, the precision of float32."""
     return float(f"{value:.7g}")
 
 
-def write_table(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
-    """Replaces a CSV file atomically."""
-    with atomic_write(path) as file:
-        file.write(_text(fields, rows).encode())
-
-
 def check_table(path: Path, rows: Sequence[Row], seed: int, *, resumed: bool) -> bool:
-    """Compares a CSV file with the rows of a checkpoint and sets aside a file of another run.
+    """Compares a CSV file with the rows of a checkpoint, and renames the file of another run.
 
-    The file may hold further rows: those written after the checkpoint, which will be repeated. For
-    a new run, ``rows`` is empty.
+    The file may have further rows, written after the checkpoint; the run will repeat them. ``rows``
+    is empty for a new run.
 
     Returns:
-        Whether the file must be written again to hold the rows.
+        Whether the file must be written again.
     """
     plot = path.with_suffix(".png")
     if plot.is_dir():
         rank_zero_warn(f"{plot} is a folder; it was renamed to {set_aside(plot)}")
-    if not path.exists():
-        if rows:
-            rank_zero_warn(f"{path} is missing; it was restored from the checkpoint")
-        return bool(rows)
-    try:
-        found = None if path.is_dir() else path.read_bytes().decode()
-    except UnicodeDecodeError:
-        found = None
-    if found is not None and _is_of_run(found, rows, seed, resumed=resumed):
-        return False
-    problem = "does not match the checkpoint" if resumed else "belongs to another run"
-    rank_zero_warn(f"{path} {problem}; it was renamed to {set_aside(path)}")
+    if path.exists():
+        if path.is_file() and _is_of_run(path, rows, seed, resumed=resumed):
+            return False
+        problem = "does not match the checkpoint" if resumed else "belongs to another run"
+        rank_zero_warn(f"{path} {problem}; it was renamed to {set_aside(path)}")
+    elif rows:
+        rank_zero_warn(f"{path} is missing; it was restored from the checkpoint")
     return bool(rows)
 
 
-def _is_of_run(text: str, rows: Sequence[Row], seed: int, *, resumed: bool) -> bool:
-    """Whether this run wrote the text, up to the checkpoint or beyond it."""
-    if rows and not text.startswith(_text(list(rows[0]), rows)):
-        return False
+def _is_of_run(path: Path, rows: Sequence[Row], seed: int, *, resumed: bool) -> bool:
+    """Returns whether this run wrote the file, up to the checkpoint or beyond it."""
     try:
-        lines = list(csv.DictReader(io.StringIO(text)))
+        content = path.read_bytes()
+        lines = list(csv.DictReader(io.StringIO(content.decode())))
         numbers = [{name: float(value) for name, value in line.items()} for line in lines]
-    except (TypeError, ValueError, csv.Error):  # a line too short or too long, or no number
+    except (TypeError, ValueError, csv.Error):  # no text, a line too short or long, or no number
         return False
     if not resumed:
         return not numbers
-    return bool(text) and all(line.get("seed") == seed for line in numbers)
+    same = not rows or content.startswith(table_bytes(list(rows[0]), rows))
+    return same and bool(content) and all(line.get("seed") == seed for line in numbers)
 
 
-def _text(fields: Sequence[str], rows: Sequence[Row]) -> str:
+def table_bytes(fields: Sequence[str], rows: Sequence[Row]) -> bytes:
+    """Returns the content of a CSV file."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode()

@@ -25,20 +25,20 @@ from alm_torchrl.evaluation import (
     value_bias,
 )
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.training.curves import CurveFile, plot_column, significant
+from alm_torchrl.training.curves import CurveFile, significant
 from alm_torchrl.training.module import ALMModule
 from alm_torchrl.training.seeds import losses_of
 
 
 class Measurement(CurveFile):
-    """Plays with the current policy after every evaluation and keeps what :meth:`measure` returns.
+    """Plays with the current policy after every evaluation, and records numbers of the rollout.
 
     A subclass sets ``name``, the stem of its files, and implements :meth:`measure`; it may override
     ``draw(figure)``. Random generators are restored afterwards, so training does not depend on
     measurements. The loggers receive the numbers of the first seed as ``eval/...``.
 
-    The arguments are those of :class:`CurveFile` and the ``steps`` played in each evaluation
-    environment.
+    In addition to the arguments of :class:`CurveFile`, ``steps`` is the number of steps in each
+    evaluation environment.
 
     Examples:
         >>> class RewardMean(Measurement):
@@ -55,16 +55,16 @@ class Measurement(CurveFile):
         self.steps = steps
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
-        """Computes scalars by name from a rollout ``[N, steps]`` of this seed's policy."""
+        """Returns scalars by name from a rollout ``[N, steps]`` of this seed's policy."""
         raise NotImplementedError
 
     @rank_zero_only
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
     ) -> None:
-        """Plays, measures, logs, and rewrites both files."""
+        """Plays, measures, logs, and writes both files."""
         loss = losses_of(pl_module.loss)[self.seed_index]
-        device, env = pl_module.device, pl_module.eval_env
+        device, env, step = pl_module.device, pl_module.eval_env, pl_module.experience.steps
         states = random_states(env)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with failing_as(f"playing in {env_name(env)} for the {self.name} failed"):
@@ -73,7 +73,6 @@ class Measurement(CurveFile):
         if states:
             set_random_states(env, states)
         numbers = {name: significant(float(value)) for name, value in found.items()}
-        step = pl_module.experience.steps
         if self.seed_index == 0:
             for logger in trainer.loggers:
                 logger.log_metrics({f"eval/{k}": v for k, v in numbers.items()}, step=step)
@@ -83,13 +82,9 @@ class Measurement(CurveFile):
 class ValueBias(Measurement):
     """The normalized bias of action values and bound, as ``bias.csv`` and ``bias.png``.
 
-    See :func:`alm_torchrl.evaluation.value_bias`. If a time limit hides every return, the numbers
-    are NaN and a warning is issued.
-
-    Args:
-        folder: where the files go.
-        tail: largest share of an infinite-horizon return that a time limit may hide.
-        options: as for :class:`Measurement`.
+    See :func:`alm_torchrl.evaluation.value_bias` for the numbers and ``tail``, and
+    :class:`Measurement` for the other arguments. If a time limit hides every return, the numbers
+    are NaN, with a warning.
     """
 
     name = "bias"
@@ -99,7 +94,7 @@ class ValueBias(Measurement):
         self.tail = tail
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
-        """The fields of :class:`~alm_torchrl.evaluation.Bias`."""
+        """Returns the fields of :class:`~alm_torchrl.evaluation.Bias`."""
         try:
             bias = value_bias(loss, rollout, tail=self.tail)
         except UnknownReturnsError as error:
@@ -110,23 +105,17 @@ class ValueBias(Measurement):
 
     def draw(self, figure: Any) -> None:
         """Draws mean and standard deviation over states, of values and bound."""
-        steps = self.column("step")
         for axes, name in zip(figure.subplots(1, 2, sharey=True), ("value", "bound"), strict=True):
-            mean, std = self.column(f"bias_{name}"), self.column(f"bias_{name}_std")
-            plot_column(axes, steps, mean, std, title=f"bias of the {name}")
+            self.plot(axes, f"bias_{name}", f"bias_{name}_std", title=f"bias of the {name}")
             axes.axhline(0, color="black", linewidth=0.5)
 
 
 class Diagnostics(Measurement):
     """Latents, dynamics and classifier, as ``diagnostics.csv`` and ``diagnostics.png``.
 
-    The effective rank of the target encoder's means over the visited states, the model error after
-    1, 2, ... steps, and the calibration of the classifier.
-
-    Args:
-        folder: where the files go.
-        length: steps of the longest model rollout.
-        options: as for :class:`Measurement`.
+    It measures the effective rank of the target encoder's means over the visited states, the model
+    error after 1 to ``length`` steps, and the calibration of the classifier. The other arguments
+    are those of :class:`Measurement`.
     """
 
     name = "diagnostics"
@@ -136,7 +125,7 @@ class Diagnostics(Measurement):
         self.length = length
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
-        """The numbers of all three."""
+        """Returns effective rank, model errors and calibration."""
         flat = rollout.reshape(-1)
         bins = classifier_calibration(loss, flat)
         errors = model_error(loss, split_into_windows(rollout, min(self.length, rollout.shape[1])))
@@ -156,9 +145,7 @@ class Diagnostics(Measurement):
             return [value for name, value in newest.items() if name.startswith(prefix)]
 
         rank, error, reliability = figure.subplots(1, 3)
-        plot_column(
-            rank, self.column("step"), self.column("effective_rank"), title="effective rank"
-        )
+        self.plot(rank, "effective_rank", title="effective rank")
         errors = values("model_error_")
         error.plot(range(1, len(errors) + 1), errors, marker="o", markersize=3)
         error.set(xlabel="model steps", title="model error / variance")

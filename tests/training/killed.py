@@ -17,7 +17,7 @@ from tests.training.tiny import make_module
 
 
 def main(folder: Path) -> None:
-    """A run of 400 updates that goes on from what is in the folder."""
+    """Trains for 400 updates, from the newest checkpoint in the folder."""
     start = find_checkpoint(folder / "checkpoints")
     trainer = make_trainer(
         folder,

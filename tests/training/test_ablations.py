@@ -1,4 +1,4 @@
-"""Every ablation of the objective in an update, for one seed and for several at once."""
+"""Every ablation of the objective in an update, for one seed and for several together."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_updates_of_several_seeds_are_those_of_each(monkeypatch, options: dict[s
 
 @pytest.mark.filterwarnings("ignore:No target network updater")
 def test_the_multiplier_moves_towards_its_target() -> None:
-    """Up while the term is above, down while it is below."""
+    """It rises while the term is above its level, and falls while it is below."""
     loss = make_loss(0, consistency_level=2.0)
     batch = make_windows(6, 3)
     kl = loss(batch)["kl"].item()
@@ -92,7 +92,7 @@ def test_the_multiplier_moves_towards_its_target() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-def test_a_run_with_a_multiplier_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_with_a_multiplier_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     def fit(start: Checkpoint | None = None) -> list[float]:
         module = make_module(objective={"consistency_level": 2.0}, learning_rates=1e-2)
         trainer = make_trainer(

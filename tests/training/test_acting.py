@@ -1,4 +1,4 @@
-"""Acting with a copy of the policy: which weights it takes, and that it waits for nothing."""
+"""Acting with a copy of the policy: which weights it has, without host synchronization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.synchronization import HostReads
 
 
 class Constant(nn.Module):
-    """Its parameter plus its buffer, whatever it sees."""
+    """Returns its parameter plus its buffer for every input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ def test_without_lag_the_newest_weights_act() -> None:
         copied.publish(update + 1)
 
 
-def test_with_lag_the_weights_before_act() -> None:
-    """Before an update is published, with what the update started from; then one behind."""
+def test_with_lag_the_previous_weights_act() -> None:
+    """Until an update is published, the weights before it act; then they are one update behind."""
     network, policy = make_policy()
     copied = CPUPolicy(policy, lag=1)
     acted = []
@@ -61,10 +61,10 @@ def test_with_lag_the_weights_before_act() -> None:
         assert act(copied) == acted[-1]  # nothing changes before it is published
         copied.publish(update + 1)
     assert acted == [0, 0, 11, 22, 33]
-    assert network.weight.item() == 5  # what is learnt is not touched
+    assert network.weight.item() == 5  # the trained weights do not change
 
 
-def test_publishing_asks_the_device_nothing() -> None:
+def test_publishing_does_not_synchronize() -> None:
     _, policy = make_policy()
     copied = CPUPolicy(policy, lag=1)
     with HostReads() as reads:
@@ -74,8 +74,8 @@ def test_publishing_asks_the_device_nothing() -> None:
     assert reads.operators > 0
 
 
-def test_a_copy_is_waited_for_where_there_is_no_event(monkeypatch) -> None:
-    """As on an Apple GPU: only CUDA's copies go on behind the host's back."""
+def test_copies_without_events_are_synchronous(monkeypatch) -> None:
+    """As on an Apple GPU: only copies from CUDA are asynchronous."""
     copy, waits = torch._foreach_copy_, []
 
     def note(to, source, non_blocking=False):
@@ -95,7 +95,9 @@ def test_another_lag_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path: Path, lag) -> None:
+def test_a_run_acts_with_the_weights_of_the_previous_update(
+    make_module, tmp_path: Path, lag
+) -> None:
     module = make_module(policy_lag=lag)
     copied, source = module.experience.policy, next(module.agent.actor.parameters())
     index = next(i for i, p in enumerate(module.agent.policy().parameters()) if p is source)
@@ -117,12 +119,12 @@ def test_a_run_acts_with_the_weights_of_the_update_before(make_module, tmp_path:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_the_age_without_workers_is_the_lag(make_module, tmp_path: Path, lag) -> None:
+def test_staleness_without_workers_is_the_lag(make_module, tmp_path: Path, lag) -> None:
     module = make_module(policy_lag=lag)
     make_trainer(tmp_path, seed=0, title="", eval_every=6, accelerator="cpu").fit(module)
     assert list(module.experience._ages) == [0.0] + [float(lag)] * 11
 
 
-def test_weights_that_are_never_sent_are_refused() -> None:
+def test_a_transfer_interval_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="every=0 must be at least 1"):
         PolicyPublisher(VersionedPolicy(make_policy()[1]), None, every=0)

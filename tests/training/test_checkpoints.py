@@ -1,4 +1,4 @@
-"""What a run leaves to go on from, and that it goes on as if nothing had happened."""
+"""Checkpoints of a run, and that a run resumes from them as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from torchrl.envs import SerialEnv, Transform, TransformedEnv
 
 from alm_torchrl.envs import make_env as make_gymnasium
 from alm_torchrl.training import EnvironmentFailedError, find_checkpoint, make_trainer
-from alm_torchrl.training.trainer import _unused
+from alm_torchrl.training.trainer import _make_loggers
 from tests.training.tiny import make_env
 
 
 class Losses(L.Callback):
-    """Notes the losses of every update, and raises a signal after one of them."""
+    """Records the weights after every update, and raises a signal after one of them."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.seen: dict[int, tuple[float, ...]] = {}
@@ -85,7 +85,7 @@ def curve(folder: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("stop_after", [5, 6, 7, 11, 12, 17])
-def test_an_interrupted_run_goes_on_where_it_was(make_module, tmp_path, stop_after) -> None:
+def test_an_interrupted_run_resumes_where_it_stopped(make_module, tmp_path, stop_after) -> None:
     _, interrupted = fit(make_module(24), tmp_path, Losses(stop_after))
     assert interrupted
     found = find_checkpoint(tmp_path / "checkpoints")
@@ -103,8 +103,8 @@ def test_an_interrupted_run_goes_on_where_it_was(make_module, tmp_path, stop_aft
 
 
 @pytest.mark.parametrize("stop_after", [3, 4, 5, 10, 13])
-def test_the_warmups_updates_are_counted_apart(make_module, tmp_path, stop_after) -> None:
-    """Evaluations fall on the steps that they would without, wherever a run was interrupted."""
+def test_updates_of_the_warmup_are_counted_separately(make_module, tmp_path, stop_after) -> None:
+    """Evaluations are at the same steps as without them, wherever a run was interrupted."""
     fit(make_module(12, warmup_updates=4), tmp_path, Losses(stop_after))
     notes, module = Losses(), make_module(12, warmup_updates=4)
     fit(module, tmp_path, notes, resume=True)
@@ -113,7 +113,7 @@ def test_the_warmups_updates_are_counted_apart(make_module, tmp_path, stop_after
     assert int(module.agent.noise.step_count) == 11
 
 
-def test_losses_go_on_bit_by_bit_from_the_same_experience(make_module, tmp_path: Path) -> None:
+def test_losses_resume_bit_by_bit_with_the_same_experience(make_module, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -122,12 +122,12 @@ def test_losses_go_on_bit_by_bit_from_the_same_experience(make_module, tmp_path:
     fit(make_module(2, updates_per_step=20), parts, Losses(stop_after=5))
     torch.manual_seed(99)
     fit(make_module(2, updates_per_step=20), parts, resumed, resume=True)
-    of_this_step = range(6, 21)  # those after them have seen other transitions
+    of_this_step = range(6, 21)  # later updates have other transitions
     assert [resumed.seen[n] for n in of_this_step] == [uninterrupted.seen[n] for n in of_this_step]
     assert len({uninterrupted.seen[n] for n in of_this_step}) == 15
 
 
-def test_the_buffer_is_restored_and_the_running_episode_closed(make_module, tmp_path) -> None:
+def test_the_buffer_is_restored_and_the_open_episode_truncated(make_module, tmp_path) -> None:
     module = make_module(24)
     fit(module, tmp_path, Losses(stop_after=7))
     stored = module.experience.replay.storage.get(slice(None)).clone()
@@ -152,7 +152,7 @@ def test_random_frames_are_not_drawn_again(make_module, tmp_path: Path) -> None:
     assert module.experience.collector.state_dict()["frames"] == 32
 
 
-def test_a_policy_that_lags_goes_on_with_restored_weights(make_module, tmp_path: Path) -> None:
+def test_a_lagging_policy_resumes_with_the_restored_weights(make_module, tmp_path: Path) -> None:
     fit(make_module(24, policy_lag=1), tmp_path, Losses(stop_after=7))
     module = make_module(24, policy_lag=1)
     acted = []
@@ -169,7 +169,7 @@ def test_a_policy_that_lags_goes_on_with_restored_weights(make_module, tmp_path:
     assert acted == [True]
 
 
-def test_no_more_checkpoints_are_kept_than_asked_for(make_module, tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(make_module, tmp_path: Path) -> None:
     fit(make_module(24), tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["replay-0", "update-0000000020", "update-0000000024"]
@@ -181,7 +181,7 @@ def test_no_more_checkpoints_are_kept_than_asked_for(make_module, tmp_path: Path
     assert set(manifest["versions"]) >= {"alm-torchrl", "torch", "torchrl"}
 
 
-def test_a_finished_run_is_left_as_it_is(make_module, tmp_path: Path) -> None:
+def test_a_finished_run_does_not_change(make_module, tmp_path: Path) -> None:
     fit(make_module(24), tmp_path)
     before = (tmp_path / "curve.csv").read_text()
     notes = Losses()
@@ -191,7 +191,7 @@ def test_a_finished_run_is_left_as_it_is(make_module, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [18, 20])
-def test_a_finished_run_goes_on_if_it_is_given_more_steps(make_module, tmp_path, first) -> None:
+def test_a_finished_run_continues_with_more_steps(make_module, tmp_path, first) -> None:
     fit(make_module(first), tmp_path)
     notes = Losses()
     trainer, _ = fit(make_module(24), tmp_path, notes, resume=True)
@@ -202,7 +202,7 @@ def test_a_finished_run_goes_on_if_it_is_given_more_steps(make_module, tmp_path,
     assert find_checkpoint(tmp_path / "checkpoints").update == 24
 
 
-def test_a_run_goes_on_with_the_learning_rates_that_it_is_given(make_module, tmp_path) -> None:
+def test_a_run_resumes_with_new_learning_rates(make_module, tmp_path) -> None:
     first = make_module(12, learning_rates=1e-3)
     fit(first, tmp_path)
     rates = {"world_model": 1e-4, "reward": 1e-5, "value": 1e-6, "actor": 0.0}
@@ -228,7 +228,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [flip_a_bit, truncate, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("what", ["state.ckpt", "manifest.json", "replay"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     make_module, tmp_path: Path, what: str, harm
 ) -> None:
     fit(make_module(24), tmp_path)
@@ -261,10 +261,10 @@ def test_a_checkpoint_of_a_newer_version_is_refused(make_module, tmp_path: Path)
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up names of open files")
 @pytest.mark.parametrize("file", ["state.ckpt", "manifest.json.partial", "000000000012"])
-def test_a_full_disk_stops_the_run_and_leaves_what_was_saved_before(
+def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(
     make_module, tmp_path: Path, monkeypatch, file: str
 ) -> None:
-    """The disk is full from the second checkpoint on, when a certain file is written."""
+    """From the second checkpoint on, the disk is full when a certain file is written."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -290,7 +290,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved_before(
 
 
 class Failing(Transform):
-    """Has the environment fail at a step, in one way or another."""
+    """Raises or returns a non-finite value at a step."""
 
     def __init__(self, how: str, at: int) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ class Failing(Transform):
         ("inf", "non-finite value in .*reward.* after frame 17"),
     ],
 )
-def test_an_environment_that_fails_loses_nothing(make_module, tmp_path, how, says) -> None:
+def test_a_failing_environment_loses_nothing(make_module, tmp_path, how, says) -> None:
     module = make_module(24, env=TransformedEnv(make_env(), Failing(how, at=18)))
     with pytest.raises(EnvironmentFailedError, match=says):
         fit(module, tmp_path)
@@ -327,7 +327,7 @@ def test_an_environment_that_fails_loses_nothing(make_module, tmp_path, how, say
     assert module.experience.replay.storage.get(slice(None)).isfinite().all()
 
 
-def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before(make_module, tmp_path) -> None:
+def test_a_non_finite_loss_keeps_the_last_checkpoint(make_module, tmp_path) -> None:
     class Poison(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if batch_idx == 8:
@@ -339,8 +339,8 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before(make_module, tmp
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_a_run_killed_at_any_moment_goes_on(tmp_path: Path) -> None:
-    """Twenty times SIGKILL, each at a random moment of a run that goes on each time."""
+def test_a_run_killed_at_any_moment_resumes(tmp_path: Path) -> None:
+    """SIGKILL ends the run twenty times at random moments, and it resumes each time."""
     rng = random.Random(0)
     command = [sys.executable, "-m", "tests.training.killed"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["src", "."])}
@@ -381,7 +381,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Stop(L.Callback):
-    """Raises in one of the hooks that are called until a run goes on."""
+    """Raises in one of the hooks that are called before training starts."""
 
     def __init__(self, hook: str, error: type[BaseException]) -> None:
         setattr(self, hook, partial(self._raise, error))
@@ -406,17 +406,21 @@ def test_nothing_is_written_before_the_state_is_restored(
 
 
 def test_the_metrics_of_another_session_are_never_overwritten(tmp_path: Path) -> None:
+    def version() -> str:
+        (logger,) = _make_loggers(tmp_path, tensorboard=False, wandb=False)
+        return logger.version
+
     (tmp_path / "logs/csv2").mkdir(parents=True)
     (tmp_path / "logs/csv").mkdir()
-    assert _unused(tmp_path) == "csv3"
+    assert version() == "csv3"
     (tmp_path / "logs/csv").rmdir()
-    assert _unused(tmp_path) == "csv"
+    assert version() == "csv"
     (tmp_path / "logs/csv").mkdir()
     (tmp_path / "logs/csv2").rename(tmp_path / "logs/csv3")
-    assert _unused(tmp_path) == "csv2"
+    assert version() == "csv2"
 
 
-def test_files_of_the_user_among_the_checkpoints_stay(make_module, tmp_path: Path) -> None:
+def test_files_of_the_user_in_the_checkpoints_folder_stay(make_module, tmp_path: Path) -> None:
     fit(make_module(12), tmp_path)
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(checkpoints / "update-0000000010", checkpoints / "update-0000000010-best")
@@ -441,7 +445,7 @@ def test_files_of_the_user_among_the_checkpoints_stay(make_module, tmp_path: Pat
     assert find_checkpoint(checkpoints).update == 24
 
 
-def test_a_run_with_numbers_of_numpy_goes_on(make_module, tmp_path: Path) -> None:
+def test_a_run_with_numpy_numbers_resumes(make_module, tmp_path: Path) -> None:
     for steps in (12, 18):
         module = make_module(
             np.int64(steps), updates_per_step=np.float64(1), learning_rates=np.float64(1e-3)
@@ -451,7 +455,7 @@ def test_a_run_with_numbers_of_numpy_goes_on(make_module, tmp_path: Path) -> Non
     assert [step for step, _ in curve(tmp_path)] == ["6", "12", "18"]
 
 
-def test_a_checkpoint_that_could_not_be_read_is_not_kept(make_module, tmp_path: Path) -> None:
+def test_a_checkpoint_that_could_not_be_loaded_is_not_kept(make_module, tmp_path: Path) -> None:
     class Stateful(L.Callback):
         def state_dict(self) -> dict[str, np.generic]:
             return {"best": np.float64(1)}
@@ -464,7 +468,7 @@ def test_a_checkpoint_that_could_not_be_read_is_not_kept(make_module, tmp_path: 
 
 @pytest.mark.parametrize("at", [1, 4])
 @pytest.mark.parametrize("evaluation", [1, 2])
-def test_an_evaluation_environment_that_fails_loses_nothing(
+def test_a_failing_evaluation_environment_loses_nothing(
     make_module, tmp_path: Path, at: int, evaluation: int
 ) -> None:
     played = 20 * (evaluation - 1)  # two episodes of ten steps each
@@ -480,7 +484,7 @@ def test_an_evaluation_environment_that_fails_loses_nothing(
     assert curve(tmp_path) == [("6", "14"), ("12", "20"), ("18", "26"), ("24", "32")]
 
 
-def test_one_of_several_environments_that_fails_loses_nothing(make_module, tmp_path: Path) -> None:
+def test_one_failing_environment_of_several_loses_nothing(make_module, tmp_path: Path) -> None:
     failing = TransformedEnv(make_env(), Failing("raises", at=8))
     env = SerialEnv(3, [make_env, lambda: failing, make_env])
     with pytest.raises(EnvironmentFailedError, match="failed after frame 21: ValueError"):
@@ -491,7 +495,7 @@ def test_one_of_several_environments_that_fails_loses_nothing(make_module, tmp_p
     assert find_checkpoint(tmp_path / "checkpoints").update == 24
 
 
-def test_a_signal_ends_the_warm_up_at_once(make_module, tmp_path: Path) -> None:
+def test_a_signal_ends_the_warm_up_immediately(make_module, tmp_path: Path) -> None:
     class Signalling(Transform):
         def _step(self, tensordict, next_tensordict):
             seen.append(len(seen))
@@ -509,7 +513,7 @@ def test_a_signal_ends_the_warm_up_at_once(make_module, tmp_path: Path) -> None:
     assert (tmp_path / "agent_last.pt").read_bytes() == b"of another run"
 
 
-def test_a_run_goes_on_with_another_number_of_evaluation_environments(
+def test_a_run_resumes_with_another_number_of_evaluation_environments(
     make_module, tmp_path: Path
 ) -> None:
     def pendulums(num_envs: int, steps: int):

@@ -11,7 +11,7 @@ from alm_torchrl.training import ExperienceStream
 
 
 class Recorder:
-    """Stands for collector, replay buffer and learner, and notes what happens in which order."""
+    """Replaces collector, replay buffer and learner, and records the order of events."""
 
     def __init__(self, frames_per_batch: int = 1, ends: tuple[int, ...] = ()) -> None:
         self.frames_per_batch, self.ends = frames_per_batch, ends
@@ -57,7 +57,7 @@ def test_every_step_is_stored_before_the_update_that_follows_it() -> None:
     assert (experience.steps, experience.frames) == (3, 5)
 
 
-def test_the_warmup_is_learnt_from_before_the_policy_acts() -> None:
+def test_warmup_updates_precede_the_first_action() -> None:
     recorder = Recorder()
     recorder.publish = lambda update: recorder.events.append(f"publish {update}")
     experience = recorder.run(
@@ -72,7 +72,7 @@ def test_the_warmup_is_learnt_from_before_the_policy_acts() -> None:
     assert len(experience) == experience.updates == 7
 
 
-def test_what_observes_sees_every_batch_once_it_is_stored() -> None:
+def test_on_batch_receives_every_stored_batch() -> None:
     recorder = Recorder(frames_per_batch=2)
     recorder.run(
         total_steps=2,

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whatever has become of its files."""
+"""Which checkpoint a run resumes from, whatever happened to its files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def checkpoints(finished: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[dict], object]) -> None:
-    """Changes a manifest, and its checksum with it, as anybody could."""
+    """Changes a manifest and its checksum, as anybody could."""
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     change(manifest)
@@ -61,19 +61,15 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [flip_a_bit, truncate, Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("what", ["update-*/state.ckpt", "update-*/manifest.json", "replay-0/0*"])
-def test_checkpoints_of_which_none_is_whole_are_no_reason_to_begin_anew(
-    checkpoints: Path, what: str, harm
-) -> None:
-    """The oldest replay part belongs to all checkpoints."""
+def test_damaged_checkpoints_alone_raise(checkpoints: Path, what: str, harm) -> None:
+    """The oldest replay chunk belongs to all checkpoints."""
     for path in sorted(checkpoints.glob(what))[: 1 if "replay" in what else None]:
         harm(path)
     with pytest.raises(OSError, match="all checkpoints in .*checkpoints are damaged; the newest: "):
         find_checkpoint(checkpoints)
 
 
-def test_what_cannot_be_read_is_no_reason_to_begin_anew(
-    checkpoints: Path, monkeypatch, tmp_path: Path
-) -> None:
+def test_an_unreadable_folder_raises(checkpoints: Path, monkeypatch, tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "nowhere") is None
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
     with pytest.raises(FileNotFoundError):
@@ -111,7 +107,7 @@ def refuse(path: Path) -> None:
         lambda m: m.pop("step"),
     ],
 )
-def test_a_hostile_manifest_is_not_followed(checkpoints: Path, change) -> None:
+def test_a_manipulated_manifest_is_skipped(checkpoints: Path, change) -> None:
     rewrite(checkpoints / "update-0000000012/manifest.json", change)
     with pytest.warns(UserWarning, match="skipping a damaged checkpoint: .*12/") as one:
         assert find_checkpoint(checkpoints).update < 12
@@ -119,13 +115,13 @@ def test_a_hostile_manifest_is_not_followed(checkpoints: Path, change) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"", b"{}" + b" " * 2**25, b"\xff"])
-def test_a_manifest_that_is_none_is_passed_over(checkpoints: Path, content: bytes) -> None:
+def test_an_invalid_manifest_is_skipped(checkpoints: Path, content: bytes) -> None:
     (checkpoints / "update-0000000012/manifest.json").write_bytes(content)
     with pytest.warns(UserWarning, match="manifest.json is damaged"):
         assert find_checkpoint(checkpoints).update < 12
 
 
-def test_a_file_that_unpacks_to_more_than_it_is_is_passed_over(checkpoints: Path) -> None:
+def test_a_compressed_file_is_skipped(checkpoints: Path) -> None:
     state = checkpoints / "update-0000000012/state.ckpt"
     with zipfile.ZipFile(state, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data", bytes(2**24))
@@ -135,7 +131,7 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_passed_over(checkpoints: Path
         assert find_checkpoint(checkpoints).update < 12
 
 
-def test_packages_that_have_changed_are_named_once(checkpoints: Path) -> None:
+def test_changed_packages_are_named_once(checkpoints: Path) -> None:
     path = checkpoints / "update-0000000012/manifest.json"
     rewrite(path, lambda m: m["versions"].update(mujoco="1.0", gymnasium="0.1"))
     with pytest.warns(UserWarning, match=r"gymnasium 0\.1 -> \S+, mujoco 1\.0 -> \S+$") as one:

@@ -58,7 +58,7 @@ def run(mode: str, folder: Path, updates: int) -> list[dict]:
 
 
 def second(process: subprocess.Popen[str]) -> int:
-    """The process that the first has started."""
+    """The process that the first one started."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             _, after = path.read_text().rsplit(")", 1)
@@ -71,7 +71,7 @@ def second(process: subprocess.Popen[str]) -> int:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process is there, and not just waits to be noticed to have ended."""
+    """Whether a process runs, and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
@@ -98,7 +98,7 @@ def windows(rows: int) -> TensorDict:
 
 
 @pytest.mark.slow
-def test_two_halves_of_a_batch_take_the_step_of_the_whole(tmp_path: Path) -> None:
+def test_two_half_batches_make_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     batches = [windows(8) for _ in range(3)]
     torch.save(batches, tmp_path / "batches.pt")
     module = script.given_module(batches)
@@ -118,9 +118,7 @@ def test_two_halves_of_a_batch_take_the_step_of_the_whole(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["run", "bf16"])
-def test_processes_stay_equal_and_have_experience_of_their_own(
-    tmp_path: Path, precision: str
-) -> None:
+def test_processes_stay_equal_with_separate_experience(tmp_path: Path, precision: str) -> None:
     first, other = run(precision, tmp_path, 200)
     assert first["loss"].keys() == other["loss"].keys()
     for key, value in first["loss"].items():
@@ -136,7 +134,7 @@ def test_processes_stay_equal_and_have_experience_of_their_own(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the second process")
-def test_a_signal_to_one_process_ends_both_with_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(tmp_path: Path) -> None:
     with started("run", tmp_path, 100_000) as process:
         wait_for_checkpoint(tmp_path, process)
         os.kill(second(process), signal.SIGTERM)
@@ -147,7 +145,7 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint_to_go_on_from(tmp_p
     more = reached + 20 + reached % 2
     ranks = run("run", tmp_path, more)
     assert find_checkpoint(tmp_path / "checkpoints").update == more
-    for rank in ranks:  # restored, and filled on
+    for rank in ranks:  # restored, then filled further
         assert len(rank["observations"]) == min(100, (8 + more) // 2)
     trainer = {"seed": 0, "title": "", "eval_every": 10, "accelerator": "cpu"}
     with pytest.raises(ValueError, match="2 processes and cannot resume with 1: set run.devices"):
@@ -157,7 +155,7 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint_to_go_on_from(tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the second process")
 @pytest.mark.parametrize("which", ["first", "second"])
-def test_when_one_process_dies_the_other_ends_and_says_why(tmp_path: Path, which: str) -> None:
+def test_when_one_process_dies_the_other_ends_with_the_reason(tmp_path: Path, which: str) -> None:
     with started("run", tmp_path, 100_000) as process:
         wait_for_checkpoint(tmp_path, process)
         other = second(process)
@@ -170,7 +168,7 @@ def test_when_one_process_dies_the_other_ends_and_says_why(tmp_path: Path, which
 
 
 @pytest.mark.slow
-def test_when_an_environment_fails_in_one_process_all_end_and_the_checkpoint_stays(
+def test_when_an_environment_fails_in_one_process_all_end(
     tmp_path,
 ) -> None:
     with started("fail", tmp_path, 100_000) as process:
@@ -181,7 +179,7 @@ def test_when_an_environment_fails_in_one_process_all_end_and_the_checkpoint_sta
     assert len(run("run", tmp_path, 120)) == 2
 
 
-def test_lightning_says_why_it_kills_the_processes_of_a_run(
+def test_lightning_reports_why_it_kills_the_processes_of_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the first process waits for something else, no broken connection tells it."""
@@ -206,7 +204,7 @@ def test_lightning_says_why_it_kills_the_processes_of_a_run(
     assert not before
 
 
-def test_a_lost_process_is_told_from_other_errors() -> None:
+def test_errors_of_a_lost_process_are_recognized() -> None:
     assert is_lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection reset"))
     assert is_lost_process(torch.distributed.DistBackendError("NCCL communicator was aborted"))
     assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

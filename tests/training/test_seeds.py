@@ -1,4 +1,4 @@
-"""Several seeds at once: each learns, acts and is kept as if it were alone."""
+"""Several seeds together: each learns, acts and is saved as if it were alone."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_compiled_stack_equals_an_eager_one() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
 
 
-def test_the_gradient_that_is_not_finite_is_found_in_any_seed() -> None:
+def test_a_non_finite_gradient_is_found_in_any_seed() -> None:
     _, losses = make_seeds()
     update = make_update(StackedLoss(losses))
     windows = make_windows(SEEDS, 6, 3)
@@ -165,18 +165,18 @@ def test_every_seed_acts_in_its_own_environments(envs: int) -> None:
         for actions in (stacked, torch.cat(shares))
     )
     torch.testing.assert_close(means, alone, rtol=0, atol=0.1)
-    with pytest.raises(AssertionError):  # and tells the seeds apart
+    with pytest.raises(AssertionError):  # and the seeds differ
         torch.testing.assert_close(means.roll(1, 0), alone, rtol=0, atol=0.1)
 
 
-def test_one_seed_stays_as_it_is() -> None:
+def test_one_seed_is_not_stacked() -> None:
     agents, losses = make_seeds(count=1)
     assert stack_seeds(agents, losses) == (agents[0], losses[0])
 
 
 @pytest.mark.parametrize("how", ["moved", "copied"])
-def test_moved_or_copied_seeds_are_what_is_learnt(how: str) -> None:
-    """The agents act with what the optimizer moves, which holds the stacked parameters."""
+def test_moved_or_copied_seeds_are_trained(how: str) -> None:
+    """The agents act with the stacked parameters that the optimizer changes."""
     agents, losses = make_seeds()
     agent, loss = stack_seeds(agents, losses)
     update = make_update(loss)
@@ -195,7 +195,7 @@ def test_moved_or_copied_seeds_are_what_is_learnt(how: str) -> None:
             assert not torch.equal(new, parameter)
 
 
-def test_a_stack_is_whole_after_an_error() -> None:
+def test_a_stack_is_unchanged_after_an_error() -> None:
     agents, losses = make_seeds()
     agent, loss = stack_seeds(agents, losses)
     weights = {name: value.clone() for name, value in loss.state_dict().items()}
@@ -238,7 +238,7 @@ def make_module(total_steps: int = 12, **options) -> ALMModule:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
-def test_a_run_keeps_every_seed_apart(tmp_path: Path, ema_decay: float) -> None:
+def test_a_run_keeps_seeds_separate(tmp_path: Path, ema_decay: float) -> None:
     module = make_module(ema_decay=ema_decay)
     trainer = make_trainer(
         tmp_path,

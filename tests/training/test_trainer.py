@@ -1,4 +1,4 @@
-"""What a trainer makes of the environment that a cluster starts it in."""
+"""How a trainer adapts to the cluster that starts it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trainer(folder: Path, **options) -> L.Trainer:
     [{"RANK": "1", "WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"}, SRUN, SALLOC],
     ids=["RANK", "LOCAL_RANK", "srun", "salloc"],
 )
-def test_a_run_of_one_process_is_its_first_wherever_it_is_started(
+def test_a_run_of_one_process_has_rank_0_wherever_it_starts(
     tmp_path: Path, monkeypatch, environment: dict[str, str]
 ) -> None:
     for name, value in environment.items():
@@ -48,7 +48,7 @@ def test_a_run_of_one_process_is_its_first_wherever_it_is_started(
     assert (tmp_path / "logs/csv/metrics.csv").stat().st_size > 0
 
 
-def test_a_checkpoint_is_given_once(tmp_path: Path) -> None:
+def test_a_checkpoint_is_given_to_make_trainer_alone(tmp_path: Path) -> None:
     trainer(tmp_path).fit(tiny.make_module(6))
     start = find_checkpoint(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="would not restore the replay buffer"):
@@ -83,7 +83,7 @@ def test_the_public_names_are_few() -> None:
     assert len(training.__all__) <= 20
 
 
-def test_several_processes_know_who_has_started_them(tmp_path: Path, monkeypatch) -> None:
+def test_several_processes_detect_their_launcher(tmp_path: Path, monkeypatch) -> None:
     def environment() -> object:
         return trainer(tmp_path, devices=2).strategy.cluster_environment
 

@@ -1,4 +1,4 @@
-"""One update: what is minimized, clipped, skipped and compiled, and that the host is not asked."""
+"""One update: losses, clipping, skipped updates, compilation, and no host synchronization."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def double(batch):
 
 
 def gradients(module: ALMModule, batch) -> dict[str, list[torch.Tensor]]:
-    """What one backward pass of the summed losses leaves at the parameters of each group."""
+    """The gradients of the summed losses, for the parameters of each group."""
     losses = module.loss(batch)
     torch.stack([losses[key] for key in module.loss.out_keys]).sum().backward()
     groups = module.loss.parameter_groups()
@@ -47,7 +47,7 @@ def weights(module: ALMModule) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("limit", [1e-2, 1e6])
-def test_each_group_is_clipped_apart(make_update, limit: float) -> None:
+def test_each_group_is_clipped_separately(make_update, limit: float) -> None:
     update, module = make_update(max_grad_norm=limit)
     (batch,) = batches(module, 1)
     torch.manual_seed(1)
@@ -77,7 +77,7 @@ def test_targets_follow_the_weights_just_stepped(make_update) -> None:
 
 @pytest.mark.parametrize("group", ["world_model", "reward", "value", "actor"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_changes_nothing_and_is_named(
+def test_a_non_finite_norm_changes_nothing_and_is_named(
     make_update, group: str, poison: float
 ) -> None:
     update, module = make_update()
@@ -112,7 +112,7 @@ def test_an_update_reads_nothing_on_the_host(make_update) -> None:
     assert reads.found  # the detector works
 
 
-def test_bfloat16_is_used_for_products_alone(make_update) -> None:
+def test_bfloat16_is_used_for_products_only(make_update) -> None:
     update, module = make_update(precision="bf16-mixed")
     seen = set()
     linear = next(m for m in module.loss.dynamics.modules() if isinstance(m, nn.Linear))
@@ -161,7 +161,7 @@ def test_compiled_updates_equal_eager_ones(make_update) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_compilation_that_fails_is_said(make_update, monkeypatch, strict: bool) -> None:
+def test_a_failed_compilation_warns_or_raises(make_update, monkeypatch, strict: bool) -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler today")
 
@@ -188,7 +188,7 @@ def test_a_compilation_that_fails_is_said(make_update, monkeypatch, strict: bool
     assert all(map(torch.equal, weights(module), weights(other)))
 
 
-def test_a_capture_that_fails_is_said(make_update, monkeypatch) -> None:
+def test_a_failed_capture_warns_or_raises(make_update, monkeypatch) -> None:
     """Without a GPU, every capture fails."""
 
     class Nothing:

@@ -69,7 +69,7 @@ def broken_env() -> TransformedEnv:
 
 
 class Hanging(Failing):
-    """Does not return from a step, as a simulator that waits for something does."""
+    """Hangs in a step, as a simulator that waits forever."""
 
     def _step(self, tensordict, next_tensordict):
         self.count += 1
@@ -79,7 +79,7 @@ class Hanging(Failing):
 
 
 class Dying(Failing):
-    """Ends its process at every fifth step, as a simulator with a fault in its memory does."""
+    """Ends its process at every fifth step, as a simulator with a segmentation fault."""
 
     def __init__(self) -> None:
         super().__init__("dies", 5)
@@ -181,7 +181,7 @@ def _keep_cluster(request):
 
 
 @NEEDS_RAY
-def test_a_run_goes_on_without_a_ray_actor_that_was_killed(tmp_path) -> None:
+def test_a_run_continues_after_a_ray_actor_was_killed(tmp_path) -> None:
     module = make_module("ray")
     before = copy.deepcopy(module.agent.state_dict())
     collector, experience = module.experience.collector, module.experience
@@ -199,7 +199,7 @@ def test_a_run_goes_on_without_a_ray_actor_that_was_killed(tmp_path) -> None:
     assert stored["observation"][..., 0].unique().numel() > 2  # not the same episodes again
 
 
-def test_a_process_that_was_killed_ends_the_run_which_goes_on_from_there(tmp_path) -> None:
+def test_a_killed_process_ends_the_run_which_then_resumes(tmp_path) -> None:
     module = make_module("multi")
     processes = list(module.experience.collector.procs)
     says = "failed after frame 120: .*worker 0 ended with exit code -9: check the memory"
@@ -216,7 +216,7 @@ def test_a_process_that_was_killed_ends_the_run_which_goes_on_from_there(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["multi", RAY])
-def test_overlap_is_seen_in_the_age_of_the_policy(kind, tmp_path) -> None:
+def test_overlap_increases_staleness(kind, tmp_path) -> None:
     module = make_module(kind, overlap=True)
     fit(module, tmp_path)
     experience = module.experience
@@ -245,7 +245,7 @@ def test_weights_sent_less_often_are_older(tmp_path) -> None:
         pytest.param("ray", "raises", "frame 60: .*the joint came off", marks=NEEDS_RAY),
     ],
 )
-def test_an_environment_that_fails_in_a_worker_ends_the_run(kind, how, says, tmp_path) -> None:
+def test_a_failing_environment_in_a_worker_ends_the_run(kind, how, says, tmp_path) -> None:
     module = make_module(kind, env=partial(failing_env, how, 35))
     with pytest.raises(EnvironmentFailedError, match=says):
         fit(module, tmp_path)
@@ -253,7 +253,7 @@ def test_an_environment_that_fails_in_a_worker_ends_the_run(kind, how, says, tmp
     assert (tmp_path / "checkpoints").exists()
 
 
-def test_a_process_that_hangs_is_not_waited_for_without_end() -> None:
+def test_a_hanging_process_times_out() -> None:
     collector = make_collector(
         hanging_env, None, kind="multi", num_workers=2, frames_per_batch=20, timeout=5.0
     )
@@ -264,7 +264,7 @@ def test_a_process_that_hangs_is_not_waited_for_without_end() -> None:
     assert time.monotonic() - begin < 5.0  # they have been killed before
 
 
-def test_a_process_that_cannot_start_says_why() -> None:
+def test_a_process_that_cannot_start_reports_the_reason() -> None:
     with pytest.raises(WorkersLostError, match="could not start: ValueError: no such joint$"):
         make_collector(broken_env, None, kind="multi", num_workers=2, frames_per_batch=20)
 
@@ -287,7 +287,7 @@ def test_a_ray_actor_that_keeps_dying_ends_the_run() -> None:
 
 
 @NEEDS_RAY
-def test_a_ray_cluster_without_room_is_not_waited_for_without_end() -> None:
+def test_a_ray_cluster_without_room_times_out() -> None:
     options = {"kind": "ray", "num_workers": 2, "frames_per_batch": 20, "start_timeout": 5.0}
     with pytest.raises(WorkersLostError, match="within 5 s: each of 2 asks for .*1000.* has room"):
         make_collector(CountingEnv, None, remote_configs={"num_cpus": 1000}, **options)

@@ -32,14 +32,6 @@ class ReplayChunk:
     stop: int
     sha256: str
 
-    def check(self, folder: Path) -> None:
-        """Raises an :class:`OSError` if the file in this folder is missing or has changed."""
-        path = folder / self.file
-        if not path.is_file():
-            raise OSError(f"{path} is missing")
-        if sha256(path) != self.sha256:
-            raise OSError(f"{path} has changed: its checksum does not match")
-
 
 class IncrementalReplay:
     """Saves a replay buffer as files that each hold the time steps since the last save.

@@ -13,18 +13,16 @@ from torchrl.collectors import BaseCollector
 
 
 class VersionedPolicy(TensorDictModuleBase):
-    """Writes with every action the number of updates behind the policy's weights.
+    """Writes with every action the number of updates that produced the policy's weights.
 
-    The number is a buffer, so it travels with the weights to workers.
+    The number is the buffer ``update``, so workers receive it with the weights.
 
     Examples:
         >>> from tensordict.nn import TensorDictModule
         >>> layer = torch.nn.Linear(3, 2)
         >>> policy = VersionedPolicy(TensorDictModule(layer, ["observation"], ["action"]))
-        >>> policy.update.fill_(7)
-        tensor(7)
         >>> policy(TensorDict(observation=torch.zeros(4, 3), batch_size=[4]))["policy_update"]
-        tensor([7, 7, 7, 7])
+        tensor([0, 0, 0, 0])
     """
 
     update: Tensor
@@ -39,7 +37,7 @@ class VersionedPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Acts, and writes ``"policy_update"``, int64 of the batch's shape."""
         tensordict = self.policy(tensordict)
-        # A copy, because the buffer may change before the steps of a batch are stacked.
+        # Cloned, because the buffer may change before the steps of a batch are stacked.
         return tensordict.set("policy_update", self.update.expand(tensordict.shape).clone())
 
 
@@ -48,12 +46,8 @@ class PolicyPublisher:
 
     Args:
         policy: the trained policy, on any device; the collector acts with a copy of it.
-        collector: a collector with workers, such as
-            :func:`make_collector(kind="multi") <alm_torchrl.data.make_collector>`.
+        collector: a collector with workers; see :func:`alm_torchrl.data.make_collector`.
         every: updates between two transfers.
-
-    Raises:
-        ValueError: if ``every`` is less than 1.
     """
 
     def __init__(self, policy: VersionedPolicy, collector: BaseCollector, every: int = 1) -> None:
@@ -63,13 +57,13 @@ class PolicyPublisher:
         self._sent = 0
 
     def publish(self, update: int) -> None:
-        """Sends the weights after ``update`` updates if a transfer is due."""
+        """Sends the weights of update number ``update`` if a transfer is due."""
         if update - self._sent >= self._every:
             self.restart(update)
 
     @torch.no_grad()
     def restart(self, update: int) -> None:
-        """Sends the weights after ``update`` updates."""
+        """Sends the weights of update number ``update``."""
         self._policy.update.fill_(update)
         weights = TensorDict.from_module(self._policy).data.to("cpu")
         self._collector.update_policy_weights_(weights)
@@ -79,18 +73,13 @@ class PolicyPublisher:
 class CPUPolicy(TensorDictModuleBase):
     """Acts on the CPU with a copy of the trained weights.
 
-    For a single observation, a small network is faster on the CPU than on a GPU. On CUDA, the
+    A small network with a single observation is faster on the CPU than on a GPU. From a GPU, the
     weights are copied after the running update, without waiting for it.
-
-    With ``lag=0``, acting waits for the last update, as in the authors' code. With ``lag=1``, it
-    uses the weights before that update, and so overlaps with it on a GPU.
 
     Args:
         policy: the trained policy, on any device.
-        lag: how many publications acting is behind, 0 or 1.
-
-    Raises:
-        ValueError: for any other lag.
+        lag: 0 or 1. With 0, acting waits for the last update, as in the authors' code. With 1, it
+            uses the weights before that update, and so overlaps with it on a GPU.
     """
 
     def __init__(self, policy: TensorDictModuleBase, lag: int = 0) -> None:
@@ -107,30 +96,31 @@ class CPUPolicy(TensorDictModuleBase):
         self.restart()
 
     def restart(self, update: int = 0) -> None:
-        """Publishes the weights after ``update`` updates and forgets older ones."""
+        """Publishes the weights of update number ``update`` and discards older ones."""
         self._slots.clear()
         for _ in range(self._lag + 1):
             self.publish(update)
 
     @torch.no_grad()
     def publish(self, update: int) -> None:
-        """Copies the weights once the ``update`` updates launched so far have finished."""
+        """Copies the weights of update number ``update``, which may still run on a GPU."""
         self._update.fill_(update)
         if self._shares:
             return
-        full = len(self._slots) > self._lag
-        slot = self._slots.popleft()[0] if full else [_host_copy(value) for value in self._source]
-        # Only CUDA has an event to wait for; on other devices the copy itself waits.
         on_cuda = self._source[0].is_cuda
+        if len(self._slots) > self._lag:
+            slot, _ = self._slots.popleft()
+        else:  # pinned memory, for asynchronous copies
+            slot = [torch.empty_like(t, device="cpu", pin_memory=on_cuda) for t in self._source]
+        # Copies from CUDA end with an event; from other devices, the copy itself waits.
         torch._foreach_copy_(slot, self._source, non_blocking=on_cuda)
-        event = None
-        if on_cuda:
-            event = torch.cuda.Event()
+        event = torch.cuda.Event() if on_cuda else None
+        if event is not None:
             event.record()
         self._slots.append((slot, event))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Acts with the newest published weights, or with those ``lag`` publications before."""
+        """Acts with the weights published last, or ``lag`` publications before."""
         if not self._shares:
             slot, event = self._slots[0]
             if event is not None:
@@ -141,10 +131,5 @@ class CPUPolicy(TensorDictModuleBase):
 
 
 def _tensors(policy: TensorDictModuleBase) -> list[Tensor]:
-    """Parameters and buffers; a buffer holds the noise scale."""
+    """Returns parameters and buffers; one buffer is the noise scale."""
     return [*policy.parameters(), *policy.buffers()]
-
-
-def _host_copy(value: Tensor) -> Tensor:
-    """Host memory like a tensor's, pinned for asynchronous copies."""
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.envs.failures import failing_as
-from alm_torchrl.training.checkpoints import Checkpoints, validates_next
+from alm_torchrl.training.checkpoints import AfterUpdate
+from alm_torchrl.training.experience import ExperienceStream
 from alm_torchrl.training.module import ALMModule
-from alm_torchrl.training.runtime import any_rank
 
 
 class EvaluationSchedule(L.Callback):
@@ -40,10 +41,10 @@ class EvaluationSchedule(L.Callback):
 
 
 class SaveAgent(L.Callback):
-    """Saves the agent as ``agent_last.pt``, and that of the best return as ``agent_best.pt``.
+    """Saves the agent as ``agent_last.pt``, and the one of the best return as ``agent_best.pt``.
 
     Args:
-        folder: where the files go; see :meth:`alm_torchrl.agent.ALMAgent.load`.
+        folder: folder of the files; see :meth:`alm_torchrl.agent.ALMAgent.load`.
         seed_index: position of this seed among the seeds trained together.
     """
 
@@ -54,11 +55,11 @@ class SaveAgent(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of this seed's best return in a checkpoint."""
+        """Key of this seed in a checkpoint."""
         return self._generate_state_key(seed_index=self.seed_index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best return so far."""
+        """Returns the best return so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -78,92 +79,64 @@ class SaveAgent(L.Callback):
             agent.save(self.folder / "agent_best.pt")
 
     @rank_zero_only
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: ALMModule, *_: Any) -> None:
         """Saves the agent of an interrupted run after its first update."""
         if pl_module.restored and pl_module.experience.updates:
             pl_module.evaluated_agents[self.seed_index].save(self.folder / "agent_last.pt")
 
 
-class StopOnSignal(L.Callback):
+class StopOnSignal(AfterUpdate):
     """Ends a run on Ctrl-C or SIGTERM after the current update, with a checkpoint.
 
     Before the first update, a run of one process ends after the current collection batch, without
-    a checkpoint. A second signal aborts without a checkpoint. With several processes, all end
-    after the same update: they agree before every update on a CPU, and every ``log_every`` updates
-    on a GPU, because agreeing waits for the device.
-
-    Args:
-        checkpoints: the callback that saves before the run ends.
+    a checkpoint. A second signal aborts without a checkpoint. Several processes end after the same
+    update: they agree before every update on a CPU, and every ``log_every`` updates on a GPU,
+    because agreeing waits for the device.
     """
 
-    def __init__(self, checkpoints: Checkpoints | None = None) -> None:
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._checkpoints = checkpoints
-        self._module: ALMModule | None = None
-        self._stopping = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Installs the handlers, which only the main thread may do."""
+        """Installs the handlers, which only the main thread can do."""
+        experience = pl_module.experience
+        experience.stopping = False
         # Lightning's handler of SIGTERM makes processes wait for each other during an update.
-        self._module = pl_module
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
+                self._previous[number] = signal.signal(number, partial(self._request, experience))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: ALMModule, batch: Any, batch_idx: int
     ) -> None:
         """Lets all processes agree whether this update is the last."""
         asks = pl_module.device.type == "cpu" or batch_idx % pl_module.log_every == 0
-        if trainer.world_size > 1 and asks and any_rank(trainer, self.signal is not None):
-            self._stop_next()
+        if trainer.world_size > 1 and asks:
+            signaled = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+            pl_module.experience.stopping = signaled
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: ALMModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Ends the run if a signal arrived, unless an evaluation follows."""
-        if not validates_next(trainer, batch_idx):
-            self._stop_if_asked()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+    def after_update(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Ends the run if a signal arrived."""
-        self._stop_if_asked()
-
-    def teardown(self, trainer: L.Trainer, pl_module: ALMModule, stage: str) -> None:
-        """Restores the previous handlers."""
-        self._restore()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
-    ) -> None:
-        """Restores the previous handlers."""
-        self._restore()
-
-    def _stop_next(self) -> None:
-        self._stopping = True
-        if self._module is not None:
-            self._module.experience.stopping = True
-        if self._checkpoints is not None:
-            self._checkpoints.requested = True
-
-    def _stop_if_asked(self) -> None:
-        if self._stopping:
+        if pl_module.experience.stopping:
             raise KeyboardInterrupt
 
-    def _request(self, number: int, _: Any) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Restores the previous handlers."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()
+
+    def on_exception(self, *_: Any, **__: Any) -> None:
+        """Restores the previous handlers."""
+        self.teardown()
+
+    def _request(self, experience: ExperienceStream, number: int, _: Any) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         if not torch.distributed.is_initialized():
-            self._stop_next()
-
-    def _restore(self) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        self._previous.clear()
+            experience.stopping = True
 
 
 class ProgressBar(TQDMProgressBar):
@@ -207,26 +180,20 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Video(L.Callback):
-    """Records the trained policy (of the first seed) as ``video.gif`` when training ends.
+    """Records the trained policy of the first seed as ``video.gif`` when training ends.
 
     Args:
-        folder: where the file goes.
-        env: an environment that writes frames ``[H, W, 3]`` (uint8) to ``"pixels"``, such as
-            ``make_env(..., from_pixels=True)``, or stacks of them ``[3 n, H, W]``, such as
+        folder: folder of the file.
+        env: an environment with uint8 ``"pixels"``, either frames ``[H, W, 3]`` as of
+            ``make_env(..., from_pixels=True)``, or stacks ``[3 n, H, W]`` as of
             ``make_env(..., pixels=84)``; without ``"pixels"`` nothing is recorded.
         steps: environment steps recorded, from the start of an episode.
-        every: steps between two frames kept.
-        fps: frames per second of the file.
     """
 
-    def __init__(
-        self, folder: str | Path, env: EnvBase, *, steps: int = 200, every: int = 2, fps: int = 10
-    ) -> None:
+    def __init__(self, folder: str | Path, env: EnvBase, *, steps: int = 200) -> None:
         self.folder = Path(folder)
         self.env = env
         self.steps = steps
-        self.every = every
-        self.fps = fps
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
@@ -240,7 +207,7 @@ class Video(L.Callback):
             rollout = self.env.rollout(
                 self.steps, pl_module.evaluated_agents[0].policy(), auto_cast_to_device=True
             )
-        pixels = rollout["pixels"][:: self.every]
+        pixels = rollout["pixels"][::2]
         if pixels.shape[-1] != 3:  # stacks, the newest frame last
             pixels = pixels[:, -3:].movedim(1, -1)
         frames = [Image.fromarray(frame.contiguous().cpu().numpy()) for frame in pixels]
@@ -248,6 +215,6 @@ class Video(L.Callback):
             self.folder / "video.gif",
             save_all=True,
             append_images=frames[1:],
-            duration=1000 // self.fps,
+            duration=100,  # milliseconds
             loop=0,
         )

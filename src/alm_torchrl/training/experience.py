@@ -1,10 +1,11 @@
-"""Environment steps and the training batches that follow them, as a data source."""
+"""A data source that steps the environment and yields training batches."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -19,52 +20,46 @@ from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher
 from alm_torchrl.training.seeds import StackedNoise
 
 
+@dataclass(eq=False, repr=False)
 class ExperienceStream:
     """Steps the environment, stores the steps, and yields training batches.
 
-    The warm-up stores frames without an update, and then yields ``warmup_updates`` batches before
-    the policy first acts. After that, each collected batch is stored, ``updates_per_step`` batches
-    are yielded per environment step, and then the noise advances, so acting and the updates after
-    it use the same noise scale. When a Ray actor was replaced, running episodes are truncated in
-    the replay buffer.
+    The warm-up stores frames, and then yields ``warmup_updates`` batches. After that, each
+    collected batch is stored, ``updates_per_step`` batches are yielded per environment step, and
+    the noise advances, so acting and the updates after it have the same noise scale. When a Ray
+    actor was replaced, the running episodes are truncated in the replay buffer.
 
     Args:
         collector: a TorchRL collector without an end.
         replay: see :func:`alm_torchrl.data.make_replay_buffer`.
-        total_steps: environment steps after the warm-up (the authors' counter).
+        total_steps: environment steps after the warm-up.
         warmup_steps: frames collected before the first update.
-        warmup_updates: updates on the warm-up's frames.
-        updates_per_step: may be a fraction.
-        noise: the schedule to advance with every environment step.
+        warmup_updates: updates on the warm-up's frames, before the policy first acts.
+        updates_per_step: updates per environment step; may be a fraction.
+        noise: the noise schedule of the agent.
         policy: receives new weights: the collector's policy, or the publisher to its workers.
-        on_batch: called with every collected batch once it is stored, such as
-            :meth:`ALMAgent.update_statistics`.
-        num_seeds: seeds trained together, which share the environments equally; steps, frames and
-            updates are those of one seed.
-        num_processes: processes that train one agent, each with its own experience; steps and
-            frames are those of all.
-
-    Raises:
-        ValueError: if a number is out of range, or no update would follow.
+        on_batch: called with every stored batch, such as :meth:`ALMAgent.update_statistics`.
+        num_seeds: seeds with equal shares of the environments; steps, frames and updates are those
+            of one seed.
+        num_processes: processes that train one agent; steps and frames are those of all.
     """
 
-    def __init__(
-        self,
-        collector: BaseCollector,
-        replay: ReplayBuffer,
-        *,
-        total_steps: int,
-        warmup_steps: int = 5000,
-        warmup_updates: int = 0,
-        updates_per_step: float = 1.0,
-        noise: NoiseSchedule | StackedNoise | None = None,
-        policy: CPUPolicy | PolicyPublisher | None = None,
-        on_batch: Callable[[TensorDictBase], None] | None = None,
-        num_seeds: int = 1,
-        num_processes: int = 1,
-    ) -> None:
+    collector: BaseCollector
+    replay: ReplayBuffer
+    _: KW_ONLY
+    total_steps: int
+    warmup_steps: int = 5000
+    warmup_updates: int = 0
+    updates_per_step: float = 1.0
+    noise: NoiseSchedule | StackedNoise | None = None
+    policy: CPUPolicy | PolicyPublisher | None = None
+    on_batch: Callable[[TensorDictBase], None] | None = None
+    num_seeds: int = 1
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
         total_steps, warmup_steps, warmup_updates, updates_per_step = plain_numbers(
-            (total_steps, warmup_steps, warmup_updates, updates_per_step)
+            (self.total_steps, self.warmup_steps, self.warmup_updates, self.updates_per_step)
         )
         if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
             raise ValueError(
@@ -73,26 +68,13 @@ class ExperienceStream:
             )
         if warmup_updates < 0 or (warmup_updates and not warmup_steps):
             raise ValueError(
-                f"warmup_updates={warmup_updates} with warmup_steps={warmup_steps}: must be at "
-                "least 0, and 0 without warm-up frames"
+                f"warmup_updates={warmup_updates} must not be negative, and needs warmup_steps > 0"
             )
-        self.collector = collector
-        self.replay = replay
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.warmup_updates = warmup_updates
-        self.updates_per_step = updates_per_step
-        self.noise = noise
-        self.policy = policy
-        self.on_batch = on_batch
-        self.num_seeds = num_seeds
-        self.num_processes = num_processes
-        self.frames = 0
-        self.updates = 0
-        self.stopping = False  # set to end the warm-up, of which nothing is saved
-        self._batches = 0
-        self._last_frames = 0
-        self._restarts = 0
+        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
+        self.frames = self.updates = 0
+        self.stopping = False  # set to end the run after this update or, in the warm-up, batch
+        self._batches = self._last_frames = self._restarts = 0
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
         if len(self) == warmup_updates:
@@ -102,29 +84,28 @@ class ExperienceStream:
 
     @property
     def steps(self) -> int:
-        """Environment steps after the warm-up: the x-axis of the authors' curves."""
+        """Environment steps after the warm-up, as in the authors' curves."""
         return max(0, self.frames - self.warmup_steps)
 
     @property
     def env(self) -> EnvBase | BaseCollector:
-        """The environments, or the collector if its workers hold them."""
+        """The environments, or the collector if they run in its workers."""
         return getattr(self.collector, "env", self.collector)
 
     @property
     def policy_staleness(self) -> float | None:
-        """Updates that a policy's weights are behind the newest when its batch arrives.
+        """Updates that the acting weights are behind, as a mean over the last 100 batches.
 
-        The mean over the last 100 batches; None before the first batch of a
-        :class:`~alm_torchrl.training.VersionedPolicy`.
+        It is None before the first batch of a :class:`VersionedPolicy`.
         """
         return sum(self._ages) / len(self._ages) if self._ages else None
 
     def __len__(self) -> int:
-        """All updates. Without a length, Lightning would collect one step ahead."""
+        """Number of updates; without it, Lightning would collect one step ahead."""
         return self._due(self.total_steps)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Collects and yields batches, ``len(self)`` in all.
+        """Collects steps and yields batches.
 
         Raises:
             EnvironmentFailedError: if the environment raises or returns a non-finite value.
@@ -148,7 +129,7 @@ class ExperienceStream:
             self._store(data)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, without the replay buffer."""
+        """Returns the counters, without the replay buffer."""
         return {
             "frames": self.frames,
             "updates": self.updates,
@@ -165,8 +146,7 @@ class ExperienceStream:
         self.episode_returns.extend(state_dict["episode_returns"])
         self._batches = state_dict["batches"]
         collected = self.frames * self.num_seeds // self.num_processes
-        counts = {"frames": collected, "iter": self._batches}
-        self.collector.load_state_dict(counts, strict=False)
+        self.collector.load_state_dict({"frames": collected, "iter": self._batches}, strict=False)
 
     def restart(self) -> None:
         """Resets the environments and publishes the newest weights, for a resumed run."""
@@ -183,17 +163,17 @@ class ExperienceStream:
             warnings.warn(f"the environment failed on closing: {one_line(error)}", stacklevel=2)
 
     def _due(self, steps: int) -> int:
-        """Updates due after this many steps."""
+        """Returns the updates due after this many steps."""
         return self.warmup_updates + int(steps * self.updates_per_step)
 
     def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
-        """The collector's next batch, checked to be finite; None at its end."""
-        with failing_as(f"the environment failed after frame {self.frames}"):
+        """Returns the collector's next batch, checked to be finite, or None at its end."""
+        where = f"after frame {self.frames}"
+        with failing_as(f"the environment failed {where}"):
             if (self.steps or self.updates) and self.policy is not None:
                 self.policy.publish(self.updates)
             data = next(batches, None)
         if data is not None:
-            where = f"after frame {self.frames}"
             check_finite(data, where, EnvironmentFailedError)
         return data
 
@@ -211,7 +191,6 @@ class ExperienceStream:
         self._batches += 1
         self._last_frames = data.numel() * self.num_processes // self.num_seeds
         self.frames += self._last_frames
-        outcome = data.get("next")
-        returns = outcome.get("episode_reward", None)
+        returns = data.get(("next", "episode_reward"), None)
         if returns is not None:
-            self.episode_returns.extend(returns[outcome.get("done")].tolist())
+            self.episode_returns.extend(returns[data.get(("next", "done"))].tolist())

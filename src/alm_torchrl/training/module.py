@@ -29,40 +29,34 @@ from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
 
 class ALMModule(L.LightningModule):
-    """Makes one update per batch of experience, and evaluates as the validation step.
+    """Makes one :class:`Update` per batch of experience, and evaluates as the validation step.
 
-    See :class:`~alm_torchrl.training.Update` for the update. Move the agent to its device before
-    building the loss, so that acting and losses share the noise schedule. In a run of several
-    processes (Lightning's ``ddp``), each has an agent, a loss, experience and random numbers of
-    its own, gradients are averaged, and only rank 0 evaluates.
+    Move the agent to its device before building the loss, so that acting and losses share the noise
+    schedule. With several processes (Lightning's ``ddp``), each has its own agent, loss, experience
+    and random numbers, gradients are averaged, and only rank 0 evaluates.
 
     Args:
-        agent: the agent, or a :class:`~alm_torchrl.training.StackedAgent` for several seeds.
-        loss: the objective built on the agent's networks, or a
-            :class:`~alm_torchrl.training.StackedLoss`.
+        agent: the agent, or a :class:`StackedAgent` for several seeds.
+        loss: the objective built on the agent's networks, or a :class:`StackedLoss`.
         experience: source of the batches.
         eval_env: environments to evaluate in, not those of the collector; for several seeds,
             ``eval_episodes`` of them for each.
-        learning_rates: see :func:`~alm_torchrl.training.make_optimizer`.
-        optimizer: see :func:`~alm_torchrl.training.make_optimizer`.
+        learning_rates: see :func:`make_optimizer`.
+        optimizer: see :func:`make_optimizer`.
         schedule: makes a learning-rate scheduler, stepped after every update. A resumed run then
             keeps the rates of its checkpoint, and the update is not captured as a CUDA graph.
-        max_grad_norm: largest gradient norm of a group.
-        target_tau: weight of the new value in the moving average of the targets.
+        max_grad_norm: largest gradient norm of a parameter group.
+        target_tau: weight of the newest weights in the moving average of the targets.
         eval_episodes: episodes per evaluation and seed.
-        eval_max_steps: longest episode of an evaluation; see
-            :func:`~alm_torchrl.evaluation.evaluate_policy`.
+        eval_max_steps: see :func:`~alm_torchrl.evaluation.evaluate_policy`.
         ema_decay: decay of a moving average of the weights, which is evaluated and saved instead
             of the newest weights; 0 disables it, as the authors do. It does not affect training.
         log_every: updates between two log entries.
-        precision: precision of the losses, ``"32-true"``, ``"bf16-mixed"`` or ``"auto"``,
-            which is bfloat16 on hardware with bfloat16 matrix units.
+        precision: ``"32-true"``, ``"bf16-mixed"``, or ``"auto"``: bfloat16 on hardware with units
+            for it.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
-            graph on a GPU; ``"auto"`` does so on a GPU or for 10,000 updates or more, and
-            warns instead of failing.
-
-    Raises:
-        ValueError: if the loss was not built on the agent, or an argument is out of range.
+            graph on a GPU; ``"auto"`` does so on a GPU or for 10,000 updates or more, and warns
+            instead of failing.
     """
 
     def __init__(
@@ -92,18 +86,13 @@ class ALMModule(L.LightningModule):
                 f"eval_episodes={eval_episodes} and eval_max_steps={eval_max_steps} must be at "
                 "least 1"
             )
-        self.agent = agent
-        self.loss = loss
-        self.experience = experience
+        self.agent, self.loss, self.experience = agent, loss, experience
         self.__dict__["eval_env"] = eval_env  # an nn.Module, but not part of the model
-        if isinstance(learning_rates, Mapping):
-            learning_rates = dict(learning_rates)
-        self.learning_rates: float | Mapping[str, float] = plain_numbers(learning_rates)
-        self.make_optimizer = optimizer
-        self.make_schedule = schedule
+        rates = dict(learning_rates) if isinstance(learning_rates, Mapping) else learning_rates
+        self.learning_rates: float | dict[str, float] = plain_numbers(rates)
+        self.make_optimizer, self.make_schedule = optimizer, schedule
         self.max_grad_norm = max_grad_norm
-        self.eval_episodes = eval_episodes
-        self.eval_max_steps = eval_max_steps
+        self.eval_episodes, self.eval_max_steps = eval_episodes, eval_max_steps
         self.ema_decay = ema_decay
         self.average = copy.deepcopy(agent).requires_grad_(False) if ema_decay else None
         device = next(loss.parameters()).device
@@ -112,8 +101,7 @@ class ALMModule(L.LightningModule):
         self.compiles = worth_compiling(compile, len(experience), device)
         self.automatic_optimization = False
         self.log_every = log_every
-        #: Whether all state has been restored; the run writes nothing before.
-        self.restored = False
+        self.restored = False  # whether all state is restored; the run writes nothing before
         self.target_update = TargetUpdate(loss, tau=target_tau)
         self._check_sharing()
 
@@ -123,28 +111,23 @@ class ALMModule(L.LightningModule):
         return agents_of(self.agent)
 
     @property
-    def evaluated(self) -> ALMAgent | StackedAgent:
-        """The agent that is evaluated: with averaged weights, if an average is kept."""
-        return self.agent if self.average is None else self.average
-
-    @property
     def evaluated_agents(self) -> list[ALMAgent]:
-        """The agent of each seed that is evaluated and saved."""
-        return agents_of(self.evaluated)
+        """The agent of each seed that is evaluated and saved, with averaged weights if any."""
+        return agents_of(self.average or self.agent)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and its schedule if there is one."""
+        """Makes the optimizer and its schedule, if any."""
         optimizer = make_optimizer(self.loss, self.learning_rates, self.make_optimizer)
         if self.make_schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_schedule(optimizer)}
 
     def train_dataloader(self) -> ExperienceStream:
-        """The experience, iterated in this process."""
+        """Returns the experience, which this process iterates."""
         return self.experience
 
     def on_fit_start(self) -> None:
-        """Seeds each process differently, because Lightning seeds all alike."""
+        """Seeds each process differently, because Lightning seeds all equally."""
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
             raise MisconfigurationException(
                 "an encoder with running statistics trains in one process, because each process "
@@ -157,9 +140,9 @@ class ALMModule(L.LightningModule):
         """Builds the update, now that optimizer and device are known."""
         optimizer = self.trainer.optimizers[0]
         rates = self.learning_rates
-        if self.make_schedule is None:  # a checkpoint has restored the rates of the run before
+        if self.make_schedule is None:  # the rates may have changed since the checkpoint
             for group in optimizer.param_groups:
-                group["lr"] = rates[group["name"]] if isinstance(rates, Mapping) else rates
+                group["lr"] = rates[group["name"]] if isinstance(rates, dict) else rates
         update = Update(
             self.loss,
             optimizer,
@@ -170,7 +153,7 @@ class ALMModule(L.LightningModule):
             strict=self.compile_mode != "auto",
             backward=self.manual_backward,
         )
-        # A graph can hold neither communication between processes nor a change of the rate.
+        # A graph can contain neither communication between processes nor a change of the rate.
         fixed = self.trainer.world_size == 1 and self.make_schedule is None
         captured = fixed and self.device.type == "cuda" and self.compile_mode != "never"
         self._update = CapturedUpdate(update) if captured else update
@@ -179,14 +162,14 @@ class ALMModule(L.LightningModule):
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """Makes one update, and waits for a GPU only when a log entry is due."""
         metrics = TensorDict()
-        # As a closure, so that Lightning counts a step that may be part of a graph. No gradients
-        # are left after it, so Lightning's own optimizer step does nothing.
+        # Lightning counts steps by calls of the optimizer. The closure leaves no gradients, so the
+        # optimizer's own step does nothing.
         optimizer = cast("LightningOptimizer", self.optimizers())
         optimizer.step(closure=lambda: metrics.update(self._update(batch)))
         if self.make_schedule is not None:
             cast("LRScheduler", self.lr_schedulers()).step()
         if self.average is not None:
-            _update_average(self.average, self.agent, self.ema_decay)
+            self._update_average(self.average)
         logging = batch_idx % self.log_every == 0
         if logging or self.device.type == "cpu":
             self.check()
@@ -194,26 +177,32 @@ class ALMModule(L.LightningModule):
             self._log_metrics({f"train/{k}": v for k, v in metrics.items()})
 
     def on_validation_start(self) -> None:
-        """Checks the updates so far, before anything of them is saved."""
+        """Checks the updates so far, before any result is saved."""
         self.check()
 
     def check(self) -> None:
-        """Waits for the updates and raises if a gradient norm was not finite."""
+        """Waits for the device; raises if a gradient norm was not finite."""
         try:
             self._update.check()
         except FloatingPointError as error:
-            step, update = self.experience.steps, self.global_step - 1
-            raise FloatingPointError(
-                f"at update {update} (environment step {step}): {error}"
-            ) from None
+            where = f"update {self.global_step - 1} (environment step {self.experience.steps})"
+            raise FloatingPointError(f"at {where}: {error}") from None
 
     def val_dataloader(self) -> list[int]:
-        """One evaluation."""
+        """Returns one batch, because an evaluation is one step."""
         return [0]
 
     def validation_step(self, *_: Any) -> Tensor:
-        """Plays episodes with the mean action, on rank 0; their returns, ``[seeds, episodes]``."""
-        returns = self._evaluate() if self.trainer.is_global_zero else None
+        """Plays episodes on rank 0, with the mean action; returns ``[seeds, episodes]``."""
+        returns: Tensor | None = None
+        if self.trainer.is_global_zero:
+            seeds, policy = len(self.agents), (self.average or self.agent).policy()
+            where, frames = env_name(self.eval_env), self.experience.frames
+            with failing_as(f"the evaluation in {where} failed after frame {frames}"):
+                returns = evaluate_policy(
+                    self.eval_env, policy, seeds * self.eval_episodes, max_steps=self.eval_max_steps
+                )
+            returns = returns.reshape(seeds, -1).cpu()
         returns = self.trainer.strategy.broadcast(returns)
         assert returns is not None
         returns = returns.to(self.device)
@@ -222,20 +211,15 @@ class ALMModule(L.LightningModule):
         self._log_metrics({"eval/return": mean, "eval/return_std": returns.std(correction=0)})
         return returns
 
-    def _evaluate(self) -> Tensor:
-        seeds = len(self.agents)
-        where, frames = env_name(self.eval_env), self.experience.frames
-        with failing_as(f"the evaluation in {where} failed after frame {frames}"):
-            returns = evaluate_policy(
-                self.eval_env,
-                self.evaluated.policy(),
-                seeds * self.eval_episodes,
-                max_steps=self.eval_max_steps,
-            )
-        return returns.reshape(seeds, -1).cpu()
+    @torch.no_grad()
+    def _update_average(self, average: nn.Module) -> None:
+        """Averages parameters and copies buffers. Torch's ``AveragedModel`` would synchronize."""
+        update = get_ema_multi_avg_fn(self.ema_decay)
+        update(list(average.parameters()), list(self.agent.parameters()), None)
+        torch._foreach_copy_(list(average.buffers()), list(self.agent.buffers()))
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
-        """Logs means over seeds against the environment steps after the warm-up."""
+        """Logs means over seeds at the current environment step after the warm-up."""
         metrics["noise_scale"] = self.agent.noise.scale
         numbers = torch.stack([value.float().mean() for value in metrics.values()]).tolist()
         values = dict(zip(metrics, numbers, strict=True))
@@ -257,11 +241,3 @@ class ALMModule(L.LightningModule):
                     "the loss does not share the agent's networks and noise schedule: move the "
                     "agent to its device first, then build ALMLoss(**agent.networks())"
                 )
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, newest: nn.Module, decay: float) -> None:
-    """Averages parameters and copies buffers; torch's ``AveragedModel`` waits for the device."""
-    update = get_ema_multi_avg_fn(decay)
-    update(list(average.parameters()), list(newest.parameters()), None)
-    torch._foreach_copy_(list(average.buffers()), list(newest.buffers()))

@@ -1,7 +1,7 @@
 """Several seeds trained together by one update over stacked parameters.
 
-The seeds share nothing: each has its own networks, environments, share of the replay buffer, random
-numbers, gradient norms and curve.
+Each seed has its own networks, environments, share of the replay buffer, random numbers, gradient
+norms and curve.
 """
 
 from __future__ import annotations
@@ -25,16 +25,12 @@ from alm_torchrl.objectives.parameters import parametrized
 class StackedLoss(nn.Module):
     """The objectives of ``S`` seeds as one, over parameters ``[S, ...]``.
 
-    The parameters of the given losses, and of the agents they were built on, become views of the
-    stacked ones, so the agents act with and save what is learned here.
+    The parameters of the losses and of their agents become views of the stacked parameters, so the
+    agents act with and save the newest weights.
 
     Args:
-        losses: one for each seed, on one device and of the same sizes. The settings of the first
-            (horizon, estimator, coefficient, noise) apply to all.
-
-    Raises:
-        ValueError: if there is no loss, the networks differ in size, or an encoder keeps running
-            statistics.
+        losses: one for each seed, on one device, of the same sizes, and without running statistics.
+            The settings of the first (horizon, estimator, coefficient, noise) apply to all.
     """
 
     def __init__(self, losses: Sequence[ALMLoss]) -> None:
@@ -43,7 +39,7 @@ class StackedLoss(nn.Module):
         networks = [_networks(loss) for loss in losses]
         shapes = [{key: leaf.shape for key, leaf in n.items(True, True)} for n in networks]
         if not losses or any(shape != shapes[0] for shape in shapes):
-            raise ValueError("seeds are stacked from one or more losses of the same sizes")
+            raise ValueError("expected one or more losses of the same sizes")
         if keeps_statistics(losses[0].encoder):
             raise ValueError(
                 "an encoder with running statistics trains one seed at a time: set num_seeds=1, "
@@ -75,7 +71,7 @@ class StackedLoss(nn.Module):
 
     @staticmethod
     def clip_grad_norm_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
-        """Clips the gradient norm of each seed and returns the norms before, ``[S]``."""
+        """Clips the gradient norm of each seed; returns the norms before clipping, ``[S]``."""
         grads = [p.grad.view(len(p), -1) for p in parameters if p.grad is not None]
         norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
@@ -83,7 +79,7 @@ class StackedLoss(nn.Module):
         return norms
 
     def forward(self, windows: TensorDictBase) -> TensorDictBase:
-        """Computes losses and metrics ``[S]`` from one batch for each seed, ``[S, B, T]``."""
+        """Computes losses and metrics ``[S]`` from a batch for each seed, ``[S, B, T]``."""
         return torch.vmap(self._one, randomness="different")(self._stack, windows)
 
     def _one(self, parameters: TensorDictBase, windows: TensorDictBase) -> TensorDictBase:
@@ -98,7 +94,7 @@ class StackedLoss(nn.Module):
                 network[key].data = view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLoss:
-        """Moves the stacked parameters too, in place, since an optimizer holds them."""
+        """Moves the stacked parameters too, in place, because an optimizer holds them."""
         super()._apply(fn, recurse)
         for stacked in self._stack.values(True, True):
             stacked.data = fn(stacked.data)
@@ -106,7 +102,7 @@ class StackedLoss(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Shares the parameters again after a copy or a pickle, which duplicates them."""
+        """Shares the parameters again after a copy or a pickle, which duplicate them."""
         super().__setstate__(state)
         self._stack = self._stack.apply(lambda t: t.detach().requires_grad_(t.requires_grad))
         self._share()
@@ -119,7 +115,7 @@ class TargetUpdate:
         self._updates = [SoftUpdate(one, tau=tau) for one in losses_of(loss)]
 
     def step(self) -> None:
-        """Updates the averages in place."""
+        """Updates the target networks in place."""
         for update in self._updates:
             update.step()
 
@@ -137,7 +133,7 @@ class StackedAgent(nn.Module):
         return StackedNoise([agent.noise for agent in agents_of(self)])
 
     def policy(self) -> TensorDictModuleBase:
-        """A policy over environments ``[S * E]``, the first ``E`` of which are the first seed's."""
+        """Returns a policy for environments ``[S * E]``, ``E`` consecutive ones for each seed."""
         return StackedPolicy([agent.policy() for agent in agents_of(self)])
 
 
@@ -149,7 +145,7 @@ class StackedNoise:
 
     @property
     def scale(self) -> Tensor:
-        """The scale, equal in all schedules."""
+        """The scale, which is equal in all schedules."""
         return self._schedules[0].scale
 
     def advance(self, steps: int = 1) -> None:
@@ -164,8 +160,7 @@ class StackedPolicy(TensorDictModuleBase):
     def __init__(self, policies: Sequence[TensorDictModuleBase]) -> None:
         super().__init__()
         self.policies = nn.ModuleList(policies)
-        self.in_keys = policies[0].in_keys
-        self.out_keys = policies[0].out_keys
+        self.in_keys, self.out_keys = policies[0].in_keys, policies[0].out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the actions of all seeds, ``[S * E, A]``."""
@@ -182,26 +177,24 @@ class StackedPolicy(TensorDictModuleBase):
 def stack_seeds(
     agents: Sequence[ALMAgent], losses: Sequence[ALMLoss]
 ) -> tuple[ALMAgent | StackedAgent, ALMLoss | StackedLoss]:
-    """Stacks the agents and losses of several seeds; a single pair is returned unchanged."""
+    """Stacks the agents and losses of several seeds; returns a single pair unchanged."""
     if len(agents) == 1:
         return agents[0], losses[0]
     return StackedAgent(agents), StackedLoss(losses)
 
 
 def losses_of(loss: ALMLoss | StackedLoss) -> list[ALMLoss]:
-    """The objective of each seed."""
-    losses = list(loss.losses) if isinstance(loss, StackedLoss) else [loss]
-    return cast("list[ALMLoss]", losses)
+    """Returns the objective of each seed."""
+    return cast("list[ALMLoss]", [*loss.losses] if isinstance(loss, StackedLoss) else [loss])
 
 
 def agents_of(agent: ALMAgent | StackedAgent) -> list[ALMAgent]:
-    """The agent of each seed."""
-    agents = list(agent.agents) if isinstance(agent, StackedAgent) else [agent]
-    return cast("list[ALMAgent]", agents)
+    """Returns the agent of each seed."""
+    return cast("list[ALMAgent]", [*agent.agents] if isinstance(agent, StackedAgent) else [agent])
 
 
 def _networks(loss: ALMLoss) -> TensorDictBase:
-    """Parameters and target parameters by their names in the loss."""
+    """Returns parameters and target parameters by their names in the loss."""
     everything = TensorDict.from_module(loss)
     keys = [
         key

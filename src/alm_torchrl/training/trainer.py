@@ -1,10 +1,9 @@
-"""A Lightning trainer that leaves curve, agents, checkpoints and logs in a folder."""
+"""A Lightning trainer that writes curve, agents, checkpoints and logs to a folder."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from alm_torchrl.training.callbacks import (
     StopOnSignal,
     Video,
 )
-from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, TensorFiles, check_processes
+from alm_torchrl.training.checkpoints import Checkpoint, Checkpoints, TensorFiles
 from alm_torchrl.training.curves import LearningCurve
 from alm_torchrl.training.measurements import Measurement
 from alm_torchrl.training.module import ALMModule
@@ -36,12 +35,11 @@ from alm_torchrl.training.runtime import exit_with_parent
 
 
 class _Trainer(L.Trainer):
-    """A trainer that restores the checkpoint given to :func:`make_trainer`."""
+    """A trainer that resumes from the checkpoint given to :func:`make_trainer`."""
 
     start: Checkpoint | None = None
 
     def fit(self, model: ALMModule, *args: Any, **options: Any) -> None:
-        """Trains, from the checkpoint if there is one."""
         if options.get("ckpt_path") is not None:
             raise ValueError(
                 "fit(ckpt_path=...) would not restore the replay buffer: give the checkpoint to "
@@ -73,57 +71,50 @@ def make_trainer(
 ) -> L.Trainer:
     """Makes a trainer that evaluates, logs, plots and saves.
 
-    The folder then holds ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
-    ``checkpoints/`` and ``logs/``, even if the run is interrupted. With several seeds, each has a
+    It writes ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
+    ``checkpoints/`` and ``logs/``, even if the run is interrupted. Each of several seeds has a
     folder ``seed<n>/`` for curve and agents.
 
     Args:
         folder: an existing folder.
-        seed: seed noted in the curve.
+        seed: seed in the learning curve.
         eval_every: updates between two evaluations, without those of the warm-up.
         num_seeds: seeds trained together: ``seed``, ``seed + 1`` and so on.
         title: title of the plot.
         checkpoint_every: updates between two checkpoints; by default there are none.
         keep_checkpoints: number of newest checkpoints to keep.
-        start: checkpoint to resume from; ``fit`` then restores everything, the replay buffer
-            included.
+        start: checkpoint to resume from, by as many processes; ``fit`` restores all of it,
+            including the replay buffer. It requires ``checkpoint_every``.
         devices: processes per machine; several train one agent by ``ddp``.
         num_nodes: machines.
-        tensorboard: whether to log to TensorBoard beside the CSV file.
+        tensorboard: whether to log to TensorBoard in addition to the CSV file.
         wandb: whether to log to Weights & Biases.
         measurements: classes or factories of measurements, called with ``(folder, seed=...,
             seed_index=...)``, such as :class:`ValueBias` or ``partial(Diagnostics, steps=500)``.
-        video_env: environment with frames to record an episode in at the end.
+        video_env: environment to record an episode in at the end; see :class:`Video`.
         callbacks: further callbacks; checkpoints include their state.
         trainer_options: options of Lightning's ``Trainer``, such as ``accelerator="cpu"``.
-
-    Returns:
-        A trainer of one epoch: the whole :class:`~alm_torchrl.training.ExperienceStream`.
-
-    Raises:
-        ValueError: if ``start`` has another number of processes, or there is no
-            ``checkpoint_every`` with it.
-        ImportError: if ``wandb`` is not installed.
     """
     folder = Path(folder)
     num_processes = devices * num_nodes
-    if start is not None:
-        check_processes(start, num_processes)
-        if checkpoint_every is None:
-            raise ValueError("start needs checkpoint_every: a resumed run makes checkpoints too")
+    if start is not None and len(start.replay) != num_processes:
+        raise ValueError(
+            f"{start.folder} has the replay buffers of {len(start.replay)} processes and cannot "
+            f"resume with {num_processes}: set run.devices times run.num_nodes to "
+            f"{len(start.replay)}"
+        )
+    if start is not None and checkpoint_every is None:
+        raise ValueError("start needs checkpoint_every: a resumed run makes checkpoints too")
     own = _callbacks_by_seed(folder, seed, num_seeds, title, measurements)
     own += callbacks
-    checkpoints = None
     if checkpoint_every is not None:
-        checkpoints = Checkpoints(
-            folder / "checkpoints", every=checkpoint_every, keep=keep_checkpoints, start=start
-        )
-        own.append(checkpoints)
-    own += [EvaluationSchedule(eval_every), ProgressBar(), StopOnSignal(checkpoints)]
+        path = folder / "checkpoints"
+        own.append(Checkpoints(path, every=checkpoint_every, keep=keep_checkpoints, start=start))
+    own += [EvaluationSchedule(eval_every), ProgressBar(), StopOnSignal()]
     if video_env is not None:
         own.append(Video(folder, video_env))
     defaults: dict[str, Any] = {
-        # The targets and the noise, which are buffers, change alike in all processes.
+        # Buffers are the targets and the noise, which change equally in all processes.
         "strategy": DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
@@ -149,7 +140,7 @@ def make_trainer(
 
 
 def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
-    """How processes find their ranks; empty where Lightning detects it."""
+    """Returns how processes find their ranks, or nothing where Lightning detects it."""
     if num_processes == 1:
         # RANK and SLURM_PROCID number independent runs here, not processes of this run.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
@@ -166,23 +157,18 @@ def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
 
 
 def _make_loggers(folder: Path, tensorboard: bool, wandb: bool) -> list[Logger]:
+    version, session = "csv", 1
+    while (folder / "logs" / version).exists():  # the logger would overwrite its metrics
+        session += 1
+        version = f"csv{session}"
     loggers: list[Logger] = [
-        CSVLogger(folder, name="logs", version=_unused(folder), flush_logs_every_n_steps=1)
+        CSVLogger(folder, name="logs", version=version, flush_logs_every_n_steps=1)
     ]
     if tensorboard:
         loggers.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
     if wandb:
-        if find_spec("wandb") is None:
-            raise ImportError("logging to Weights & Biases needs wandb: pip install wandb")
         loggers.append(WandbLogger(name=folder.name, save_dir=folder, project="alm-torchrl"))
     return loggers
-
-
-def _unused(folder: Path) -> str:
-    """A new name for the metrics, because the CSV logger deletes those of an existing one."""
-    taken = {path.name for path in (folder / "logs").glob("csv*")}
-    names = ("csv", *(f"csv{session}" for session in range(2, len(taken) + 2)))
-    return next(name for name in names if name not in taken)
 
 
 def _callbacks_by_seed(
@@ -192,15 +178,16 @@ def _callbacks_by_seed(
     title: str,
     measurements: Sequence[Callable[..., Measurement]],
 ) -> list[Callback]:
-    """Curve, agents and measurements of each seed."""
+    """Returns curve, agents and measurements of each seed."""
     callbacks: list[Callback] = []
     for index in range(num_seeds):
-        number, own, title_of_seed = seed + index, folder, title
+        options: dict[str, Any] = {"seed": seed + index, "seed_index": index}
+        own, own_title = folder, title
         if num_seeds > 1:
-            own = folder / f"seed{number}"
-            title_of_seed = ", ".join(filter(None, (title, f"seed {number}")))
+            own = folder / f"seed{seed + index}"
             own.mkdir(exist_ok=True)
-        callbacks.append(LearningCurve(own, seed=number, title=title_of_seed, seed_index=index))
+            own_title = ", ".join(filter(None, (title, f"seed {seed + index}")))
+        callbacks.append(LearningCurve(own, title=own_title, **options))
         callbacks.append(SaveAgent(own, seed_index=index))
-        callbacks += [measure(own, seed=number, seed_index=index) for measure in measurements]
+        callbacks += [measure(own, **options) for measure in measurements]
     return callbacks

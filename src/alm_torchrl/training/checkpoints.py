@@ -53,10 +53,9 @@ class Checkpoint:
 
 
 def find_checkpoint(folder: str | Path) -> Checkpoint | None:
-    """Finds the newest intact checkpoint; warns of damaged ones and of changed packages.
+    """Finds the newest intact checkpoint in a run's folder ``checkpoints``.
 
-    Args:
-        folder: the folder ``checkpoints`` of a run.
+    It warns of damaged checkpoints and of changed package versions.
 
     Raises:
         OSError: if all checkpoints are damaged, or the folder cannot be read.

@@ -78,9 +78,7 @@ class ExperienceStream:
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
         if len(self) == warmup_updates:
-            raise ValueError(
-                f"{total_steps} steps at {updates_per_step} updates per step give no update"
-            )
+            raise ValueError(f"{total_steps=} with {updates_per_step=} give no update: raise one of them")
 
     @property
     def steps(self) -> int:
@@ -105,11 +103,7 @@ class ExperienceStream:
         return self._due(self.total_steps)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Collects steps and yields batches.
-
-        Raises:
-            EnvironmentFailedError: if the environment raises or returns a non-finite value.
-        """
+        """Collects steps and yields batches; a failure is an :class:`EnvironmentFailedError`."""
         batches = iter(self.collector)
         while True:
             learning = self.frames >= self.warmup_steps

@@ -52,8 +52,7 @@ class ALMModule(L.LightningModule):
         ema_decay: decay of a moving average of the weights, which is evaluated and saved instead
             of the newest weights; 0 disables it, as the authors do. It does not affect training.
         log_every: updates between two log entries.
-        precision: ``"32-true"``, ``"bf16-mixed"``, or ``"auto"``: bfloat16 on hardware with units
-            for it.
+        precision: ``"32-true"``, ``"bf16-mixed"``, or ``"auto"`` for bfloat16 on suitable hardware.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
             graph on a GPU; ``"auto"`` does so on a GPU or for 10,000 updates or more, and warns
             instead of failing.

@@ -91,7 +91,7 @@ def make_trainer(
         wandb: whether to log to Weights & Biases.
         measurements: classes or factories of measurements, called with ``(folder, seed=...,
             seed_index=...)``, such as :class:`ValueBias` or ``partial(Diagnostics, steps=500)``.
-        video_env: environment to record an episode in at the end; see :class:`Video`.
+        video_env: environment with ``"pixels"`` to record an episode in at the end.
         callbacks: further callbacks; checkpoints include their state.
         trainer_options: options of Lightning's ``Trainer``, such as ``accelerator="cpu"``.
     """

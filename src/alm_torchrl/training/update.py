@@ -96,11 +96,10 @@ class Update:
             self._losses = torch.compile(self._eager, options={"cpp.use_decompose_tanh": True})
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        """Makes one update.
+        """Makes one update; returns detached losses, metrics and gradient norms.
 
-        Returns:
-            Detached losses, metrics, and the gradient norm of every group before clipping
-            (``grad_norm/...``): scalars, or ``[S]`` for several seeds.
+        These are scalars, or ``[S]`` for several seeds. The norm ``grad_norm/<group>`` is that
+        before clipping.
         """
         metrics = self._backward(batch)
         norms = torch.stack([self._clip(p, self.max_grad_norm) for p in self.groups.values()])

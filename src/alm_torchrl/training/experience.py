@@ -78,7 +78,9 @@ class ExperienceStream:
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
         if len(self) == warmup_updates:
-            raise ValueError(f"{total_steps=} with {updates_per_step=} give no update: raise one of them")
+            raise ValueError(
+                f"{total_steps=} with {updates_per_step=} give no update: raise one of them"
+            )
 
     @property
     def steps(self) -> int:

@@ -22,6 +22,11 @@ def tuple_key(key: NestedKey) -> Key:
     return (key,) if isinstance(key, str) else key
 
 
+def next_key(key: NestedKey) -> NestedKey:
+    """Returns the same key under ``"next"``."""
+    return unravel_key(("next", key))
+
+
 def transition_keys(data: TensorDictBase, action_key: NestedKey = "action") -> list[Key]:
     """Returns the keys to store: observations, action, next observations, reward and flags.
 

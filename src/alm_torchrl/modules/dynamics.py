@@ -7,8 +7,9 @@ from typing import Any, Unpack
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 
+from alm_torchrl.data.transitions import next_key
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
-from alm_torchrl.modules.latent import LatentModule, next_key
+from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, mlp
 from alm_torchrl.modules.rebuildable import Rebuildable
 

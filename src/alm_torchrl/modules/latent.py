@@ -25,11 +25,6 @@ def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
     return (*key[:-1], key[-1] + suffix)
 
 
-def next_key(key: NestedKey) -> NestedKey:
-    """The same key under ``"next"``."""
-    return unravel_key(("next", key))
-
-
 class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
     r"""Turns any torch module into a distribution over a latent.
 

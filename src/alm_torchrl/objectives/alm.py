@@ -9,11 +9,12 @@ from typing import Literal, TypeAlias, cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
+from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives import options
 from alm_torchrl.objectives.checks import check_positive, check_whole
 from alm_torchrl.objectives.functional import (
@@ -227,7 +228,7 @@ class ALMLoss(LatentModelLoss):
         """The observations, the action, and the outcome under ``"next"``."""
         keys = self.tensor_keys
         outcome = [*self.encoder.in_keys, keys.reward, keys.done, keys.terminated]
-        return [*self.encoder.in_keys, keys.action, *(unravel_key(("next", k)) for k in outcome)]
+        return [*self.encoder.in_keys, keys.action, *(next_key(k) for k in outcome)]
 
     @property
     def out_keys(self) -> list[str]:
@@ -313,22 +314,14 @@ class ALMLoss(LatentModelLoss):
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         batch = batch._replace(rollout=self.world_model_rollout(batch))
-        terms = {
-            "loss_world_model": self.world_model_loss(batch),
-            "loss_reward": self.reward_loss(batch),
-            "loss_classifier": self.classifier_loss(batch),
-            "loss_value": self.value_loss(batch),
-            "loss_actor": self.actor_loss(batch),
-        }
-        if self.continuation_model is not None:
-            terms["loss_continuation"] = self.continuation_loss(batch)
-        if self.consistency_level is not None:
-            terms["loss_multiplier"] = self.multiplier_loss(batch)
-        for name in self.auxiliary_losses:
-            terms[f"loss_{name}"] = self.auxiliary_loss(batch, name)
         out: dict[str, Tensor] = {}
-        for name, (loss, metrics) in terms.items():
-            out |= {name: loss, **metrics}
+        for key in self.out_keys:
+            name = key.removeprefix("loss_")
+            if name in self.auxiliary_losses:
+                out[key], metrics = self.auxiliary_loss(batch, name)
+            else:
+                out[key], metrics = getattr(self, f"{name}_loss")(batch)
+            out |= metrics
         return TensorDict(out)
 
     def world_model_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
@@ -490,7 +483,7 @@ class ALMLoss(LatentModelLoss):
 
     def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
         """An entry under ``"next"`` of the first transition, ``[B, 1]``."""
-        return batch.windows.get(unravel_key(("next", getattr(self.tensor_keys, name))))[:, 0]
+        return batch.windows.get(next_key(getattr(self.tensor_keys, name)))[:, 0]
 
     def _counted(self, batch: Batch) -> Tensor:
         """The windows in the world-model loss, bool ``[B]``."""

@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch import distributions as D
 
-from alm_torchrl.data.transitions import as_column, as_flag
+from alm_torchrl.data.transitions import as_column, as_flag, next_key
 
 __all__ = [
     "check_latents",
@@ -34,55 +34,47 @@ def read_windows(
     steps: int,
     dtype: torch.dtype,
 ) -> TensorDictBase:
-    """Reads and checks a batch.
+    """Reads and checks windows ``[B, T]`` or transitions ``[B]``.
 
     Converts flags of zeros and ones to bool and numbers to ``dtype``, and adds a missing last
     dimension of size 1.
 
     Args:
-        tensordict: windows ``[B, T]`` or transitions ``[B]``.
+        tensordict: the batch.
         keys: the ``tensor_keys`` of the loss.
         observations: the ``in_keys`` of the encoder.
         steps: number of steps to read.
         dtype: dtype of the networks.
 
     Returns:
-        The entries, ``[B, steps]`` (``[B, 1]`` from plain transitions).
-
-    Raises:
-        KeyError: if an entry is missing.
-        ValueError: if an entry has the wrong shape or dtype, or the windows are too short.
+        The entries, ``[B, steps]`` (``[B, 1]`` from transitions).
     """
-    reward_key, done_key, terminated_key, truncated_key = (
-        unravel_key(("next", key))
-        for key in (keys.reward, keys.done, keys.terminated, keys.truncated)
-    )
+    reward_key = next_key(keys.reward)
     reward = as_column(_read(tensordict, reward_key), tensordict.batch_size)
-    shape = reward.shape
-    if len(shape) not in (2, 3) or shape[-1] != 1:
+    shape = reward.shape[:-1]
+    if len(shape) not in (1, 2) or reward.shape[-1] != 1:
         raise ValueError(
-            f"entry {reward_key!r} has shape {tuple(shape)}; expected [B, T, 1] (windows) or "
-            "[B, 1] (transitions)"
+            f"entry {reward_key!r} has shape {tuple(reward.shape)}; expected [B, T, 1] (windows) "
+            "or [B, 1] (transitions)"
         )
-    shape = shape[:-1]
     entries = {reward_key: reward.to(dtype)}
     action = as_column(_read(tensordict, keys.action), tensordict.batch_size)
     _check_shape(keys.action, action, (*shape, "..."))
     entries[keys.action] = action.to(dtype)
     for key in observations:
-        now, following = _read(tensordict, key), _read(tensordict, unravel_key(("next", key)))
+        now, following = _read(tensordict, key), _read(tensordict, next_key(key))
         _check_shape(key, now, (*shape, "..."))
-        _check_shape(unravel_key(("next", key)), following, now.shape)
-        entries[key] = _as_read(now, dtype)
-        entries[unravel_key(("next", key))] = _as_read(following, dtype)
-    ended: Tensor | None = None
-    for key in (terminated_key, truncated_key, done_key):
-        if key == truncated_key and tensordict.get(key, None) is None:
+        _check_shape(next_key(key), following, now.shape)
+        for name, value in ((key, now), (next_key(key), following)):
+            # The encoder handles other dtypes than float64.
+            entries[name] = value.to(dtype) if value.dtype == torch.float64 else value
+    ended = torch.zeros_like(reward, dtype=torch.bool)
+    for key in map(next_key, (keys.terminated, keys.truncated, keys.done)):
+        if key == next_key(keys.truncated) and tensordict.get(key, None) is None:
             continue
         entries[key] = as_flag(key, _read(tensordict, key), shape)
-        ended = entries[key] if ended is None else ended | entries[key]
-    assert ended is not None  # any flag ends an episode
-    entries[done_key] = ended
+        ended = ended | entries[key]
+    entries[next_key(keys.done)] = ended
     mask = tensordict.get(keys.validity_mask, None)
     if mask is not None:
         mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask
@@ -110,22 +102,15 @@ def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     return value
 
 
-def _as_read(observation: Tensor, dtype: torch.dtype) -> Tensor:
-    """Converts float64 to the dtype of the networks; the encoder handles other dtypes."""
-    return observation.to(dtype) if observation.dtype == torch.float64 else observation
-
-
 def _check_shape(key: NestedKey, value: Tensor, expected: Sequence[int | str]) -> None:
     """Raises if an entry has another shape; a final ``"..."`` allows further dimensions."""
-    if expected[-1] == "...":
-        matches = value.ndim >= len(expected) and value.shape[: len(expected) - 1] == expected[:-1]
-    else:
-        matches = value.shape == expected
-    if not matches:
-        sizes = ", ".join(map(str, expected))
+    found: Sequence[int | str] = value.shape
+    if expected[-1] == "..." and value.ndim >= len(expected):
+        found = (*value.shape[: len(expected) - 1], "...")
+    if tuple(found) != tuple(expected):
         raise ValueError(
-            f"entry {key!r} has shape {tuple(value.shape)}; expected [{sizes}]; give all "
-            "entries the batch size of the reward"
+            f"entry {key!r} has shape {tuple(value.shape)}; expected "
+            f"[{', '.join(map(str, expected))}]; give all entries the batch size of the reward"
         )
 
 
@@ -149,59 +134,29 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
-def check_networks(
-    encoder: TensorDictModuleBase,
-    dynamics: TensorDictModuleBase,
-    reward_model: TensorDictModuleBase,
-    classifier: TensorDictModuleBase,
-    qvalue_network: TensorDictModuleBase,
-    actor: TensorDictModuleBase,
-    **others: TensorDictModuleBase,
-) -> None:
+def check_networks(networks: dict[str, Any]) -> None:
     """Raises if a module has the wrong kind, or reads an entry that no module writes."""
-    for name, module in {"encoder": encoder, "dynamics": dynamics, "actor": actor}.items():
-        if not isinstance(module, ProbabilisticTensorDictSequential):
-            raise ValueError(
-                f"{name} must end in a distribution: wrap it in a "
-                "ProbabilisticTensorDictSequential (or a LatentModule for a latent), got "
-                f"{type(module).__name__}"
+    for name, module in networks.items():
+        kind: type = TensorDictModuleBase
+        remedy = "read and write a TensorDict: wrap it in a TensorDictModule"
+        if name in ("encoder", "dynamics", "actor"):
+            kind = ProbabilisticTensorDictSequential
+            remedy = (
+                "end in a distribution: wrap it in a ProbabilisticTensorDictSequential (or a "
+                "LatentModule for a latent)"
             )
-    plain = {
-        "reward_model": reward_model,
-        "classifier": classifier,
-        "qvalue_network": qvalue_network,
-        **others,
-    }
-    for name, module in plain.items():
-        if not isinstance(module, TensorDictModuleBase):
-            raise ValueError(
-                f"{name} must read and write a TensorDict: wrap it in a TensorDictModule, got "
-                f"{type(module).__name__}"
-            )
-    latent, action = encoder.dist_sample_keys[-1], actor.dist_sample_keys[-1]
-    available = {
-        "dynamics": {latent, action},
-        "reward_model": {latent, action},
-        "classifier": {latent, action, dynamics.dist_sample_keys[-1]},
-        "qvalue_network": {latent, action},
-        "actor": {latent},
-        **{name: {latent, action} for name in others},
-    }
-    modules = {
-        "dynamics": dynamics,
-        "reward_model": reward_model,
-        "classifier": classifier,
-        "qvalue_network": qvalue_network,
-        "actor": actor,
-        **others,
-    }
-    for name, module in modules.items():
-        missing = {unravel_key(key) for key in module.in_keys} - available[name]
-        if missing:
+        if not isinstance(module, kind):
+            raise ValueError(f"{name} must {remedy}, got {type(module).__name__}")
+    latent, action, following = (
+        networks[name].dist_sample_keys[-1] for name in ("encoder", "actor", "dynamics")
+    )
+    readable = {"actor": {latent}, "classifier": {latent, action, following}}
+    for name, module in networks.items():
+        missing = {*map(unravel_key, module.in_keys)} - readable.get(name, {latent, action})
+        if missing and name != "encoder":
             raise ValueError(
                 f"{name} reads {sorted(map(str, missing))}, but the encoder writes {latent!r}, the "
-                f"actor {action!r} and the dynamics {dynamics.dist_sample_keys[-1]!r}; give the "
-                "modules matching keys"
+                f"actor {action!r} and the dynamics {following!r}; give the modules matching keys"
             )
 
 
@@ -209,7 +164,7 @@ def explain_sizes(
     error: RuntimeError, name: str, network: TensorDictModuleBase, inputs: TensorDictBase
 ) -> None:
     """Raises an error with the input shapes if they do not fit the first linear layer."""
-    first = next(layer for layer in network.modules() if next(layer.children(), None) is None)
+    first = next(layer for layer in network.modules() if not any(layer.children()))
     entries = {key: inputs.get(key) for key in network.in_keys}
     sizes = sum(value.shape[-1] for value in entries.values())
     if not isinstance(first, nn.Linear) or sizes == first.in_features:
@@ -223,9 +178,9 @@ def explain_sizes(
 
 def check_latents(prior: D.Distribution, target: D.Distribution) -> None:
     """Raises if dynamics and encoder have latents of different shapes."""
-    if prior.batch_shape + prior.event_shape != target.batch_shape + target.event_shape:
+    written, encoded = (tuple(dist.batch_shape + dist.event_shape) for dist in (prior, target))
+    if written != encoded:
         raise ValueError(
-            f"the dynamics writes latents of shape {tuple(prior.batch_shape + prior.event_shape)}, "
-            f"the encoder of shape {tuple(target.batch_shape + target.event_shape)}; build both "
-            "with the same `latent_dim`"
+            f"the dynamics writes latents of shape {written}, the encoder of shape {encoded}; "
+            "build both with the same `latent_dim`"
         )

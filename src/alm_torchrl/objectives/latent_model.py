@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from tensordict.utils import unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
 
+from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives.checks import (
     check_latents,
     check_networks,
@@ -32,6 +32,8 @@ from alm_torchrl.objectives.functional import (
 from alm_torchrl.objectives.parameters import match_compiled, parametrized, share_untrained
 
 __all__ = ["Batch", "LatentModelLoss"]
+
+_OUTPUT_SIZES = {"reward_model": 1, "classifier": 2, "continuation_model": 1}
 
 
 class Batch(NamedTuple):
@@ -100,7 +102,7 @@ class LatentModelLoss(LossModule):
             for name, network in networks.items()
             if network is not None
         }
-        check_networks(**networks)
+        check_networks(networks)
         self._names = tuple(networks)
         if "continuation_model" not in networks:
             self.continuation_model = None
@@ -162,44 +164,28 @@ class LatentModelLoss(LossModule):
 
     # ---------------------------------------------------------------------- running a network
 
-    def _call(
-        self,
-        network: TensorDictModule,
-        inputs: TensorDictBase,
-        params: TensorDictBase,
-        size: int | None = None,
-    ) -> Tensor:
-        """Runs a deterministic network and checks the last size of its output."""
+    def _run(self, name: str, inputs: TensorDictBase, params: TensorDictBase | None = None) -> Any:
+        """Returns the output of a network, or the parameters of its distribution.
+
+        By default, the network runs with its detached parameters.
+        """
+        network = getattr(self, name)
+        params = getattr(self, f"{name}_params").detach() if params is None else params
         try:
             with parametrized(network, params):
+                if isinstance(network, ProbabilisticTensorDictSequential):
+                    return network.get_dist_params(inputs.copy()).select(*network.dist_params_keys)
                 output = network(inputs.copy()).get(network.out_keys[-1])
         except RuntimeError as error:
-            explain_sizes(error, self._name(network), network, inputs)
+            explain_sizes(error, name, network, inputs)
             raise
-        expected = (*inputs.batch_size, output.shape[-1] if size is None else size)
+        expected = (*inputs.batch_size, _OUTPUT_SIZES.get(name, output.shape[-1]))
         if output.shape != expected:
             raise ValueError(
-                f"{self._name(network)} wrote entry {network.out_keys[-1]!r} of shape "
-                f"{tuple(output.shape)}; expected {expected}"
+                f"{name} wrote entry {network.out_keys[-1]!r} of shape {tuple(output.shape)}; "
+                f"expected {expected}"
             )
         return output
-
-    def _dist_params(
-        self,
-        network: ProbabilisticTensorDictSequential,
-        inputs: TensorDictBase,
-        params: TensorDictBase,
-    ) -> TensorDictBase:
-        """Computes the parameters of a network's distribution."""
-        try:
-            with parametrized(network, params):
-                return network.get_dist_params(inputs.copy()).select(*network.dist_params_keys)
-        except RuntimeError as error:
-            explain_sizes(error, self._name(network), network, inputs)
-            raise
-
-    def _name(self, network: nn.Module) -> str:
-        return next(name for name in self._names if getattr(self, name) is network)
 
     def _step(self, latent: Tensor, action: Tensor) -> TensorDictBase:
         entries = {self._latent_key: latent, self._action_key: action}
@@ -217,8 +203,7 @@ class LatentModelLoss(LossModule):
     def _encode(self, observations: TensorDictBase) -> TensorDictBase:
         """Distribution parameters of the target encoder."""
         averaged = self.latent_target == "moving_average"
-        params = self.target_encoder_params if averaged else self.encoder_params.detach()
-        return self._dist_params(self.encoder, observations, params)
+        return self._run("encoder", observations, self.target_encoder_params if averaged else None)
 
     def encoding(self, observations: TensorDictBase) -> D.Distribution:
         """The target encoder's distribution over the latent, without a gradient."""
@@ -236,16 +221,14 @@ class LatentModelLoss(LossModule):
 
         As in the following methods, only given ``params`` receive a gradient.
         """
-        params = self.dynamics_params.detach() if params is None else params
-        prior = self._dist_params(self.dynamics, self._step(latent, action), params)
+        prior = self._run("dynamics", self._step(latent, action), params)
         return self._draw(self.dynamics.build_dist_from_params(prior)), prior
 
     def reward(
         self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
     ) -> Tensor:
         """The predicted reward, ``[..., 1]``."""
-        params = self.reward_model_params.detach() if params is None else params
-        return self._call(self.reward_model, self._step(latent, action), params, 1)
+        return self._run("reward_model", self._step(latent, action), params)
 
     def classify(
         self,
@@ -255,9 +238,8 @@ class LatentModelLoss(LossModule):
         params: TensorDictBase | None = None,
     ) -> Tensor:
         """The classifier's logits ``[..., 2]``; class 1 is an encoded next latent."""
-        params = self.classifier_params.detach() if params is None else params
         step = self._step(latent, action).set(self._next_latent_key, next_latent)
-        return self._call(self.classifier, step, params, 2)
+        return self._run("classifier", step, params)
 
     def continuation(
         self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
@@ -265,27 +247,23 @@ class LatentModelLoss(LossModule):
         """The logit of the probability that the step does not terminate, ``[..., 1]``."""
         if self.continuation_model is None:
             raise ValueError("cannot predict terminations; give ALMLoss a continuation_model")
-        params = self.continuation_model_params.detach() if params is None else params
-        return self._call(self.continuation_model, self._step(latent, action), params, 1)
+        return self._run("continuation_model", self._step(latent, action), params)
 
     def action_values(
         self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
     ) -> Tensor:
         """The action values of all networks in the ensemble, ``[..., N]``."""
-        params = self.qvalue_network_params.detach() if params is None else params
-        return self._call(self.qvalue_network, self._step(latent, action), params)
+        return self._run("qvalue_network", self._step(latent, action), params)
 
     def value(self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None) -> Tensor:
         """The smallest of the action values, ``[..., 1]``."""
-        params = self.qvalue_network_params.detach() if params is None else params
-        values = self._call(self.qvalue_network, self._step(latent, action), params)
+        values = self._run("qvalue_network", self._step(latent, action), params)
         return values.amin(-1, keepdim=True)
 
     def act(self, latent: Tensor, params: TensorDictBase | None = None) -> Tensor:
         """An action drawn from the actor, ``[..., A]``."""
-        params = self.actor_params.detach() if params is None else params
         state = TensorDict({self._latent_key: latent}, batch_size=latent.shape[:-1])
-        parameters = self._dist_params(self.actor, state, params)
+        parameters = self._run("actor", state, params)
         return self._draw(self.actor.build_dist_from_params(parameters))
 
     # ------------------------------------------------------------------------------ the batch
@@ -307,7 +285,7 @@ class LatentModelLoss(LossModule):
             self._check_sharing()
         dtype = next(self.qvalue_network_params.parameters()).dtype
         windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
-        done = windows.get(unravel_key(("next", self.tensor_keys.done))).squeeze(-1)
+        done = windows.get(next_key(self.tensor_keys.done)).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
         # Entries after the episode may be NaN; masking the loss would not remove their gradient.
         windows = windows.apply(lambda value: mask_invalid(value, mask))
@@ -337,7 +315,7 @@ class LatentModelLoss(LossModule):
         if batch.rollout is not None:
             return batch.rollout
         actions = batch.windows.get(self.tensor_keys.action)
-        encoded = self._dist_params(self.encoder, batch.windows[:, 0], self.encoder_params)
+        encoded = self._run("encoder", batch.windows[:, 0], self.encoder_params)
         posterior = self.encoder.build_dist_from_params(encoded)
         latents, priors = [self._draw(posterior)], []
         for t in range(actions.shape[1]):
@@ -374,7 +352,7 @@ class LatentModelLoss(LossModule):
         parameters = batch.following
         if self.latent_target == "online":
             observations = batch.windows.get("next").select(*self.encoder.in_keys)
-            parameters = self._dist_params(self.encoder, observations, self.encoder_params)
+            parameters = self._run("encoder", observations, self.encoder_params)
         return self.encoder.build_dist_from_params(parameters)
 
     def _final_value(self, batch: Batch, latent: Tensor) -> Tensor:
@@ -382,7 +360,7 @@ class LatentModelLoss(LossModule):
         value = self.value(latent, self.act(latent.detach()))
         if self.bootstrap_terminated:
             return value
-        ends = batch.windows.get(unravel_key(("next", self.tensor_keys.terminated)))
+        ends = batch.windows.get(next_key(self.tensor_keys.terminated))
         ended = (ends.squeeze(-1) & batch.mask).any(-1, keepdim=True)
         return torch.where(ended, torch.zeros_like(value), value)
 

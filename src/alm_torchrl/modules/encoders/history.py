@@ -11,10 +11,10 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import GRU, GRUCell
 
+from alm_torchrl.data.transitions import next_key
 from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
-from alm_torchrl.modules.latent import next_key
 from alm_torchrl.modules.networks import MLPKwargs, concatenate, mlp
 
 

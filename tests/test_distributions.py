@@ -278,19 +278,6 @@ def test_inside_a_probabilistic_module(mode: ExplorationType) -> None:
         assert torch.equal(action, center)
 
 
-def test_expanded_it_keeps_range_and_clip() -> None:
-    dist = ClampedNormal(torch.tensor([0.9, 2.5]), 5.0, low=-2.0, high=3.0, noise_clip=0.3)
-    expanded = dist.expand((4,))
-    assert isinstance(expanded, ClampedNormal)
-    assert expanded.batch_shape == (4,)
-    torch.testing.assert_close(expanded.median, dist.mean.expand(4, 2))
-    torch.manual_seed(0)
-    drawn = expanded.rsample()
-    torch.manual_seed(0)
-    torch.testing.assert_close(drawn, dist.rsample((4,)))
-    assert drawn.max() <= 3 - 1e-6
-
-
 # ------------------------------------------------------------------ groups of one-hot categoricals
 
 
@@ -305,7 +292,6 @@ def test_groups_agree_with_torchs_categoricals() -> None:
     torch.testing.assert_close(
         ours[0].log_prob(value), theirs[0].log_prob(value.unflatten(-1, (3, 4)))
     )
-    assert ours[0].expand((2, 5)).entropy().shape == (2, 5)
 
 
 def test_groups_are_drawn_with_their_probabilities() -> None:

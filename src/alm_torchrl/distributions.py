@@ -1,9 +1,4 @@
-"""The distributions of Aligned Latent Models.
-
-* Latents: a diagonal Normal (:class:`DiagonalNormal`) or groups of one-hot categoricals
-  (:class:`OneHotGroups`).
-* Actions: a Normal with clipped noise and a clamp to the action range (:class:`ClampedNormal`).
-"""
+"""The distributions of latents and actions."""
 
 from __future__ import annotations
 
@@ -21,12 +16,9 @@ __all__ = ["ClampedNormal", "DiagonalNormal", "OneHotGroups"]
 class DiagonalNormal(IndependentNormal):
     """TorchRL's diagonal Normal, with samples that work under ``torch.vmap``.
 
-    Args:
-        loc: location, ``[..., D]``.
-        scale: scale, ``[..., D]``.
+    Location and scale are ``[..., D]``.
 
     Examples:
-        >>> import torch
         >>> def draw(loc):
         ...     return DiagonalNormal(loc, torch.ones(2)).rsample()
         >>> torch.vmap(draw, randomness="different")(torch.zeros(3, 2)).shape
@@ -58,20 +50,17 @@ class ClampedNormal(D.Independent):
         loc: center of the noise, ``[..., A]``, in action units.
         scale: standard deviation of the noise before clipping, broadcastable to ``loc``.
         low: lower end of the action range; a float, or a tensor broadcastable to ``[A]``.
-        high: upper end of the action range, like ``low``.
-        noise_clip: largest absolute noise, a float or a tensor like ``low``; no clipping by
-            default. ALM clips at 0.3 in its losses, but not in the environment.
+        high: upper end of the action range.
+        noise_clip: largest absolute noise; no clipping by default. ALM clips at 0.3 in its losses,
+            but not in the environment.
         margin: distance :math:`\delta` from the ends of the range, at most a quarter of the range.
 
     Examples:
-        >>> import torch
-        >>> loc = torch.tensor([0.9, -2.0])
-        >>> dist = ClampedNormal(loc, torch.ones(2), noise_clip=0.3)
-        >>> a = dist.rsample((1000,))
-        >>> bool((a[:, 0] >= 0.6 - 1e-6).all() and (a <= 1).all() and (a >= -1).all())
-        True
+        >>> dist = ClampedNormal(torch.tensor([0.9, -2.0]), torch.ones(2), noise_clip=0.3)
         >>> dist.deterministic_sample
         tensor([ 0.9000, -1.0000])
+        >>> bool((dist.rsample((1000,))[:, 0] >= 0.6 - 1e-6).all())
+        True
     """
 
     num_params: int = 2
@@ -94,16 +83,7 @@ class ClampedNormal(D.Independent):
         self._low, self._high = low + kept, high - kept
         self.noise_clip = None if noise_clip is None else _match(noise_clip, loc)
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
-
-    @property
-    def loc(self) -> Tensor:
-        """The center of the noise, ``[..., A]``."""
-        return self.base_dist.loc
-
-    @property
-    def scale(self) -> Tensor:
-        """The standard deviation of the noise before clipping, ``[..., A]``."""
-        return self.base_dist.scale
+        self.loc, self.scale = self.base_dist.loc, self.base_dist.scale
 
     @property
     def support(self) -> constraints.Constraint:
@@ -119,18 +99,6 @@ class ClampedNormal(D.Independent):
     mean = deterministic_sample
     median = deterministic_sample
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ClampedNormal:
-        """The distribution broadcast to another batch shape."""
-        shape = torch.Size(batch_shape) + self.event_shape
-        return ClampedNormal(
-            self.loc.expand(shape),
-            self.scale.expand(shape),
-            self._low,
-            self._high,
-            noise_clip=self.noise_clip,
-            margin=0.0,
-        )
-
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws actions ``[*sample_shape, ..., A]`` with a straight-through gradient."""
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -139,10 +107,7 @@ class ClampedNormal(D.Independent):
             noise = torch.clamp(noise, -self.noise_clip, self.noise_clip)
         return self._clamp(self.loc + noise)
 
-    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws actions without a gradient; see :meth:`rsample`."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+    sample = D.Distribution.sample  # not that of the unclipped Normal
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Raises, because the clamp leaves no density."""
@@ -172,16 +137,10 @@ class OneHotGroups(D.Distribution):
         unimix: weight of a uniform categorical in the mixture, which bounds every divergence
             (0.01 in DreamerV3, Hafner et al., 2023, arXiv 2301.04104; 0 in DreamerV2).
 
-    Raises:
-        ValueError: if ``unimix`` is not in [0, 1).
-
     Examples:
-        >>> import torch
         >>> dist = OneHotGroups(torch.zeros(5, 4, 8))
         >>> dist.event_shape, dist.rsample().unflatten(-1, (4, 8)).sum(-1).unique()
         (torch.Size([32]), tensor([1.]))
-        >>> round(float(dist.entropy()[0] / torch.tensor(8.0).log()), 3)
-        4.0
     """
 
     num_params: int = 1
@@ -212,24 +171,16 @@ class OneHotGroups(D.Distribution):
     @property
     def mode(self) -> Tensor:
         """The most likely class of each group, one-hot with a straight-through gradient."""
-        return self._straight_through(self.log_probs, self.probs)
+        return self._straight_through(self.log_probs)
 
-    @property
-    def deterministic_sample(self) -> Tensor:
-        """The mode, since the mean is not one-hot."""
-        return self.mode
+    deterministic_sample = mode  # the mean is not one-hot
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws samples ``[*sample_shape, ..., G * C]`` with the probabilities' gradient."""
         shape = torch.Size(sample_shape) + self.log_probs.shape
         uniform = torch.rand(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)
         gumbel = -(-uniform.log()).log()
-        return self._straight_through(self.log_probs + gumbel, self.probs)
-
-    def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws samples without a gradient; see :meth:`rsample`."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
+        return self._straight_through(self.log_probs + gumbel)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-probability of one-hot groups ``[..., G * C]``, summed over the groups."""
@@ -239,13 +190,9 @@ class OneHotGroups(D.Distribution):
         """The entropy in nats, summed over the groups, ``[...]``."""
         return -(self.probs * self.log_probs).sum((-2, -1))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> OneHotGroups:
-        """The distribution broadcast to another batch shape."""
-        shape = torch.Size(batch_shape) + self.log_probs.shape[-2:]
-        return OneHotGroups(self.log_probs.expand(shape))
-
-    @staticmethod
-    def _straight_through(scores: Tensor, probs: Tensor) -> Tensor:
+    def _straight_through(self, scores: Tensor) -> Tensor:
+        """The class with the largest score in each group, with the probabilities' gradient."""
+        probs = self.probs
         classes = torch.arange(scores.shape[-1], device=scores.device)
         one_hot = (scores.argmax(-1, keepdim=True) == classes).to(probs.dtype)
         # In this order the sum adds an exact zero, and a sample stays one-hot to the bit.

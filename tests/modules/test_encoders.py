@@ -91,7 +91,7 @@ def test_normalized_locations_lie_where_they_should() -> None:
     ("make", "says"),
     [
         (lambda: GaussianHead(scale_min=2.0, scale_max=1.0), "scale_min"),
-        (lambda: FixedScaleHead(0.0), "scale must be positive, got 0.0"),
+        (lambda: FixedScaleHead(0.0), r"expected scale > 0, got FixedScaleHead\(scale=0.0\)"),
         (lambda: SimplicialHead(classes=1), "at least 2 classes"),
         (lambda: CategoricalHead(unimix=1.0), r"unimix in \[0, 1\)"),
         (lambda: MLPEncoder(3, 50, head=CategoricalHead(8)), "classes=8; use latent_dim=48"),

@@ -25,7 +25,6 @@ from alm_torchrl.modules import (
     MLPEncoder,
     QValueEnsemble,
     RewardModel,
-    TransitionClassifier,
 )
 from alm_torchrl.modules.networks import LayerNormMLP
 from alm_torchrl.objectives import ALMLoss
@@ -1137,7 +1136,7 @@ def test_the_validity_mask_may_have_a_trailing_dimension(
         ("qvalue_network", QValueEnsemble(4, 2, 8, action_key="u"), r"reads \['u'\].*'action'"),
         (
             "classifier",
-            TransitionClassifier(4, 2, 8, next_latent_key="z"),
+            TensorDictModule(LayerNormMLP(10, 2, 8), ["latent", "action", "z"], ["logits"]),
             r"classifier reads \['z'\].*'latent'.*'action'.*\('next', 'latent'\)",
         ),
     ],

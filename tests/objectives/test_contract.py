@@ -25,7 +25,7 @@ from alm_torchrl.modules import (
     MLPEncoder,
     RecurrentEncoder,
 )
-from alm_torchrl.objectives import EncoderProtocol, check_encoder
+from alm_torchrl.objectives import check_encoder
 
 SPEC = Composite(observation=Unbounded(3), image=Unbounded((1, 4, 4)))
 ACTION = Unbounded(2)
@@ -174,7 +174,7 @@ WRONG = {
     ),
     "no_rsample": (
         lambda: ending_in(NoRsample, ("loc",)),
-        [r"NoRsample, has no rsample\(\)", "no deterministic_sample: use DiagonalNormal or"],
+        ["NoRsample, has no rsample: use", "no deterministic_sample: use DiagonalNormal or"],
     ),
     "no_divergence": (
         lambda: ending_in(NoDivergence, ("loc",)),
@@ -182,7 +182,7 @@ WRONG = {
     ),
     "wrong_latent": (
         lambda: MLPEncoder(3, 6, 8),
-        ["latent has size 6, but the dynamics is built for 4: build both with the same"],
+        ["size 6, but the other components have latent_dim=4: build it with 4"],
     ),
     "wrong_latent_key": (
         lambda: MLPEncoder(3, 4, 8, latent_key="state"),
@@ -270,7 +270,6 @@ def test_a_right_encoder_is_left_as_it_was() -> None:
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
-    assert isinstance(encoder, EncoderProtocol)
 
 
 def test_the_dynamics_is_checked_too() -> None:

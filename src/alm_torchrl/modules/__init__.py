@@ -5,6 +5,7 @@ from alm_torchrl.modules.augmentation import Augmented, RandomShift
 from alm_torchrl.modules.dynamics import (
     ContinuationModel,
     LatentDynamics,
+    QValueEnsemble,
     RewardModel,
     TransitionClassifier,
 )
@@ -25,7 +26,6 @@ from alm_torchrl.modules.heads import (
 from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, mlp, orthogonal_init
 from alm_torchrl.modules.rebuildable import plain_numbers
-from alm_torchrl.modules.value import QValueEnsemble
 
 __all__ = [
     "Actor",

@@ -24,8 +24,7 @@ from alm_torchrl.modules.rebuildable import Rebuildable
 class NoiseSchedule(Rebuildable, nn.Module):
     r"""The scale of the action noise, annealed linearly over training.
 
-    Policy and losses share the buffer ``scale``, which a state dict holds with the step count. Move
-    the actor to its device before ``ALMLoss`` is built, or move the loss.
+    Policy and losses share the buffer ``scale``, which a state dict holds with the step count.
 
     Args:
         start: initial standard deviation, in units of half the action range.
@@ -46,8 +45,7 @@ class NoiseSchedule(Rebuildable, nn.Module):
         super().__init__()
         if num_steps < 1 or start < 0 or end < 0:
             raise ValueError(
-                "expected num_steps >= 1 and scales >= 0, got "
-                f"start={start}, end={end}, num_steps={num_steps}"
+                f"expected num_steps >= 1 and scales >= 0, got {start=}, {end=}, {num_steps=}"
             )
         self.start = start
         self.end = end
@@ -67,22 +65,19 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
     r"""The policy :math:`\pi_\theta(a \mid z)`: a squashed mean with scheduled, clipped noise.
 
     From a latent ``[..., D]``, it writes ``<action>_loc``, ``<action>_scale`` and an action, each
-    ``[..., A]``. The mean is the ``tanh`` of the network output. With ``scale_to_range=True``,
-    mean, noise and clip are scaled to the action range, so that a :math:`\pm 0.4` task has the
-    same policy as a :math:`\pm 1` task. With ``False``, the mean stays in :math:`\pm 1` and the
-    action is clamped, as the authors do. The noise is clipped in the losses; :meth:`acting` returns
-    the policy without the clip.
+    ``[..., A]``. The mean is the ``tanh`` of the network output. The noise is clipped in the
+    losses; :meth:`acting` returns the policy without the clip.
 
     Args:
         low: lower bound of the action, one entry for each of its ``A`` dimensions.
-        high: upper bound of the action, like ``low``.
+        high: upper bound of the action.
         noise: the noise schedule; a new :class:`NoiseSchedule` by default.
-        noise_clip: largest absolute noise in the losses, in units of half the action range
-            (in action units with ``scale_to_range=False``); ``None`` for no clip.
-        scale_to_range: whether the mean spans the action range.
-        normalize_mean: whether the network output is divided by its mean absolute value before the
-            ``tanh`` where this exceeds one, so that the policy does not saturate (Wang et al.
-            2020, "Striving for Simplicity and Performance in Off-Policy DRL").
+        noise_clip: largest absolute noise in the losses; ``None`` for no clip.
+        scale_to_range: scales mean, noise and clip to the action range. With ``False``, the mean
+            stays in :math:`\pm 1` and the action is clamped to the range, as the authors do.
+        normalize_mean: divides the network output by its mean absolute value before the ``tanh``
+            where this exceeds one, so that the policy does not saturate (Wang et al. 2020,
+            "Striving for Simplicity and Performance in Off-Policy DRL").
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Raises:
@@ -90,10 +85,7 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
             overlap :math:`\pm 1` although ``scale_to_range=False``.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict(latent=torch.randn(4, 50), batch_size=[4])
-        >>> Actor(50, low=[-0.4] * 17, high=[0.4] * 17)(td)["action"].shape
+        >>> Actor(50, low=[-0.4] * 17, high=[0.4] * 17)(latent=torch.randn(4, 50))[-1].shape
         torch.Size([4, 17])
     """
 
@@ -112,7 +104,8 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
         action_key: NestedKey = "action",
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
-        lower, upper = _check_range(low, high)
+        lower, upper = torch.as_tensor(low).float(), torch.as_tensor(high).float()
+        _check_range(lower, upper)
         middle, half = (upper + lower) / 2, (upper - lower) / 2
         if not scale_to_range:
             _check_reach(lower, upper)
@@ -144,8 +137,8 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
     def acting(self) -> ProbabilisticTensorDictSequential:
         """The same networks and schedule with unclipped noise, for data collection.
 
-        Under ``ExplorationType.RANDOM``, which collectors set, the action has noise. Otherwise, it
-        is the mean.
+        The action has noise under ``ExplorationType.RANDOM``, which collectors set, and is the mean
+        otherwise.
         """
         limits = {**self[-1].distribution_kwargs, "noise_clip": None}
         head = _ActionHead(self.action_key, limits, "deterministic")
@@ -153,7 +146,7 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
 
 
 class _ActorNetwork(nn.Module):
-    """Maps a latent to the mean and the noise scale of the action, both in action units."""
+    """Maps a latent to the mean and the noise scale of the action."""
 
     middle: Tensor
     half_range: Tensor
@@ -202,33 +195,30 @@ class _ActionHead(ProbabilisticTensorDictModule):
         return self
 
 
-def _check_range(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
-    lower, upper = torch.as_tensor(low).float(), torch.as_tensor(high).float()
-    if lower.ndim != 1 or lower.shape != upper.shape:
+def _check_range(low: Tensor, high: Tensor) -> None:
+    if low.ndim != 1 or low.shape != high.shape:
         raise ValueError(
             "low and high need one entry per action dimension, got shapes "
-            f"{tuple(lower.shape)} and {tuple(upper.shape)}"
+            f"{tuple(low.shape)} and {tuple(high.shape)}"
         )
-    if not bool((lower < upper).all() and lower.isfinite().all() and upper.isfinite().all()):
-        raise ValueError(f"the action range must be finite with low < high, got {low} to {high}")
-    return lower, upper
+    if not bool((low < high).all() and low.isfinite().all() and high.isfinite().all()):
+        raise ValueError(
+            f"the action range must be finite with low < high, got {low.tolist()} to "
+            f"{high.tolist()}"
+        )
 
 
 def _check_reach(low: Tensor, high: Tensor) -> None:
     """Raises if means in +-1 reach no part of the range, and warns if they miss one of its ends."""
-    where = f"of the range {low.tolist()} to {high.tolist()}"
-    remedy = "set scale_to_range=True (agent.scale_to_range=true in the recipe)"
+    message = (
+        "with scale_to_range=False the mean action stays in +-1 and {} of the range "
+        f"{low.tolist()} to {high.tolist()}; set scale_to_range=True (agent.scale_to_range=true in "
+        "the recipe)"
+    )
     if bool(((low >= 1) | (high <= -1)).any()):
-        raise ValueError(
-            f"with scale_to_range=False the mean action stays in +-1 and reaches no part {where}, "
-            f"so all actions would be equal; {remedy}"
-        )
+        raise ValueError(message.format("reaches no part"))
     if bool(((low < -1) | (high > 1)).any()):
-        warnings.warn(
-            f"with scale_to_range=False the mean action stays in +-1 and never reaches the ends "
-            f"{where}; {remedy}",
-            stacklevel=3,
-        )
+        warnings.warn(message.format("never reaches the ends"), stacklevel=3)
 
 
 def _uniform_or_tensor(values: Tensor) -> Tensor | float:

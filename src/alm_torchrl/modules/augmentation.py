@@ -14,7 +14,7 @@ class RandomShift(nn.Module):
     """Shifts each image by a few random pixels and repeats the border.
 
     The augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645). All channels of an image,
-    and so all frames of a stack, have the same shift; the dtype does not change.
+    and so all frames of a stack, have the same shift.
 
     Args:
         pad: largest shift in each direction, in pixels (DrQ-v2: 4 at 84x84).
@@ -48,8 +48,8 @@ class RandomShift(nn.Module):
 class Augmented(nn.Module):
     """A network whose inputs are augmented in training.
 
-    Augmentation is off in ``eval()`` mode and under every deterministic exploration type. The
-    policy of :class:`~alm_torchrl.agent.ALMAgent` encodes under a deterministic exploration type.
+    Augmentation is off in ``eval()`` mode and under deterministic exploration types, as in the
+    policy of :class:`~alm_torchrl.agent.ALMAgent`.
 
     Args:
         network: the network that reads the inputs.

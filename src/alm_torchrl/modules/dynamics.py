@@ -1,11 +1,12 @@
-"""Dynamics, reward, continuation and classifier, which read a latent ``[..., D]`` and an action."""
+"""The networks that read a latent ``[..., D]`` and an action ``[..., A]``."""
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import ClassVar, Unpack
 
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
+from torch import Tensor, cat, nn
 
 from alm_torchrl.data.transitions import next_key
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
@@ -20,14 +21,12 @@ class LatentDynamics(LatentModule):
     Args:
         head: the distribution of the latent. It needs a KL divergence with the distribution of
             the encoder, so pass ``encoder.head``.
-        next_latent_key: entry of the predicted latent; ``("next", latent_key)`` by default.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict(latent=torch.randn(4, 50), action=torch.rand(4, 6), batch_size=[4])
-        >>> LatentDynamics(latent_dim=50, action_dim=6)(td)["next", "latent"].shape
+        >>> dynamics = LatentDynamics(latent_dim=50, action_dim=6)
+        >>> dynamics(latent=torch.randn(4, 50), action=torch.rand(4, 6))[-1].shape
         torch.Size([4, 50])
     """
 
@@ -40,31 +39,24 @@ class LatentDynamics(LatentModule):
         head: LatentHead = DEFAULT_HEAD,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
-        next_latent_key: NestedKey | None = None,
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         super().__init__(
             mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim, **mlp_kwargs),
             [latent_key, action_key],
             head=head,
-            latent_key=next_latent_key or next_key(latent_key),
+            latent_key=next_key(latent_key),
         )
         self.latent_dim = latent_dim
         self.action_dim = action_dim
 
 
-class RewardModel(Rebuildable, TensorDictModule):
-    r"""The reward :math:`r_\theta(z_t, a_t)` as a function of the latent.
+class _TransitionModel(Rebuildable, TensorDictModule):
+    """A network that reads latent and action, and the next latent where ``_reads_next``."""
 
-    Args:
-        reward_key: entry of the prediction ``[..., 1]``, in the environment's units.
-        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
-
-    Examples:
-        >>> import torch
-        >>> RewardModel(50, 6)(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
-        torch.Size([4, 1])
-    """
+    _out_key: ClassVar[str]
+    _out_features: ClassVar[int] = 1
+    _reads_next: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -74,49 +66,56 @@ class RewardModel(Rebuildable, TensorDictModule):
         *,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
-        reward_key: NestedKey = "predicted_reward",
+        out_key: NestedKey | None = None,
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
+        size, in_keys = latent_dim + action_dim, [latent_key, action_key]
+        if self._reads_next:
+            size, in_keys = size + latent_dim, [*in_keys, next_key(latent_key)]
         super().__init__(
-            LayerNormMLP(latent_dim + action_dim, 1, hidden_dim, **mlp_kwargs),
-            in_keys=[latent_key, action_key],
-            out_keys=[reward_key],
+            LayerNormMLP(size, self._out_features, hidden_dim, **mlp_kwargs),
+            in_keys=in_keys,
+            out_keys=[out_key or self._out_key],
         )
 
 
-class ContinuationModel(RewardModel):
-    r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate, as a logit.
-
-    Truncation by a time limit is not termination. The network is that of :class:`RewardModel`.
+class RewardModel(_TransitionModel):
+    r"""The reward :math:`r_\theta(z_t, a_t)` as a function of the latent.
 
     Args:
-        logit_key: entry of the logit ``[..., 1]``.
-        **options: further arguments of :class:`RewardModel`.
+        out_key: entry of the prediction ``[..., 1]``; ``"predicted_reward"`` by default.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
+
+    Examples:
+        >>> import torch
+        >>> RewardModel(50, 6)(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
+        torch.Size([4, 1])
     """
 
-    def __init__(
-        self,
-        latent_dim: int,
-        action_dim: int,
-        hidden_dim: int = 512,
-        *,
-        logit_key: NestedKey = "continuation_logit",
-        **options: Any,
-    ) -> None:
-        super().__init__(latent_dim, action_dim, hidden_dim, reward_key=logit_key, **options)
+    _out_key = "predicted_reward"
 
 
-class TransitionClassifier(Rebuildable, TensorDictModule):
+class ContinuationModel(_TransitionModel):
+    r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate, as a logit.
+
+    Truncation by a time limit is not termination.
+
+    Args:
+        out_key: entry of the logit ``[..., 1]``; ``"continuation_logit"`` by default.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
+    """
+
+    _out_key = "continuation_logit"
+
+
+class TransitionClassifier(_TransitionModel):
     r"""The classifier that tells encoded transitions from imagined ones.
 
     Class 1 is a next latent encoded from the real next observation, and class 0 is one sampled
-    from the latent dynamics. Hence ``logits[1] - logits[0]`` estimates
-    :math:`\log e_\phi(z_{t+1} \mid s_{t+1}) - \log m_\phi(z_{t+1} \mid z_t, a_t)`
-    (see :func:`alm_torchrl.objectives.functional.log_ratio`).
+    from the latent dynamics; see :func:`alm_torchrl.objectives.functional.log_ratio`.
 
     Args:
-        next_latent_key: entry of the next latent ``[..., D]``; ``("next", latent_key)`` by default.
-        logits_key: entry of the two logits ``[..., 2]``.
+        out_key: entry of the logits ``[..., 2]``; ``"transition_logits"`` by default.
         **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
@@ -126,20 +125,51 @@ class TransitionClassifier(Rebuildable, TensorDictModule):
         torch.Size([4, 2])
     """
 
+    _out_key = "transition_logits"
+    _out_features = 2
+    _reads_next = True
+
+
+class QValueEnsemble(Rebuildable, TensorDictModule):
+    r"""Several independent action values :math:`Q_\psi(z, a)`.
+
+    ALM uses two values and takes their minimum. Any module that writes ``[..., 1]``, such as a
+    TorchRL ``ValueOperator``, can replace the ensemble.
+
+    Args:
+        num_networks: number ``N`` of networks.
+        out_key: entry of the values ``[..., N]``, in units of return.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
+
+    Examples:
+        >>> import torch
+        >>> QValueEnsemble(50, 6)(latent=torch.randn(4, 50), action=torch.rand(4, 6)).shape
+        torch.Size([4, 2])
+    """
+
     def __init__(
         self,
         latent_dim: int,
         action_dim: int,
         hidden_dim: int = 512,
         *,
+        num_networks: int = 2,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
-        next_latent_key: NestedKey | None = None,
-        logits_key: NestedKey = "transition_logits",
+        out_key: NestedKey = "state_action_value",
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
+        size = latent_dim + action_dim
         super().__init__(
-            LayerNormMLP(2 * latent_dim + action_dim, 2, hidden_dim, **mlp_kwargs),
-            in_keys=[latent_key, action_key, next_latent_key or next_key(latent_key)],
-            out_keys=[logits_key],
+            _Ensemble(LayerNormMLP(size, 1, hidden_dim, **mlp_kwargs) for _ in range(num_networks)),
+            in_keys=[latent_key, action_key],
+            out_keys=[out_key],
         )
+
+
+class _Ensemble(nn.ModuleList):
+    """Runs its modules on the same inputs and concatenates their outputs."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        # A loop, because batched matrix products are slower.
+        return cat([network(*inputs) for network in self], dim=-1)

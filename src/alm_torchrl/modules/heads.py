@@ -17,7 +17,7 @@ from alm_torchrl.modules.rebuildable import Rebuildable
 class LatentHead(Rebuildable):
     """Maps the output of a network to the parameters of the latent distribution.
 
-    The base class of all heads; its defaults are those of a diagonal Normal.
+    The defaults are those of a diagonal Normal.
     """
 
     parameter_names: ClassVar[tuple[str, ...]] = ("loc", "scale")
@@ -31,7 +31,14 @@ class LatentHead(Rebuildable):
         return {}
 
     def network_size(self, latent_dim: int) -> int:
-        """Number of network outputs for a latent of size ``D``."""
+        """Number of network outputs for a latent of size ``latent_dim``."""
+        classes = getattr(self, "classes", 1)
+        if latent_dim % classes:
+            below = max(classes, latent_dim // classes * classes)
+            raise ValueError(
+                f"latent_dim={latent_dim} is not a multiple of classes={classes}; "
+                f"use latent_dim={below} or another number of classes"
+            )
         return latent_dim
 
     def __call__(self, raw: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -52,9 +59,9 @@ class GaussianHead(LatentHead):
     never vanishes entirely.
 
     Args:
-        loc_bound: bound :math:`b` of the location, in latent units.
-        scale_min: lower bound of the scale, in latent units.
-        scale_max: upper bound of the scale, in latent units.
+        loc_bound: bound :math:`b` of the location.
+        scale_min: lower bound of the scale.
+        scale_max: upper bound of the scale.
 
     Examples:
         >>> loc, scale = GaussianHead()(torch.tensor([1e3, -1e3, 1e3, -1e3]))
@@ -68,23 +75,16 @@ class GaussianHead(LatentHead):
 
     def __post_init__(self) -> None:
         if self.loc_bound <= 0 or not 0 < self.scale_min < self.scale_max:
-            raise ValueError(
-                "expected loc_bound > 0 and 0 < scale_min < scale_max, got "
-                f"loc_bound={self.loc_bound}, scale_min={self.scale_min}, "
-                f"scale_max={self.scale_max}"
-            )
+            raise ValueError(f"expected loc_bound > 0 and 0 < scale_min < scale_max, got {self}")
 
     def network_size(self, latent_dim: int) -> int:
-        """One location and one scale for each entry of the latent."""
+        """A location and a scale for each entry of the latent."""
         return 2 * latent_dim
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale, each ``[..., D]``, from ``[..., 2 * D]``."""
         if raw.shape[-1] % 2:
-            raise ValueError(
-                "the last dimension holds locations, then scales, and must be even, "
-                f"got shape {tuple(raw.shape)}"
-            )
+            raise ValueError(f"the size of the output must be even, got shape {tuple(raw.shape)}")
         loc, scale = full_precision(raw).chunk(2, dim=-1)
         loc = self.loc_bound * torch.tanh(loc / self.loc_bound)
         scale = self.scale_max - F.softplus(self.scale_max - scale)
@@ -97,7 +97,7 @@ class FixedScaleHead(LatentHead):
     """A Normal around the network output with a fixed scale.
 
     Args:
-        scale: standard deviation of every entry, in latent units.
+        scale: standard deviation of every entry.
 
     Examples:
         >>> loc, scale = FixedScaleHead(0.5)(torch.ones(2, 4))
@@ -109,7 +109,7 @@ class FixedScaleHead(LatentHead):
 
     def __post_init__(self) -> None:
         if self.scale <= 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
+            raise ValueError(f"expected scale > 0, got {self}")
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale, each ``[..., D]``."""
@@ -146,7 +146,7 @@ class SimplicialHead(FixedScaleHead):
     et al., 2024, arXiv 2310.16828). A sample is the location plus noise.
 
     Args:
-        scale: standard deviation of every entry, in latent units.
+        scale: standard deviation of every entry.
         classes: size of a group; the latent size must be a multiple of it.
         temperature: divisor of the network output before the softmax.
 
@@ -163,14 +163,7 @@ class SimplicialHead(FixedScaleHead):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classes < 2 or self.temperature <= 0:
-            raise ValueError(
-                "expected at least 2 classes and a positive temperature, got "
-                f"classes={self.classes}, temperature={self.temperature}"
-            )
-
-    def network_size(self, latent_dim: int) -> int:
-        """One output for each entry of the latent."""
-        return _check_groups(latent_dim, self.classes)
+            raise ValueError(f"expected at least 2 classes and temperature > 0, got {self}")
 
     def _location(self, raw: Tensor) -> Tensor:
         groups = raw.unflatten(-1, (-1, self.classes)) / self.temperature
@@ -200,33 +193,16 @@ class CategoricalHead(LatentHead):
 
     def __post_init__(self) -> None:
         if self.classes < 2 or not 0 <= self.unimix < 1:
-            raise ValueError(
-                "expected at least 2 classes and unimix in [0, 1), got "
-                f"classes={self.classes}, unimix={self.unimix}"
-            )
+            raise ValueError(f"expected at least 2 classes and unimix in [0, 1), got {self}")
 
     @property
     def distribution_kwargs(self) -> dict[str, Any]:
         """The weight of the uniform categorical."""
         return {"unimix": self.unimix}
 
-    def network_size(self, latent_dim: int) -> int:
-        """One logit for each entry of the latent."""
-        return _check_groups(latent_dim, self.classes)
-
     def __call__(self, raw: Tensor) -> Tensor:
         """Logits ``[..., G, C]`` from ``[..., G * C]``."""
         return full_precision(raw).unflatten(-1, (-1, self.classes))
-
-
-def _check_groups(latent_dim: int, classes: int) -> int:
-    if latent_dim % classes:
-        below = max(classes, latent_dim // classes * classes)
-        raise ValueError(
-            f"latent_dim={latent_dim} is not a multiple of classes={classes}; "
-            f"use latent_dim={below} or another number of classes"
-        )
-    return latent_dim
 
 
 DEFAULT_HEAD = GaussianHead()

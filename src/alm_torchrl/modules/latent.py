@@ -13,24 +13,23 @@ from tensordict.nn import (
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
+from alm_torchrl.data.transitions import tuple_key
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.rebuildable import Rebuildable
 
 
 def suffix_key(key: NestedKey, suffix: str) -> NestedKey:
     """Appends a suffix to the last part of a key."""
-    key = unravel_key(key)
-    if isinstance(key, str):
-        return key + suffix
-    return (*key[:-1], key[-1] + suffix)
+    *parents, name = tuple_key(key)
+    return unravel_key((*parents, name + suffix))
 
 
 class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
     r"""Turns any torch module into a distribution over a latent.
 
     It writes the parameters of the distribution (``<latent>_loc`` and ``<latent>_scale`` of a
-    Normal) and a sample ``<latent>``, each ``[..., D]``. The sample has a gradient; under a
-    deterministic exploration type it is the mean or the mode.
+    Normal) and a sample ``<latent>`` with a gradient, each ``[..., D]``. Under a deterministic
+    exploration type, the sample is the mean or the mode.
 
     Args:
         network: a module from the tensors at ``in_keys`` to ``[..., head.network_size(D)]``, which
@@ -43,12 +42,9 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from alm_torchrl.modules import CategoricalHead
-        >>> encoder = LatentModule(nn.Linear(3, 16), ["joints"], head=CategoricalHead(classes=4))
-        >>> td = encoder(TensorDict(joints=torch.randn(2, 3), batch_size=[2]))
-        >>> td["latent"].shape, td["latent"].detach().sum(-1)
-        (torch.Size([2, 16]), tensor([4., 4.]))
+        >>> encoder = LatentModule(nn.Linear(3, 16), in_keys=["joints"])
+        >>> encoder(joints=torch.randn(2, 3))[-1].shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -89,5 +85,4 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
 
 def keeps_statistics(encoder: nn.Module) -> bool:
     """Whether a layer of the encoder keeps running statistics of its inputs."""
-    inner = list(encoder.modules())[1:]
-    return any(hasattr(module, "update_statistics") for module in inner)
+    return any(hasattr(layer, "update_statistics") for layer in list(encoder.modules())[1:])

@@ -11,7 +11,7 @@ from alm_torchrl.distributions import full_precision
 
 
 class MLPKwargs(TypedDict, total=False):
-    """Keyword arguments that every network passes on to :func:`mlp` or :class:`LayerNormMLP`."""
+    """Keyword arguments of every network for :func:`mlp` or :class:`LayerNormMLP`."""
 
     depth: int
     activation_class: type[nn.Module] | str
@@ -33,13 +33,13 @@ class ConcatSequential(nn.Sequential):
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer that autocast keeps in the precision of its weights.
+    """A linear layer that autocast keeps in the precision of its weights, at least float32.
 
     bfloat16 is too coarse for returns: between 256 and 512 its step is 2.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[..., D]`` to ``[..., out_features]``, at least float32."""
+        """Maps ``[..., D]`` to ``[..., out_features]``."""
         x = x.to(self.weight.dtype)
         if not torch.amp.is_autocast_available(x.device.type):  # such as the meta device
             return full_precision(super().forward(x))
@@ -96,9 +96,8 @@ def mlp(
 class LayerNormMLP(ConcatSequential):
     """The network of reward, classifier and values: Linear-LayerNorm-Tanh-Linear-ELU-Linear.
 
-    The first layer keeps these networks stable on latents of up to +-30. Arguments are those of
-    :func:`mlp`, but ``norm_class`` applies only to the first hidden layer, and
-    ``activation_class`` only to the others.
+    Arguments are those of :func:`mlp`, but ``norm_class`` applies only to the first hidden layer,
+    and ``activation_class`` only to the others.
     """
 
     def __init__(
@@ -132,9 +131,7 @@ def _hidden_layer(
 
 def _class(layer: type[nn.Module] | str) -> Any:
     """A layer class, given itself or by its name in ``torch.nn``."""
-    if not isinstance(layer, str):
-        return layer
-    found = getattr(nn, layer, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    found = getattr(nn, layer, None) if isinstance(layer, str) else layer
+    if found is None:
         raise ValueError(f"torch.nn has no layer {layer!r}; pass the class or a name in torch.nn")
     return found

@@ -61,8 +61,7 @@ def describe(value: Any) -> Any:
         >>> describe(MLPEncoder(3, latent_dim=4))
         {'component': 'MLPEncoder', 'observation_dim': 3, 'latent_dim': 4}
     """
-    value = getattr(value, "_orig_mod", value)  # what torch.compile wrapped
-    value = plain_numbers(value)
+    value = plain_numbers(getattr(value, "_orig_mod", value))  # unwraps torch.compile
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, tuple | list):  # torch.Size too
@@ -74,7 +73,14 @@ def describe(value: Any) -> Any:
         return name
     if Rebuildable._classes.get(name) is not type(value):
         raise TypeError(f"{name} cannot be saved: it is not a component of alm_torchrl")
-    return {_NAME: name, **{key: describe(entry) for key, entry in _named_arguments(value).items()}}
+    args, kwargs = value._arguments
+    signature = inspect.signature(type(value).__init__)
+    arguments = dict(signature.bind(value, *args, **kwargs).arguments)
+    del arguments["self"]
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+    return {_NAME: name, **describe(arguments)}
 
 
 def rebuild(description: Any) -> Any:
@@ -94,17 +100,6 @@ def rebuild(description: Any) -> Any:
     if name not in Rebuildable._classes:
         raise ValueError(f"this release of alm-torchrl has no component {name!r}; upgrade it")
     return Rebuildable._classes[name](**arguments)
-
-
-def _named_arguments(instance: Any) -> dict[str, Any]:
-    args, kwargs = instance._arguments
-    signature = inspect.signature(type(instance).__init__)
-    named = dict(signature.bind(instance, *args, **kwargs).arguments)
-    del named["self"]
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
 
 
 def _as_tuples(value: Any) -> Any:

@@ -12,7 +12,6 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
 from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives import options
@@ -56,14 +55,9 @@ class ALMLoss(LatentModelLoss):
     uniformly. Transitions ``[B]`` count as windows of one step. Steps after an episode's end, or
     where ``"validity_mask"`` is false, have no effect.
 
-    The defaults differ from the authors' implementation. To restore their behavior:
-
-    * value term after a terminal state: ``bootstrap_terminated=True``;
-    * no world-model loss for windows cut short by an episode's end: ``short_windows="drop"``;
-    * separate batches of windows and transitions: call the methods of the losses separately;
-    * one optimizer step after each loss: step after each of these methods.
-
-    ``alm_torchrl.modules`` has all of these networks.
+    The authors' implementation corresponds to ``bootstrap_terminated=True``,
+    ``short_windows="drop"``, and one optimizer step after each loss (call its method) on a batch of
+    its own. ``alm_torchrl.modules`` has all of these networks.
 
     Args:
         encoder: observations to a distribution over the latent.
@@ -82,8 +76,8 @@ class ALMLoss(LatentModelLoss):
         consistency_coeff (float): weight ``c`` of the log-ratio in the actor's reward; assignable.
         reduction (str): ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for losses ``[B]``.
         bootstrap_terminated (bool): keeps the value term after a terminal state.
-        short_windows (str): ``"mask"`` uses the valid steps of windows cut short; ``"drop"``
-            excludes these windows from the world-model loss.
+        short_windows (str): ``"mask"`` uses the valid steps of windows cut short by an episode's
+            end; ``"drop"`` excludes these windows from the world-model loss.
         reward_term (bool): includes the rewards in the world-model loss.
         value_term (bool): includes the value of the last latent in the world-model loss.
         consistency (str): distance between dynamics :math:`m` and encoder :math:`e`:
@@ -93,9 +87,9 @@ class ALMLoss(LatentModelLoss):
         consistency_level (float): learns the weight of this distance as a Lagrange multiplier, to
             keep its mean over steps at this level (nats, or squared latent units). Adds
             ``loss_multiplier`` and a parameter group ``multiplier``. By default, the weight is 1.
-        latent_target (str): encoder of the dynamics' targets and of the latents of the other
-            losses: ``"moving_average"`` of its weights, ``"stop_gradient"`` for the encoder
-            itself, or ``"online"``, where the distance also trains the targets.
+        latent_target (str): encoder of the dynamics' targets and of the other losses' latents:
+            ``"moving_average"`` of its weights, ``"stop_gradient"`` for the encoder itself, or
+            ``"online"``, where the distance also trains the targets.
         actor_objective (str): ``"lambda_returns"`` of all imagined steps, the K-step ``"bound"``,
             or the model-free ``"value"`` of the first latent and action.
         value_expansion (bool): replaces the value of the next latent in the value targets by its
@@ -129,12 +123,9 @@ class ALMLoss(LatentModelLoss):
         ... )
         >>> target_update = SoftUpdate(loss, tau=0.005)
         >>> flag = torch.zeros(6, 3, 1, dtype=torch.bool)
-        >>> observation, reward = torch.randn(6, 3, 5), torch.randn(6, 3, 1)
-        >>> outcome = dict(observation=observation, reward=reward, done=flag, terminated=flag)
-        >>> windows = TensorDict(
-        ...     dict(observation=observation, action=torch.rand(6, 3, 2), next=outcome),
-        ...     batch_size=[6, 3],
-        ... )
+        >>> step = {"observation": torch.randn(6, 3, 5), "reward": torch.randn(6, 3, 1)}
+        >>> outcome = {**step, "done": flag, "terminated": flag}
+        >>> windows = TensorDict({**step, "action": torch.rand(6, 3, 2), "next": outcome}, [6, 3])
         >>> losses = loss(windows)
         >>> sum(losses[key] for key in loss.out_keys).backward()
         >>> target_update.step()
@@ -142,10 +133,9 @@ class ALMLoss(LatentModelLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """The keys that :meth:`ALMLoss.set_keys` configures.
+        """The entries of the batch; ``truncated`` and ``validity_mask`` ``[B, T]`` are optional.
 
         ``reward`` and the flags are read under ``"next"``; each flag ends an episode.
-        ``truncated`` and ``validity_mask`` ``[B, T]`` are optional.
         """
 
         action: NestedKey = "action"
@@ -158,7 +148,6 @@ class ALMLoss(LatentModelLoss):
     auxiliary_losses: nn.ModuleDict
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TDLambda
     _schedulable_buffers = frozenset({"consistency_coeff"})
     _loss_mask_key = "validity_mask"
 
@@ -189,16 +178,14 @@ class ALMLoss(LatentModelLoss):
     ) -> None:
         averaged = ("encoder",) if latent_target == "moving_average" else ()
         super().__init__(
-            {
-                "encoder": encoder,
-                "dynamics": dynamics,
-                "reward_model": reward_model,
-                "classifier": classifier,
-                "qvalue_network": qvalue_network,
-                "actor": actor,
-                "continuation_model": continuation_model,
-            },
             averaged=(*averaged, "qvalue_network"),
+            encoder=encoder,
+            dynamics=dynamics,
+            reward_model=reward_model,
+            classifier=classifier,
+            qvalue_network=qvalue_network,
+            actor=actor,
+            continuation_model=continuation_model,
         )
         self.horizon = check_whole("horizon", horizon, at_least=1)
         self.reduction = reduction
@@ -232,7 +219,7 @@ class ALMLoss(LatentModelLoss):
 
     @property
     def out_keys(self) -> list[str]:
-        """The five losses, and those of the optional parts."""
+        """The five losses, and those of the optional parts; ``x_loss`` computes ``loss_x``."""
         keys = list(LOSS_KEYS)
         if self.continuation_model is not None:
             keys.append("loss_continuation")
@@ -249,31 +236,6 @@ class ALMLoss(LatentModelLoss):
             kwargs["action"] = self._action_key
         super().set_keys(**kwargs)
         self.loss_mask_key = self.tensor_keys.validity_mask
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | None = None, **hyperparams: object
-    ) -> ALMLoss:
-        """Sets the estimator of imagined returns and the discount of all losses.
-
-        The estimator may be ``ValueEstimators.TDLambda`` (the default), ``TD0``, ``TD1``, or a
-        value estimator of TorchRL; its options are ``gamma`` and ``lmbda``.
-        """
-        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
-        if value_type is None:
-            return self
-        if "lmbda" in hyperparams:
-            # TorchRL's vectorized form is silently wrong under torch.compile.
-            hyperparams.setdefault("vectorized", False)
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=(ValueEstimators.TDLambda, ValueEstimators.TD0, ValueEstimators.TD1),
-            value_network=None,
-            **hyperparams,
-        )
-        if self.value_type is ValueEstimators.TD1:  # always vectorized there
-            return self.make_value_estimator(ValueEstimators.TDLambda, lmbda=1.0, **hyperparams)
-        return self
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Returns the trainable parameters in groups, to clip gradients and set learning rates.
@@ -297,9 +259,6 @@ class ALMLoss(LatentModelLoss):
         if self.consistency_level is not None:
             groups["multiplier"] = [self.log_multiplier]
         return groups
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Does nothing: the estimator reads imagined rollouts, whose keys are fixed."""
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -325,7 +284,7 @@ class ALMLoss(LatentModelLoss):
         return TensorDict(out)
 
     def world_model_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        """The loss of encoder and dynamics, from the terms of :meth:`world_model_rollout`.
+        """The loss of encoder and dynamics.
 
         Like the other losses, it reads windows or a batch from :meth:`prepare` and returns a loss
         and metrics. Subclasses may override each of them.
@@ -351,12 +310,9 @@ class ALMLoss(LatentModelLoss):
         return self._reduce(loss, self._counted(batch)), detached(metrics)
 
     def multiplier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        r"""The loss of the multiplier :math:`\beta` that holds the consistency term at its level.
+        r"""The loss of the multiplier :math:`\beta`, which grows while the term is above its level.
 
-        .. math:: -\log \beta \sum_t \big(\mathrm{sg}[\mathrm{consistency}_t] -
-                  \mathrm{level}\big)
-
-        :math:`\beta` grows while the term is above the level.
+        .. math:: -\log \beta \sum_t (\mathrm{sg}[\mathrm{consistency}_t] - \mathrm{level})
         """
         if self.consistency_level is None:
             raise ValueError("the loss has no multiplier; give ALMLoss a consistency_level")

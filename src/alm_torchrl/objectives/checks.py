@@ -16,16 +16,6 @@ from torch import distributions as D
 
 from alm_torchrl.data.transitions import as_column, as_flag, next_key
 
-__all__ = [
-    "check_latents",
-    "check_networks",
-    "check_positive",
-    "check_whole",
-    "explain_sizes",
-    "mask_invalid",
-    "read_windows",
-]
-
 
 def read_windows(
     tensordict: TensorDictBase,
@@ -34,20 +24,10 @@ def read_windows(
     steps: int,
     dtype: torch.dtype,
 ) -> TensorDictBase:
-    """Reads and checks windows ``[B, T]`` or transitions ``[B]``.
+    """Reads and checks windows ``[B, T]``, or transitions ``[B]`` as windows of one step.
 
     Converts flags of zeros and ones to bool and numbers to ``dtype``, and adds a missing last
     dimension of size 1.
-
-    Args:
-        tensordict: the batch.
-        keys: the ``tensor_keys`` of the loss.
-        observations: the ``in_keys`` of the encoder.
-        steps: number of steps to read.
-        dtype: dtype of the networks.
-
-    Returns:
-        The entries, ``[B, steps]`` (``[B, 1]`` from transitions).
     """
     reward_key = next_key(keys.reward)
     reward = as_column(_read(tensordict, reward_key), tensordict.batch_size)

@@ -1,15 +1,15 @@
-"""The encoder contract, and a check that reports every violation."""
+"""A check of encoders that reports every problem."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import unravel_key
 from torch import Tensor
 from torch import distributions as D
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +19,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from alm_torchrl.data.transitions import tuple_key
 from alm_torchrl.objectives.functional import kl_divergence
 
-__all__ = ["EncoderProtocol", "check_encoder"]
+__all__ = ["check_encoder"]
 
 #: Batch sizes to try: transitions, one environment, windows.
 _BATCHES = ((4,), (), (4, 3))
@@ -27,58 +27,6 @@ _BATCHES = ((4,), (), (4, 3))
 _FAR = 1e6
 #: Exceptions of a network that does not fit.
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-_BATCH_NORM = (
-    "use nn.LayerNorm or RunningNorm in place of BatchNorm; for a pretrained one, call its eval() "
-    "in __init__ and in train()"
-)
-_STATISTICS = (
-    "use nn.LayerNorm in place of BatchNorm and weight_norm in place of spectral_norm, or update "
-    "the buffer in update_statistics(), as RunningNorm does"
-)
-
-
-@runtime_checkable
-class EncoderProtocol(Protocol):
-    r"""The interface of an encoder :math:`e(z \mid s)` for ``ALMLoss`` and ``ALMAgent``.
-
-    Every ``ProbabilisticTensorDictSequential`` and ``LatentModule`` has these members. The
-    distribution must also have
-
-    * the batch shape ``[...]`` of the input and event shape ``[D]``;
-    * ``rsample()`` and ``deterministic_sample``, with a gradient to every trained parameter;
-    * ``entropy()``;
-    * a KL divergence from the dynamics: built in for two diagonal Normals or two ``OneHotGroups``,
-      registered with ``torch.distributions.register_kl`` for other pairs.
-
-    Parameters and statistics are ``nn.Parameter`` or buffers. Evaluating the encoder changes
-    neither them nor the input, and is deterministic under ``ExplorationType.DETERMINISTIC``. An
-    entry written under ``"next"`` is memory: the next step reads it without ``"next"``.
-
-    Optional methods: ``update_statistics(tensordict)`` updates running statistics, and
-    ``make_tensordict_primer()`` returns the transform that passes memory to the next step.
-    """
-
-    in_keys: Sequence[NestedKey]
-    """The observations to read, at the root and under ``"next"``."""
-    out_keys: Sequence[NestedKey]
-    """The entries to write, the latent last."""
-
-    @property
-    def dist_sample_keys(self) -> Sequence[NestedKey]:
-        """The key of the latent."""
-
-    @property
-    def dist_params_keys(self) -> Sequence[NestedKey]:
-        """The keys of the distribution's parameters."""
-
-    def get_dist(self, tensordict: TensorDictBase) -> D.Distribution:
-        """Returns the distribution over the latent."""
-
-    def get_dist_params(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Returns the parameters of the distribution."""
-
-    def build_dist_from_params(self, tensordict: TensorDictBase) -> D.Distribution:
-        """Returns the distribution with the given parameters."""
 
 
 def check_encoder(
@@ -89,15 +37,28 @@ def check_encoder(
     action_spec: TensorSpec | None = None,
     latent_dim: int | None = None,
 ) -> int:
-    """Checks an encoder against :class:`EncoderProtocol` and reports every violation in one error.
+    """Checks that a module can be the encoder, and reports all problems in one error.
 
-    The check runs a copy on random observations. It changes neither the encoder nor the global
-    random state.
+    An encoder is a ``ProbabilisticTensorDictSequential``, such as a ``LatentModule``, that reads
+    observations and writes a latent. Its distribution has
+
+    * the batch shape of the observations and event shape ``[D]``;
+    * ``rsample()`` and ``deterministic_sample``, with a gradient to every trained parameter, and
+      ``entropy()``;
+    * a KL divergence from the dynamics: built in for two diagonal Normals or two ``OneHotGroups``,
+      registered with ``torch.distributions.register_kl`` for other pairs.
+
+    Its tensors are parameters or buffers, and an evaluation changes neither them nor the
+    observations. Under ``ExplorationType.DETERMINISTIC`` it is deterministic. An entry written
+    under ``"next"`` is memory: the next step reads it without ``"next"``, if the environment has
+    the transform that ``make_tensordict_primer()`` returns. A method
+    ``update_statistics(tensordict)`` updates running statistics.
+
+    The check runs a copy of the encoder on random observations and keeps the random state.
 
     Args:
         encoder: the encoder.
-        observation_spec: spec of the environment, such as ``env.observation_spec``; its batch
-            dimensions are ignored.
+        observation_spec: ``env.observation_spec``; its batch dimensions are ignored.
         dynamics: the latent dynamics to train with the encoder.
         action_spec: spec of the action, for dynamics without an attribute ``action_dim``.
         latent_dim: the latent size of the other components.
@@ -106,8 +67,7 @@ def check_encoder(
         The size ``D`` of the latent.
 
     Raises:
-        ValueError: if the encoder violates the contract; the message has one line for each
-            violation, with a remedy.
+        ValueError: the problems, one line each, with remedies.
 
     Examples:
         >>> from torchrl.data import Composite, Unbounded
@@ -121,33 +81,30 @@ def check_encoder(
         - it reads 'pixels', which is not in the observation spec: use in_keys from observation
     """
     spec = observation_spec[(0,) * observation_spec.ndim]
-    findings = [*_interface(encoder, spec)]
-    size = 0
+    findings, size = [*_interface(encoder, spec)], 0
     if not findings:
         tensors = (*encoder.parameters(), *encoder.buffers())
-        devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-        with torch.random.fork_rng(devices=devices):
-            encoder = copy.deepcopy(encoder)
-            findings = [*_shapes(encoder, spec)]
+        devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            trial = copy.deepcopy(encoder)
+            findings = [*_shapes(trial, spec)] or [*_samples(trial, spec)]
             if not findings:
-                dist = encoder.get_dist(_observations(encoder, spec, 4, 3))
+                dist = trial.get_dist(_observations(trial, spec, 4, 3))
                 size = dist.event_shape[0]
-                for check in (_samples, _gradient, _evaluation, _state_dict):
-                    findings += check(encoder, spec)
-                if latent_dim not in (None, size):
+                findings += _gradient(trial, dist.rsample())
+                findings += _evaluation(trial, spec)
+                findings += _state_dict(trial, spec)
+                built = getattr(dynamics, "latent_dim", size) if latent_dim is None else latent_dim
+                if built != size:
                     findings.append(
                         f"its latent has size {size}, but the other components have latent_dim="
-                        f"{latent_dim}: build it with {latent_dim}, or pass latent_dim={size}"
+                        f"{built}: build it with {built}, or pass latent_dim={size}"
                     )
-                elif dynamics is None:
-                    findings += _divergence(dist, dist)
                 else:
-                    findings += _dynamics(encoder, spec, dynamics, action_spec)
+                    findings += _dynamics(trial, dist, dynamics, action_spec)
     if findings:
-        lines = "\n- ".join(findings)
-        raise ValueError(
-            f"{type(encoder).__name__} does not satisfy the encoder contract:\n- {lines}"
-        )
+        name, lines = type(encoder).__name__, "\n- ".join(findings)
+        raise ValueError(f"{name} does not satisfy the encoder contract:\n- {lines}")
     return size
 
 
@@ -187,16 +144,16 @@ def _interface(encoder: Any, spec: Composite) -> Iterator[str]:
 def _observations(encoder: Any, spec: Composite, *batch: int) -> TensorDictBase:
     """Draws random observations for the encoder, on its device."""
     first = next(iter([*encoder.parameters(), *encoder.buffers()]), None)
-    device = spec.device if first is None else first.device
-    spec = Composite({key: spec[key] for key in encoder.in_keys})
-    drawn = spec.rand(batch)
-    for key, leaf in spec.items(True, True):
+    drawn = TensorDict(batch_size=batch, device=spec.device if first is None else first.device)
+    for key in encoder.in_keys:
+        leaf = spec[key]
+        drawn[key] = value = leaf.rand(batch)
         if isinstance(leaf, Bounded) and leaf.dtype.is_floating_point:
             # No task observes 1e300, and no network has finite gradients there.
-            value, low, high = drawn[key], leaf.space.low, leaf.space.high
+            low, high = leaf.space.low, leaf.space.high
             near = (low.abs() < _FAR) & (high.abs() < _FAR)
             drawn[key] = torch.where(near, value, torch.randn_like(value).clamp(low, high))
-    return drawn.to(device)
+    return drawn
 
 
 def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
@@ -227,7 +184,10 @@ def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
 def _remedy(encoder: Any, spec: Composite, batch: tuple[int, ...], error: Exception) -> str:
     """Says how to make a network accept the observations."""
     if any(isinstance(layer, _BatchNorm) and layer.training for layer in encoder.modules()):
-        return _BATCH_NORM
+        return (
+            "use nn.LayerNorm or RunningNorm in place of BatchNorm; for a pretrained one, call its "
+            "eval() in __init__ and in train()"
+        )
     if batch != _BATCHES[0]:
         return (
             "accept any leading dimensions (convolutions: flatten them before, restore them after)"
@@ -241,70 +201,35 @@ def _remedy(encoder: Any, spec: Composite, batch: tuple[int, ...], error: Except
 def _samples(encoder: Any, spec: Composite) -> Iterator[str]:
     """Checks samples and entropy of the distribution."""
     dist = encoder.get_dist(_observations(encoder, spec, 4, 3))
-    name = type(dist).__name__
-    draws: dict[str, Callable[[], Tensor]] = {
-        "rsample()": dist.rsample,
-        "deterministic_sample": lambda: dist.deterministic_sample,
-    }
-    expected = tuple(dist.batch_shape + dist.event_shape)
-    for what, draw in draws.items():
+    kind, shape = type(dist).__name__, tuple(dist.batch_shape + dist.event_shape)
+    for name in ("rsample", "deterministic_sample", "entropy"):
         try:
-            shape = tuple(draw().shape)
+            value = getattr(dist, name)
+            value = value() if callable(value) else value
         except _FAILURES:
             yield (
-                f"its distribution, {name}, has no {what}: use DiagonalNormal or OneHotGroups "
-                f"from alm_torchrl.distributions, or define it in {name}, with a gradient"
+                f"its distribution, {kind}, has no {name}: use DiagonalNormal or OneHotGroups from "
+                f"alm_torchrl.distributions, or define it in {kind}"
             )
-        else:
-            if shape != expected:
-                yield f"{what} of {name} has shape {shape}, expected {expected}"
-    try:
-        dist.entropy()
-    except _FAILURES:
-        yield f"its distribution, {name}, has no entropy(): define it"
+            continue
+        if name != "entropy" and value.shape != shape:
+            yield f"{name} of {kind} has shape {tuple(value.shape)}, expected {shape}"
 
 
-def _divergence(prior: D.Distribution, posterior: D.Distribution) -> Iterator[str]:
-    names = f"{type(prior).__name__}, {type(posterior).__name__}"
-    try:
-        divergence = kl_divergence(prior, posterior)
-    except NotImplementedError:
-        yield (
-            f"the KL divergence of ({names}) is not defined: build the dynamics with "
-            f"head=encoder.head, or register one with @torch.distributions.register_kl({names})"
-        )
-        return
-    if divergence.shape != posterior.batch_shape:
-        yield (
-            f"the KL divergence of ({names}) has shape {tuple(divergence.shape)}, expected "
-            f"{tuple(posterior.batch_shape)}: sum it over the event"
-        )
-    if not divergence.isfinite().all():
-        yield (
-            f"the KL divergence of ({names}) is not finite: bound the parameters, as "
-            "GaussianHead does"
-        )
-
-
-def _gradient(encoder: Any, spec: Composite) -> Iterator[str]:
+def _gradient(encoder: Any, latent: Tensor) -> Iterator[str]:
     """Checks that a finite gradient reaches every trained parameter."""
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     if not trained:
         return
-    with torch.enable_grad():
-        try:
-            latent = encoder.get_dist(_observations(encoder, spec, 4, 3)).rsample()
-        except _FAILURES:
-            return  # _samples reports it
-        if not latent.requires_grad:
-            yield (
-                "its latent has no gradient: remove detach() and torch.no_grad(), and sample with "
-                "rsample() (for a frozen network: network.requires_grad_(False))"
-            )
-            return
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            latent.square().sum(), [*trained.values()], allow_unused=True
+    if not latent.requires_grad:
+        yield (
+            "its latent has no gradient: remove detach() and torch.no_grad(), and define rsample() "
+            "with a gradient (for a frozen network: network.requires_grad_(False))"
         )
+        return
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        latent.square().sum(), [*trained.values()], allow_unused=True
+    )
     for name, gradient in zip(trained, gradients, strict=True):
         if gradient is None:
             yield f"{name} has no gradient: use it in forward(), or call requires_grad_(False)"
@@ -320,11 +245,7 @@ def _encode(encoder: Any, observations: TensorDictBase) -> Tensor:
 def _evaluation(encoder: Any, spec: Composite) -> Iterator[str]:
     """Checks that an evaluation is deterministic and changes neither input nor buffers."""
     observations = _observations(encoder, spec, 4, 3)
-    try:
-        same = torch.equal(_encode(encoder, observations), _encode(encoder, observations))
-    except _FAILURES:
-        same = True  # _samples reports it
-    if not same:
+    if not torch.equal(_encode(encoder, observations), _encode(encoder, observations)):
         yield (
             "two evaluations under ExplorationType.DETERMINISTIC differ: remove dropout, and put "
             "augmentations into Augmented(network, [...])"
@@ -338,7 +259,11 @@ def _evaluation(encoder: Any, spec: Composite) -> Iterator[str]:
             yield f"it changes the observation {key!r} in place: copy it first"
     for name, value in encoder.named_buffers():
         if not torch.equal(buffers[name], value):
-            yield f"its evaluation changes the buffer {name}: {_STATISTICS}"
+            yield (
+                f"its evaluation changes the buffer {name}: use nn.LayerNorm in place of BatchNorm "
+                "and weight_norm in place of spectral_norm, or update the buffer in "
+                "update_statistics(), as RunningNorm does"
+            )
 
 
 def _state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
@@ -372,9 +297,12 @@ def _state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
 
 
 def _dynamics(
-    encoder: Any, spec: Composite, dynamics: Any, action_spec: TensorSpec | None
+    encoder: Any, posterior: D.Distribution, dynamics: Any, action_spec: TensorSpec | None
 ) -> Iterator[str]:
     """Checks that keys, sizes and distributions of encoder and dynamics match."""
+    if dynamics is None:
+        yield from _divergence(posterior, posterior)
+        return
     if not isinstance(dynamics, ProbabilisticTensorDictSequential):
         yield (
             f"the dynamics, {type(dynamics).__name__}, does not end in a distribution: use "
@@ -386,40 +314,49 @@ def _dynamics(
     if latent not in keys or len(keys) != 2:
         yield f"it writes {latent!r}, but the dynamics reads {keys}: give both the same latent_key"
         return
-    posterior = encoder.get_dist(_observations(encoder, spec, 4, 3))
-    size = posterior.event_shape[0]
-    built = getattr(dynamics, "latent_dim", size)
-    if built != size:
-        yield (
-            f"its latent has size {size}, but the dynamics is built for {built}: build both "
-            "with the same latent_dim"
-        )
-        return
-    action_dim = getattr(dynamics, "action_dim", None)
-    if action_spec is not None:
-        action_dim = action_spec.shape[-1]
-    if action_dim is None:
+    shape = tuple(posterior.batch_shape + posterior.event_shape)
+    size = getattr(dynamics, "action_dim", None) if action_spec is None else action_spec.shape[-1]
+    if size is None:
         yield "the size of the action is unknown: pass action_spec=env.action_spec"
         return
-    action = next(key for key in keys if key != latent)
+    z = posterior.rsample()
+    entries = {key: z if key == latent else z.new_zeros(*shape[:-1], size) for key in keys}
     try:
-        z = posterior.rsample()
-        step = TensorDict({latent: z, action: z.new_zeros(4, 3, action_dim)}, batch_size=[4, 3])
-        prior = dynamics.get_dist(step)
+        prior = dynamics.get_dist(TensorDict(entries, batch_size=shape[:-1]))
     except _FAILURES as error:
         same = "dtype" if "type" in str(error) else "latent_dim"
         yield (
-            f"the dynamics cannot read its latent, {(4, 3, size)}, with an action of size "
-            f"{action_dim} ({_line(error)}): build both with the same {same}"
+            f"the dynamics cannot read its latent, {shape}, with an action of size {size} "
+            f"({_line(error)}): build both with the same {same}"
         )
         return
-    own, other = (tuple(d.batch_shape + d.event_shape) for d in (posterior, prior))
-    if own == other:
+    other = tuple(prior.batch_shape + prior.event_shape)
+    if shape == other:
         yield from _divergence(prior, posterior)
     else:
+        yield f"its latents have shape {shape}, those of the dynamics {other}: use one latent_dim"
+
+
+def _divergence(prior: D.Distribution, posterior: D.Distribution) -> Iterator[str]:
+    """Checks that the KL divergence is defined and finite."""
+    names = f"{type(prior).__name__}, {type(posterior).__name__}"
+    try:
+        divergence = kl_divergence(prior, posterior)
+    except NotImplementedError:
         yield (
-            f"its distribution has shape {own}, but that of the dynamics {other}: build both "
-            "with the same latent_dim"
+            f"the KL divergence of ({names}) is not defined: build the dynamics with "
+            f"head=encoder.head, or register one with @torch.distributions.register_kl({names})"
+        )
+        return
+    if divergence.shape != posterior.batch_shape:
+        yield (
+            f"the KL divergence of ({names}) has shape {tuple(divergence.shape)}, expected "
+            f"{tuple(posterior.batch_shape)}: sum it over the event"
+        )
+    if not divergence.isfinite().all():
+        yield (
+            f"the KL divergence of ({names}) is not finite: bound the parameters, as "
+            "GaussianHead does"
         )
 
 

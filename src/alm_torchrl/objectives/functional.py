@@ -20,7 +20,6 @@ __all__ = [
     "detached",
     "discounts",
     "episode_mask",
-    "gaussian_kl",
     "k_step_bound",
     "kl_divergence",
     "lambda_returns",
@@ -33,42 +32,31 @@ __all__ = [
 ]
 
 
-def gaussian_kl(loc_p: Tensor, scale_p: Tensor, loc_q: Tensor, scale_q: Tensor) -> Tensor:
-    r"""The KL divergence of two diagonal Normals, summed over their dimensions.
-
-    .. math:: KL(p \| q) = \sum_d \log\frac{\sigma_q}{\sigma_p}
-              + \frac{\sigma_p^2 + (\mu_p - \mu_q)^2}{2 \sigma_q^2} - \frac{1}{2}
-
-    All arguments are ``[..., D]``; the divergence is in nats, ``[...]``.
-
-    Examples:
-        >>> one = torch.ones(2)
-        >>> gaussian_kl(0 * one, one, one, one)
-        tensor(1.)
-    """
-    variance_ratio = (scale_p / scale_q).square()
-    distance = ((loc_p - loc_q) / scale_q).square()
-    return 0.5 * (variance_ratio + distance - 1 - variance_ratio.log()).sum(-1)
-
-
 def kl_divergence(p: D.Distribution, q: D.Distribution) -> Tensor:
-    r""":math:`KL(p \| q)` of two latent distributions.
+    r"""The KL divergence of two latent distributions, in nats ``[...]``.
 
-    Diagonal Normals and groups of one-hot categoricals have closed forms, which ``torch.compile``
-    traces without a graph break. Other pairs need a divergence registered with
-    :func:`torch.distributions.register_kl`. The divergence is in nats, ``[...]``.
+    For diagonal Normals it is
+
+    .. math:: KL(p \| q) = \sum_d \log\frac{\sigma^q_d}{\sigma^p_d}
+              + \frac{(\sigma^p_d)^2 + (\mu^p_d - \mu^q_d)^2}{2 (\sigma^q_d)^2} - \frac{1}{2}
+
+    This and the divergence of :class:`~alm_torchrl.distributions.OneHotGroups` compile without a
+    graph break. Other pairs need :func:`torch.distributions.register_kl`.
 
     Raises:
         NotImplementedError: if no divergence is registered for the pair.
 
     Examples:
         >>> p = D.Independent(D.Normal(torch.zeros(3, 2), 1.0), 1)
-        >>> kl_divergence(p, p).shape
-        torch.Size([3])
+        >>> q = D.Independent(D.Normal(torch.ones(3, 2), 1.0), 1)
+        >>> kl_divergence(p, q)
+        tensor([1., 1., 1.])
     """
     if _is_diagonal_normal(p) and _is_diagonal_normal(q):
         first, second = p.base_dist, q.base_dist
-        return gaussian_kl(first.loc, first.scale, second.loc, second.scale)
+        variance_ratio = (first.scale / second.scale).square()
+        distance = ((first.loc - second.loc) / second.scale).square()
+        return 0.5 * (variance_ratio + distance - 1 - variance_ratio.log()).sum(-1)
     if isinstance(p, OneHotGroups) and isinstance(q, OneHotGroups):
         return one_hot_kl(p, q)
     return D.kl_divergence(p, q)
@@ -83,9 +71,7 @@ def _is_diagonal_normal(dist: D.Distribution) -> TypeGuard[Any]:
 
 
 def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
-    r"""The squared distance of the means of two latent distributions.
-
-    .. math:: \sum_d (\mu^p_d - \mu^q_d)^2
+    r"""The squared distance :math:`\sum_d (\mu^p_d - \mu^q_d)^2` of the means, ``[...]``.
 
     For two Normals of scale :math:`\sigma`, it equals :math:`2 \sigma^2` times the KL divergence.
 
@@ -101,11 +87,7 @@ def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
 def log_ratio(logits: Tensor) -> Tensor:
     r"""The classifier's estimate of :math:`\log e(z' \mid s') - \log m(z' \mid z, a)`.
 
-    Args:
-        logits: output of the classifier, ``[..., 2]``; class 1 is an encoded next latent.
-
-    Returns:
-        The log-ratio in nats, ``[..., 1]``.
+    It is ``[..., 1]``, in nats. In the ``logits`` ``[..., 2]``, class 1 is an encoded next latent.
 
     Examples:
         >>> log_ratio(torch.tensor([[0.5, 2.0]]))
@@ -117,16 +99,8 @@ def log_ratio(logits: Tensor) -> Tensor:
 def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Tensor) -> Tensor:
     r"""The one-step target :math:`y = r + \gamma (1 - \mathrm{terminated}) Q(z', a')`.
 
-    Pass ``terminated``, not ``done``: a time limit is not a termination.
-
-    Args:
-        reward: ``[..., 1]``.
-        terminated: whether the next state is terminal, bool ``[..., 1]``.
-        next_value: value of the next state, ``[..., 1]``.
-        gamma: discount, a scalar.
-
-    Returns:
-        The target, ``[..., 1]``.
+    All but the scalar ``gamma`` are ``[..., 1]``. Pass ``terminated``, not ``done``: a time limit
+    is not a termination.
 
     Examples:
         >>> r, end = torch.ones(2, 1), torch.tensor([[False], [True]])
@@ -139,7 +113,7 @@ def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Ten
 def discounts(gamma: Tensor, steps: int) -> Tensor:
     r"""The weights :math:`1, \gamma, \gamma^2, \dots` of a rollout.
 
-    Their shape ``[steps, 1]`` broadcasts with ``[..., steps, 1]``.
+    The shape is ``[steps, 1]``.
 
     Examples:
         >>> discounts(torch.tensor(0.5), 3).flatten()
@@ -149,16 +123,12 @@ def discounts(gamma: Tensor, steps: int) -> Tensor:
 
 
 def survival(continuation: Tensor) -> Tensor:
-    r"""The probability that an episode reaches each step of a rollout.
+    r"""The probability that an episode reaches each step of a rollout, ``[..., K + 1, 1]``.
 
     .. math:: \textstyle\prod_{i<t} d_i, \qquad t = 0, \dots, K
 
     Args:
-        continuation: probability :math:`d_t` that step :math:`t` does not terminate,
-            ``[..., K, 1]``.
-
-    Returns:
-        The probabilities, ``[..., K + 1, 1]``; the first is one.
+        continuation: probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``.
 
     Examples:
         >>> survival(torch.tensor([[0.5], [0.5]])).flatten()
@@ -170,7 +140,7 @@ def survival(continuation: Tensor) -> Tensor:
 def lambda_returns(
     reward: Tensor, value: Tensor, continuation: Tensor, gamma: Tensor, lmbda: Tensor | float
 ) -> Tensor:
-    r"""The TD-lambda returns of a rollout that may terminate at every step.
+    r"""The TD-lambda returns ``[..., K, 1]`` of a rollout that may terminate at every step.
 
     .. math:: G_t = r_t + \gamma d_t \big((1 - \lambda) V_{t+1} + \lambda G_{t+1}\big),
               \qquad G_K = V_K
@@ -181,9 +151,6 @@ def lambda_returns(
         continuation: probability :math:`d_t` that the step does not terminate, ``[..., K, 1]``.
         gamma: discount, a scalar.
         lmbda: weight of the longer returns, between 0 and 1.
-
-    Returns:
-        The returns, ``[..., K, 1]``.
 
     Examples:
         >>> one = torch.ones(2, 1)
@@ -202,7 +169,7 @@ def lambda_returns(
 def k_step_bound(
     reward: Tensor, value: Tensor, gamma: Tensor, continuation: Tensor | None = None
 ) -> Tensor:
-    r"""The K-step lower bound of a rollout, in the form that ALM maximizes.
+    r"""The K-step lower bound ``[..., 1]`` of a rollout, in the form that ALM maximizes.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big) \tilde r_t
               + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) Q(z_K, a_K)
@@ -214,9 +181,6 @@ def k_step_bound(
         gamma: discount, a scalar.
         continuation: probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``; one
             by default.
-
-    Returns:
-        The bound, ``[..., 1]``.
 
     Examples:
         >>> k_step_bound(torch.ones(4, 3, 1), torch.zeros(4, 1), torch.tensor(0.5)).flatten()
@@ -236,7 +200,7 @@ def log_return_bound(
     gamma: Tensor,
     continuation: Tensor | None = None,
 ) -> Tensor:
-    r"""The K-step lower bound on the logarithm of the return, in the form of the theorem.
+    r"""The K-step lower bound on the log-return, in the form of the theorem, ``[..., 1]``.
 
     .. math:: \mathcal{L}^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big)
               \big((1 - \gamma) \log r_t + \rho_t\big)
@@ -258,9 +222,6 @@ def log_return_bound(
         continuation: probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``; one
             by default.
 
-    Returns:
-        The bound in nats, ``[..., 1]``.
-
     Examples:
         >>> r, gamma = torch.full((4, 3, 1), 2.0), torch.tensor(0.5)
         >>> log_return_bound(r, 0 * r, r[:, 0], gamma).exp().flatten()
@@ -271,14 +232,12 @@ def log_return_bound(
 
 
 def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Marks the steps of a window that belong to the episode of its first step.
+    """Marks the steps of a window that belong to the episode of its first step, bool ``[B, T]``.
 
     Args:
         done: true for the last step of an episode, bool ``[B, T]``.
-        valid: true for steps with data, bool ``[B, T]``; all by default.
-
-    Returns:
-        bool ``[B, T]``: true up to the last step of the episode or before the first invalid step.
+        valid: true for steps with data, bool ``[B, T]``; all by default. The mask ends before the
+            first invalid step.
 
     Examples:
         >>> episode_mask(torch.tensor([[False, True, False]]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
 from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives.checks import (
@@ -29,9 +30,12 @@ from alm_torchrl.objectives.functional import (
     log_ratio,
     squared_distance,
 )
-from alm_torchrl.objectives.parameters import match_compiled, parametrized, share_untrained
+from alm_torchrl.objectives.parameters import check_shared, match_compiled, parametrized
 
 __all__ = ["Batch", "LatentModelLoss"]
+
+#: Parameters for one run of a network; by default its own, without a gradient.
+Params: TypeAlias = TensorDictBase | None
 
 _OUTPUT_SIZES = {"reward_model": 1, "classifier": 2, "continuation_model": 1}
 
@@ -54,16 +58,13 @@ class Batch(NamedTuple):
 class LatentModelLoss(LossModule):
     """The networks and rollouts of :class:`ALMLoss`, without its losses.
 
-    The loss shares all parameters and buffers with the networks, and ``to`` moves both. A network
-    wrapped by ``torch.compile`` is unwrapped and compiles with the loss; the loss loads state dicts
-    of compiled and plain networks.
-
-    Args:
-        networks: the networks by name.
-        averaged: names of the networks with a moving average as target.
+    The loss shares all parameters and buffers with the networks, and ``to`` moves both. It unwraps
+    networks wrapped by ``torch.compile`` and loads state dicts of compiled and plain networks.
+    Networks named in ``averaged`` have a moving average as target.
     """
 
     deterministic_sampling_mode = ExplorationType.RANDOM
+    default_value_estimator = ValueEstimators.TDLambda
 
     encoder: ProbabilisticTensorDictSequential
     encoder_params: TensorDictParams
@@ -95,7 +96,7 @@ class LatentModelLoss(LossModule):
     consistency_coeff: Tensor
     start_steps: int
 
-    def __init__(self, networks: dict[str, Any], averaged: tuple[str, ...]) -> None:
+    def __init__(self, averaged: tuple[str, ...], **networks: Any) -> None:
         super().__init__()
         networks = {
             name: getattr(network, "_orig_mod", network)
@@ -123,27 +124,18 @@ class LatentModelLoss(LossModule):
             params = TensorDict.from_module(network, as_module=True)
             setattr(self, f"{name}_params", params)
             # Attribute access would warn that no target updater is registered yet.
-            target = self._modules.get(f"target_{name}_params")
+            target: Any = self._modules.get(f"target_{name}_params")
             if target is not None:
-                share_untrained(params, target)
+                # SoftUpdate follows only trained parameters, and no running statistics.
+                for key, value in params.items(True, True):
+                    if not value.requires_grad:
+                        target.get(key).data = value.data
             self._shared += [
                 (tensors, key, tensor)
                 for module in network.modules()
                 for tensors in (module._parameters, module._buffers)
                 for key, tensor in tensors.items()
             ]
-
-    def _check_sharing(self) -> None:
-        """Raises if a network no longer shares its tensors with the loss."""
-        for tensors, key, tensor in self._shared:
-            own = tensors.get(key)
-            if own is tensor or (own is not None and own.data_ptr() == tensor.data_ptr()):
-                continue
-            raise RuntimeError(
-                "a network no longer shares its tensors with the loss, because it was moved or "
-                "changed after the loss was built; move the loss (and so its networks) with "
-                "loss.to(device), or build the loss after the move"
-            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         match_compiled(self, state_dict, prefix)
@@ -164,11 +156,8 @@ class LatentModelLoss(LossModule):
 
     # ---------------------------------------------------------------------- running a network
 
-    def _run(self, name: str, inputs: TensorDictBase, params: TensorDictBase | None = None) -> Any:
-        """Returns the output of a network, or the parameters of its distribution.
-
-        By default, the network runs with its detached parameters.
-        """
+    def _run(self, name: str, inputs: TensorDictBase, params: Params = None) -> Any:
+        """Returns the output of a network, or the parameters of its distribution."""
         network = getattr(self, name)
         params = getattr(self, f"{name}_params").detach() if params is None else params
         try:
@@ -215,7 +204,7 @@ class LatentModelLoss(LossModule):
         return self._draw(self.encoding(observations))
 
     def next(
-        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
+        self, latent: Tensor, action: Tensor, params: Params = None
     ) -> tuple[Tensor, TensorDictBase]:
         """A next latent ``[..., D]`` drawn from the dynamics, and its distribution parameters.
 
@@ -224,43 +213,33 @@ class LatentModelLoss(LossModule):
         prior = self._run("dynamics", self._step(latent, action), params)
         return self._draw(self.dynamics.build_dist_from_params(prior)), prior
 
-    def reward(
-        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
-    ) -> Tensor:
+    def reward(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The predicted reward, ``[..., 1]``."""
         return self._run("reward_model", self._step(latent, action), params)
 
     def classify(
-        self,
-        latent: Tensor,
-        action: Tensor,
-        next_latent: Tensor,
-        params: TensorDictBase | None = None,
+        self, latent: Tensor, action: Tensor, next_latent: Tensor, params: Params = None
     ) -> Tensor:
         """The classifier's logits ``[..., 2]``; class 1 is an encoded next latent."""
         step = self._step(latent, action).set(self._next_latent_key, next_latent)
         return self._run("classifier", step, params)
 
-    def continuation(
-        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
-    ) -> Tensor:
+    def continuation(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The logit of the probability that the step does not terminate, ``[..., 1]``."""
         if self.continuation_model is None:
             raise ValueError("cannot predict terminations; give ALMLoss a continuation_model")
         return self._run("continuation_model", self._step(latent, action), params)
 
-    def action_values(
-        self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None
-    ) -> Tensor:
+    def action_values(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The action values of all networks in the ensemble, ``[..., N]``."""
         return self._run("qvalue_network", self._step(latent, action), params)
 
-    def value(self, latent: Tensor, action: Tensor, params: TensorDictBase | None = None) -> Tensor:
+    def value(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The smallest of the action values, ``[..., 1]``."""
         values = self._run("qvalue_network", self._step(latent, action), params)
         return values.amin(-1, keepdim=True)
 
-    def act(self, latent: Tensor, params: TensorDictBase | None = None) -> Tensor:
+    def act(self, latent: Tensor, params: Params = None) -> Tensor:
         """An action drawn from the actor, ``[..., A]``."""
         state = TensorDict({self._latent_key: latent}, batch_size=latent.shape[:-1])
         parameters = self._run("actor", state, params)
@@ -275,24 +254,19 @@ class LatentModelLoss(LossModule):
             tensordict: windows ``[B, T]`` or transitions ``[B]`` with the entries ``in_keys``; a
                 prepared batch is returned unchanged.
             steps: number of steps to read.
-
-        Returns:
-            The batch, which all losses accept in place of windows.
         """
         if isinstance(tensordict, Batch):
             return tensordict
         if not torch.compiler.is_compiling():
-            self._check_sharing()
+            check_shared(self._shared)
         dtype = next(self.qvalue_network_params.parameters()).dtype
         windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
         done = windows.get(next_key(self.tensor_keys.done)).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
         # Entries after the episode may be NaN; masking the loss would not remove their gradient.
         windows = windows.apply(lambda value: mask_invalid(value, mask))
-        observations = self.encoder.in_keys
-        current = windows[:, :1].select(*observations)
-        following = windows.get("next").select(*observations)
-        encoded = self._encode(torch.cat([current, following], 1))
+        entries = (windows[:, :1], windows.get("next"))
+        encoded = self._encode(torch.cat([e.select(*self.encoder.in_keys) for e in entries], 1))
         return Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
 
     # --------------------------------------------------------------------------- the rollouts
@@ -302,9 +276,6 @@ class LatentModelLoss(LossModule):
 
         From :math:`z_0 \sim e(s_0)`, every step draws :math:`z_{t+1} \sim m(z_t, a_t)` and
         compares the dynamics with the target encoder's distribution.
-
-        Args:
-            tensordict: as for :meth:`ALMLoss.forward`.
 
         Returns:
             ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the term in the loss) and ``reward``,
@@ -323,7 +294,11 @@ class LatentModelLoss(LossModule):
             priors.append(prior)
             latents.append(torch.where(batch.mask[:, t, None], following, latents[-1]))
         prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
-        target = self._target_distribution(batch)
+        parameters = batch.following
+        if self.latent_target == "online":
+            observations = batch.windows.get("next").select(*self.encoder.in_keys)
+            parameters = self._run("encoder", observations, self.encoder_params)
+        target = self.encoder.build_dist_from_params(parameters)
         check_latents(prior, target)
         latent, following = torch.stack(latents[:-1], 1), torch.stack(latents[1:], 1)
         kl = kl_divergence(prior, target).unsqueeze(-1)
@@ -347,22 +322,13 @@ class LatentModelLoss(LossModule):
             batch_size=actions.shape[:1],
         )
 
-    def _target_distribution(self, batch: Batch) -> D.Distribution:
-        """The target distribution of the dynamics, ``[B, T]``."""
-        parameters = batch.following
-        if self.latent_target == "online":
-            observations = batch.windows.get("next").select(*self.encoder.in_keys)
-            parameters = self._run("encoder", observations, self.encoder_params)
-        return self.encoder.build_dist_from_params(parameters)
-
     def _final_value(self, batch: Batch, latent: Tensor) -> Tensor:
         """The value of the last latent, ``[B, 1]``; zero after a terminal state."""
         value = self.value(latent, self.act(latent.detach()))
         if self.bootstrap_terminated:
             return value
-        ends = batch.windows.get(next_key(self.tensor_keys.terminated))
-        ended = (ends.squeeze(-1) & batch.mask).any(-1, keepdim=True)
-        return torch.where(ended, torch.zeros_like(value), value)
+        ends = batch.windows.get(next_key(self.tensor_keys.terminated)).squeeze(-1)
+        return torch.where((ends & batch.mask).any(-1, keepdim=True), 0, value)
 
     @torch.no_grad()
     def roll_on(self, latent: Tensor) -> Tensor:
@@ -443,8 +409,8 @@ class LatentModelLoss(LossModule):
     def lambda_return(self, rollout: TensorDictBase) -> Tensor:
         r"""The returns ``[B, K, 1]`` of an imagined rollout by the loss's value estimator.
 
-        The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, or
-        :math:`r(z_t, a_t)` in a rollout without ``log_ratio``. With a continuation model, see
+        The reward of a step is :math:`r(z_t, a_t) + c \cdot \mathrm{logratio}_t`, without the
+        log-ratio if the rollout has none. With a continuation model, see
         :func:`~alm_torchrl.objectives.functional.lambda_returns`.
         """
         reward = self._augmented_reward(rollout)
@@ -458,17 +424,44 @@ class LatentModelLoss(LossModule):
         return estimator.value_estimate(steps, next_value=value)
 
     def bound(self, rollout: TensorDictBase) -> Tensor:
-        r"""The K-step bound of an imagined rollout, ``[B, 1]``.
+        r"""The K-step bound ``[B, 1]``: the first return of a rollout at :math:`\lambda = 1`.
 
-        It equals the first return of :meth:`lambda_return` at :math:`\lambda = 1`; see
-        :func:`~alm_torchrl.objectives.functional.k_step_bound`.
+        See :func:`~alm_torchrl.objectives.functional.k_step_bound`.
         """
         value, gamma = rollout["next", "value"][:, -1], self.value_estimator.gamma
-        reward = self._augmented_reward(rollout)
-        return k_step_bound(reward, value, gamma, rollout.get("continuation", None))
+        continuation = rollout.get("continuation", None)
+        return k_step_bound(self._augmented_reward(rollout), value, gamma, continuation)
 
     def _augmented_reward(self, rollout: TensorDictBase) -> Tensor:
         """Reward plus weighted log-ratio of every step, ``[B, K, 1]``."""
         if "log_ratio" not in rollout:
             return rollout["reward"]
         return rollout["reward"] + self.consistency_coeff * rollout["log_ratio"]
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | None = None, **hyperparams: object
+    ) -> Self:
+        """Sets the estimator of imagined returns and the discount of all losses.
+
+        The estimator may be ``ValueEstimators.TDLambda`` (the default), ``TD0``, ``TD1``, or a
+        value estimator of TorchRL; its options are ``gamma`` and ``lmbda``.
+        """
+        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
+        if value_type is None:  # an estimator of the user
+            return self
+        if "lmbda" in hyperparams:
+            # TorchRL's vectorized form is silently wrong under torch.compile.
+            hyperparams.setdefault("vectorized", False)
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=(ValueEstimators.TDLambda, ValueEstimators.TD0, ValueEstimators.TD1),
+            value_network=None,
+            **hyperparams,
+        )
+        if self.value_type is ValueEstimators.TD1:  # always vectorized there
+            return self.make_value_estimator(ValueEstimators.TDLambda, lmbda=1.0, **hyperparams)
+        return self
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        """Does nothing: the estimator reads imagined rollouts, whose keys are fixed."""

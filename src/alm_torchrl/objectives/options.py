@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 Reduction = Literal["none", "mean", "sum"]
-#: The use of windows cut short by an episode's end, in the world-model loss.
 ShortWindows = Literal["mask", "drop"]
-#: The distance between dynamics and encoder in the world-model loss.
 Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifier"]
-#: The encoder of the dynamics' targets and of the latents of the other losses.
 LatentTarget = Literal["moving_average", "stop_gradient", "online"]
-#: The quantity that the actor maximizes.
 ActorObjective = Literal["lambda_returns", "bound", "value"]
 
 _CHOICES = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tensordict import TensorDictBase, TensorDictParams
+from tensordict import TensorDictBase
 from torch import nn
 
-__all__ = ["match_compiled", "parametrized", "share_untrained"]
+__all__ = ["check_shared", "match_compiled", "parametrized"]
 
 
 def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -24,14 +24,17 @@ def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
             state_dict[wanted] = state_dict.pop(name)
 
 
-def share_untrained(source: TensorDictParams, target: Any) -> None:
-    """Shares entries without a gradient, such as running statistics, with a target.
-
-    ``SoftUpdate`` follows only trained parameters and would leave copies of these behind.
-    """
-    for key, value in source.items(True, True):
-        if not value.requires_grad:
-            target.get(key).data = value.data
+def check_shared(shared: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+    """Raises if the entry of a module's parameters or buffers is no longer the given tensor."""
+    for tensors, key, tensor in shared:
+        own = tensors.get(key)
+        if own is tensor or (own is not None and own.data_ptr() == tensor.data_ptr()):
+            continue
+        raise RuntimeError(
+            "a network no longer shares its tensors with the loss, because it was moved or changed "
+            "after the loss was built; move the loss (and so its networks) with "
+            "loss.to(device), or build the loss after the move"
+        )
 
 
 @contextmanager

@@ -17,15 +17,13 @@ from alm_torchrl.modules.latent import LatentModule
 
 
 class Encoder(LatentModule):
-    """A :class:`LatentModule` on observations, with a latent of known size.
+    """A :class:`LatentModule` on observations, with a latent of size ``latent_dim``."""
 
-    The arguments are those of :class:`LatentModule`, with the size ``latent_dim`` of the latent.
-    """
-
-    # Dimensions of the observations that from_spec reads by default, and those that in_keys can
-    # name if they differ; entries that other observations include.
+    #: Number of dimensions of the observations that ``from_spec`` reads by default.
     _ranks: ClassVar[tuple[int, ...]] = (1,)
+    #: The same of observations that ``in_keys`` names, if different.
     _ranks_by_name: ClassVar[tuple[int, ...]] = ()
+    #: Entries that another observation includes.
     _ignored: ClassVar[tuple[NestedKey, ...]] = ()
 
     def __init__(
@@ -82,29 +80,21 @@ def observation_shapes(
     """
     leaves = {unravel_key(key): leaf for key, leaf in spec.items(True, True)}
     found = {key: tuple(leaf.shape) for key, leaf in leaves.items()}
-    wanted = " or ".join(map(str, ranks))
-    if in_keys is not None:
-        shapes = {key: found.get(key, ()) for key in map(unravel_key, in_keys)}
-        wrong = [key for key, shape in shapes.items() if len(shape) not in ranks]
-        if wrong:
-            raise ValueError(
-                f"no observation {', '.join(map(repr, wrong))} of {wanted} dimensions; "
-                f"found {found}; choose another key or encoder"
-            )
-        return shapes
     others = {*BOOKKEEPING_KEYS, *map(unravel_key, ignore)}
-    shapes = {
-        key: found[key]
-        for key, leaf in leaves.items()
-        if leaf.ndim in ranks and key not in others and _is_readable(leaf)
-    }
-    if not shapes:
+    if in_keys is None:
+        readable = [key for key in leaves if key not in others and _is_readable(leaves[key])]
+        shapes = {key: found[key] for key in readable if len(found[key]) in ranks}
+    else:
+        shapes = {key: found.get(key, ()) for key in map(unravel_key, in_keys)}
+    wrong = [key for key, shape in shapes.items() if len(shape) not in ranks]
+    if wrong or not shapes:
+        names, wanted = "".join(f"{key!r} " for key in wrong), " or ".join(map(str, ranks))
         raise ValueError(
-            f"no observation of {wanted} dimensions; found {found}; "
-            "choose another encoder or add a transform"
+            f"no observation {names}of {wanted} dimensions; found {found}; choose another encoder "
+            "or key, or add a transform"
         )
     unread = {k: shape for k, shape in found.items() if k not in shapes and k not in others}
-    if unread:
+    if unread and in_keys is None:
         warnings.warn(
             f"the encoder reads the observations {list(shapes)} and ignores {unread}; choose an "
             "encoder for all of them (such as MultiInputEncoder for images), flatten them "

@@ -19,17 +19,13 @@ class FrozenEncoder(Encoder):
     """A frozen pretrained module with a trained MLP on its features.
 
     The module stays in ``eval()`` mode and gets no gradient; encoder and target encoder share its
-    weights. Pass the encoder to :meth:`ALMAgent.load`, because a file cannot hold the code of the
-    module.
+    weights. A saved agent does not hold it: pass the encoder to :meth:`ALMAgent.load`.
 
     Args:
         module: from observations ``[N, ...]`` to features ``[N, ...]``, which are flattened.
         shape: shape of one observation, such as ``(3, 64, 64)``. Integers are scaled to [0, 1].
         in_keys: the observation to read, exactly one.
         **mlp_kwargs: further arguments of :func:`mlp`.
-
-    Raises:
-        ValueError: if there is more than one observation, or if the module cannot read it.
 
     Examples:
         >>> pretrained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2))

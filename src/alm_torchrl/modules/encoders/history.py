@@ -22,12 +22,11 @@ class WindowEncoder(Encoder):
     """A GRU over the last ``L`` observations, followed by an MLP.
 
     The environment writes the window ``[..., L, O]`` as an observation (``history=8`` in
-    :func:`alm_torchrl.envs.make_env`). The replay therefore holds all that an encoding needs, no
-    state of an older encoder is stored, and gradients pass the whole window. At the start of an
-    episode the first observation is repeated.
+    :func:`alm_torchrl.envs.make_env`). Gradients pass the whole window, and no encoding depends on
+    an older encoder.
 
     Args:
-        observation_dim: size ``O`` of an observation, or the sum of several.
+        observation_dim: total size of the observations of one step.
         hidden_dim: width of the GRU and of the MLP.
         in_keys: windows to read, each ``[..., L, O_i]``; several are concatenated.
         **mlp_kwargs: further arguments of :func:`mlp`; ``depth`` is 1 by default.
@@ -64,29 +63,26 @@ class RecurrentEncoder(Encoder):
     """A GRU that steps with the environment, and whose state is stored with each transition.
 
     The encoder reads the state ``[..., 1, H]`` at ``state_key`` and writes the next one under
-    ``"next"``, like :class:`torchrl.modules.GRUModule` in single-step mode. The environment needs a
-    :func:`state_primer`, which starts every episode with zeros and passes the state on. Unlike
-    ``GRUModule``, the encoder does not branch on ``is_init`` entries, which neither a compiled
-    graph nor ``torch.vmap`` supports.
+    ``"next"``, like :class:`torchrl.modules.GRUModule`, but without its ``is_init`` entry, which
+    neither a compiled graph nor ``torch.vmap`` supports. The environment needs a
+    :func:`state_primer`.
 
-    Limits, compared with :class:`WindowEncoder`: gradients are truncated after one step, because
-    the losses treat the stored state as a constant; stored states become stale as the encoder
-    learns; and during random collection (``init_random_frames``) the state stays zero.
+    Limits, compared with :class:`WindowEncoder`: gradients are truncated after one step; stored
+    states become stale as the encoder learns, and stay zero during random collection.
 
     Args:
         observation_dim: total size of the observations.
         hidden_dim: width ``H`` of the state and of the MLP after it.
         in_keys: observations to read, each ``[..., O_i]``; several are concatenated.
-        state_key: entry of the state; the next state is written under ``"next"``.
+        state_key: entry of the state.
         **mlp_kwargs: further arguments of :func:`mlp`; ``depth`` is 1 by default.
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
-        >>> state = {"observation": torch.randn(2, 3), "recurrent_state": torch.zeros(2, 1, 16)}
-        >>> td = RecurrentEncoder(3, hidden_dim=16)(TensorDict(state, batch_size=[2]))
-        >>> td["next", "recurrent_state"].shape
-        torch.Size([2, 1, 16])
+        >>> encoder = RecurrentEncoder(3, hidden_dim=16)
+        >>> state = torch.zeros(2, 1, 16)
+        >>> encoder(observation=torch.randn(2, 3), recurrent_state=state)[-1].shape
+        torch.Size([2, 50])
     """
 
     def __init__(
@@ -114,7 +110,7 @@ class RecurrentEncoder(Encoder):
         self.state_key = unravel_key(state_key)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform for the environment; TorchRL's ``get_primers_from_module`` finds it."""
+        """The :func:`state_primer`; TorchRL's ``get_primers_from_module`` finds it."""
         return state_primer(self.hidden_dim, self.state_key)
 
     @classmethod
@@ -123,7 +119,7 @@ class RecurrentEncoder(Encoder):
     ) -> Self:
         """Builds an encoder for the vectors of an environment that has a :func:`state_primer`.
 
-        Arguments are those of :meth:`Encoder.from_spec`; ``hidden_dim`` is the size of the state.
+        Arguments are those of :meth:`Encoder.from_spec`; the primer sets ``hidden_dim``.
         """
         state_key = unravel_key(state_key)
         if state_key not in spec.keys(True, True):
@@ -138,15 +134,12 @@ class RecurrentEncoder(Encoder):
 
 
 def state_primer(hidden_dim: int, state_key: NestedKey = "recurrent_state") -> TensorDictPrimer:
-    """The transform by which an environment passes on the state of a :class:`RecurrentEncoder`.
+    """The transform that passes the state of a :class:`RecurrentEncoder` to the next step.
 
     The state is float32 ``[..., 1, hidden_dim]``, and zero at the start of every episode.
 
     Examples:
-        >>> from torchrl.envs import TransformedEnv
-        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
-        >>> env = TransformedEnv(ContinuousActionVecMockEnv(), state_primer(16))
-        >>> env.reset()["recurrent_state"].shape
+        >>> state_primer(16).primers["recurrent_state"].shape
         torch.Size([1, 16])
     """
     return TensorDictPrimer({state_key: Unbounded((1, hidden_dim))}, expand_specs=True)
@@ -158,7 +151,7 @@ def _readout(hidden_dim: int, out_features: int, mlp_kwargs: MLPKwargs) -> nn.Mo
 
 
 class _WindowGRU(nn.Module):
-    """Maps windows ``[..., L, O_i]`` to ``[..., out_features]``."""
+    """Maps windows ``[..., L, O_i]`` to the output of the readout."""
 
     def __init__(self, gru: GRU, readout: nn.Module) -> None:
         super().__init__()

@@ -23,15 +23,15 @@ class RunningNorm(nn.Module):
     .. math:: x' = \mathrm{clip}((x - \mu) / \sqrt{\sigma^2 + \epsilon}, -c, c)
 
     The statistics are buffers, which the target encoder shares. Only :meth:`update` changes them;
-    :meth:`ALMAgent.update_statistics` calls it on collected data.
+    :meth:`ALMAgent.update_statistics` calls it.
 
     Args:
         *shape: shape of an observation. A vector ``(O,)`` has a mean and a variance for each entry.
             An image ``(C, H, W)`` has a mean for each pixel and one variance, so that constant
             pixels become 0 and noise in a corner is not amplified; bytes are first mapped to
             [-0.5, 0.5].
-        clip: largest absolute value of the result, in standard deviations.
-        epsilon: added to the variance, in squared units of the observation.
+        clip: largest absolute value of the result.
+        epsilon: added to the variance.
 
     Examples:
         >>> norm = RunningNorm(2)
@@ -98,7 +98,7 @@ class NormalizedInputs(nn.Module):
         self.network = network
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Runs the network on the normalized inputs, each ``[..., O_i]`` or ``[..., C, H, W]``."""
+        """Runs the network on the normalized inputs."""
         return self.network(*(norm(value) for norm, value in self._pairs(inputs)))
 
     def update_statistics(self, *inputs: Tensor) -> None:

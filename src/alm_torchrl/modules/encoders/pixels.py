@@ -19,16 +19,13 @@ class ConvNet(nn.Module):
     """The convolutions of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645).
 
     Four 3x3 convolutions with ReLU and strides 2, 1, 1, 1, then a linear layer. DrQ-v2 adds
-    LayerNorm and Tanh after that layer; with ALM, they would make the features of all images of a
-    task nearly equal, and the consistency term would then collapse them.
+    LayerNorm and Tanh; with ALM, they would make the features of all images of a task nearly equal,
+    and the consistency term would then collapse them.
 
     Args:
         shape: ``(C, H, W)`` of an image; frames are stacked along the channels.
-        feature_dim: size of the output (DrQ-v2: 50).
-        channels: channels of every convolution (DrQ-v2: 32).
-
-    Raises:
-        ValueError: if the image is not three-dimensional, or too small for four convolutions.
+        feature_dim: size of the output.
+        channels: channels of every convolution.
 
     Examples:
         >>> import torch
@@ -74,16 +71,14 @@ class MultiInputEncoder(Encoder):
         feature_dim: number of features of each image.
         channels: channels of the convolutions.
         pad: largest random shift in pixels; 0 disables it.
-        normalize: whether a :class:`RunningNorm` normalizes the observations. It subtracts the mean
-            image, so that the encoder sees what moves; call :meth:`ALMAgent.update_statistics` on
-            new data. Without it, images with one background have latents so similar that the
-            consistency term makes them equal.
+        normalize: whether a :class:`RunningNorm` normalizes the observations; call
+            :meth:`ALMAgent.update_statistics` on new data. Without it, images with one background
+            have latents so similar that the consistency term makes them equal.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Examples:
         >>> import torch
-        >>> shapes = {"pixels": (3, 32, 32), "joints": (5,)}
-        >>> encoder = MultiInputEncoder(shapes, latent_dim=8)
+        >>> encoder = MultiInputEncoder({"pixels": (3, 32, 32), "joints": (5,)}, latent_dim=8)
         >>> pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
         >>> encoder(pixels=pixels, joints=torch.randn(2, 5))[-1].shape
         torch.Size([2, 8])
@@ -109,17 +104,14 @@ class MultiInputEncoder(Encoder):
         if wrong or not shapes:
             raise ValueError(f"shapes must be images (C, H, W) or vectors (O,) by key, got {wrong}")
         branches: list[nn.Module] = []
-        shifts: list[nn.Module | None] = []
         features = 0
         for shape in shapes.values():
             image = len(shape) == 3
-            branches.append(ConvNet(shape, feature_dim, channels) if image else nn.Identity())
-            shifts.append(RandomShift(pad) if image and pad else None)
+            branch = ConvNet(shape, feature_dim, channels) if image else nn.Identity()
+            branches.append(Augmented(branch, [RandomShift(pad)]) if image and pad else branch)
             features += feature_dim if image else shape[0]
         joint = mlp(features, head.network_size(latent_dim), hidden_dim, **mlp_kwargs)
         network: nn.Module = _Branches(branches, joint)
-        if any(shifts):
-            network = Augmented(network, shifts)
         if normalize:  # before the shift, which would move the background relative to its mean
             network = NormalizedInputs(network, [RunningNorm(*shape) for shape in shapes.values()])
         super().__init__(network, latent_dim, list(shapes), head, latent_key=latent_key)
@@ -139,8 +131,8 @@ class PixelEncoder(MultiInputEncoder):
 
     Examples:
         >>> import torch
-        >>> encoder = PixelEncoder((9, 84, 84), latent_dim=8)
-        >>> encoder(pixels=torch.randint(256, (2, 9, 84, 84), dtype=torch.uint8))[-1].shape
+        >>> pixels = torch.randint(256, (2, 9, 84, 84), dtype=torch.uint8)
+        >>> PixelEncoder((9, 84, 84), latent_dim=8)(pixels=pixels)[-1].shape
         torch.Size([2, 8])
     """
 
@@ -174,5 +166,4 @@ class _Branches(nn.Module):
         self.joint = joint
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        parts = [branch(x) for branch, x in zip(self.branches, inputs, strict=True)]
-        return self.joint(*parts)
+        return self.joint(*(net(x) for net, x in zip(self.branches, inputs, strict=True)))

@@ -25,9 +25,7 @@ class MLPEncoder(Encoder):
 
     Examples:
         >>> import torch
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict(observation=torch.randn(4, 17), batch_size=[4])
-        >>> MLPEncoder(17)(td)["latent_scale"].shape
+        >>> MLPEncoder(17)(observation=torch.randn(4, 17))[-1].shape
         torch.Size([4, 50])
     """
 
@@ -68,12 +66,12 @@ class LinearEncoder(MLPEncoder):
 class IdentityEncoder(Encoder):
     """The observations themselves as the latent, with a fixed scale and no parameters.
 
-    The latent has the size of the observations. The divergence to the dynamics is ``|difference|
-    ** 2 / (2 * scale ** 2)``; ``normalize`` gives all entries the same weight in it.
+    The divergence to the dynamics is ``|difference| ** 2 / (2 * scale ** 2)``; ``normalize`` gives
+    all entries the same weight in it.
 
     Args:
         observation_dim: total size of the observations, and size of the latent.
-        in_keys: observations to read, each ``[..., O_i]``; several are concatenated.
+        in_keys: observations to read, as for :class:`MLPEncoder`.
         scale: standard deviation of every entry, in units of the (normalized) observation.
         normalize: whether a :class:`RunningNorm` normalizes the observations.
 

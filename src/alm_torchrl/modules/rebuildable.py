@@ -73,9 +73,10 @@ def describe(value: Any) -> Any:
         return name
     if Rebuildable._classes.get(name) is not type(value):
         raise TypeError(f"{name} cannot be saved: it is not a component of alm_torchrl")
-    args, kwargs = value._arguments
-    signature = inspect.signature(type(value).__init__)
-    arguments = dict(signature.bind(value, *args, **kwargs).arguments)
+    component: Any = value
+    args, kwargs = component._arguments
+    signature = inspect.signature(type(component).__init__)
+    arguments = dict(signature.bind(component, *args, **kwargs).arguments)
     del arguments["self"]
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:

@@ -125,13 +125,13 @@ def test_the_seed_decides_the_first_episode_too():
     ("arguments", "message"),
     [
         ({"kind": "fast"}, "'sync', 'multi' or 'ray', not 'fast'"),
-        ({"frames_per_batch": 0}, "frames_per_batch must be at least 1"),
+        ({"frames_per_batch": 0}, "frames_per_batch must be a positive multiple of 1, .*, not 0"),
         ({"num_workers": 0}, "num_workers must be at least 1"),
         ({"num_workers": 2}, "kind='sync' collects in this process"),
-        ({"init_random_frames": -1}, "init_random_frames must be at least 0"),
-        ({"init_random_frames": 25}, "not a multiple of frames_per_batch 10: use 20 or 30"),
+        ({"init_random_frames": -10}, "multiple of frames_per_batch, such as 0 or 10, not -10"),
+        ({"init_random_frames": 25}, "must be a multiple of frames_per_batch, such as 20 or 30, not 25"),
         ({"overlap": True}, "overlap=True require kind='multi' or 'ray'"),
-        ({"kind": "multi", "num_workers": 3}, "10 is not a multiple of num_workers=3"),
+        ({"kind": "multi", "num_workers": 3}, "frames_per_batch must be a positive multiple of 3, .*, not 10"),
         ({"kind": "multi", "create_env": CountingEnv()}, "pass a function that creates it"),
     ],
 )
@@ -142,7 +142,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_without_ray_its_remedy_is_named(monkeypatch) -> None:
-    monkeypatch.setattr("alm_torchrl.data.ray_workers.find_spec", lambda name: None)
+    monkeypatch.setattr("alm_torchrl.data.collectors.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'alm-torchrl\[ray\]'"):
         make_collector(CountingEnv, None, kind="ray", num_workers=2, frames_per_batch=2)
 

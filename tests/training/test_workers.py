@@ -126,7 +126,7 @@ class Killer(L.Callback):
         elif batch_idx == self.at:
             import ray
 
-            ray.kill(collector.remote_collectors[0])
+            ray.kill(collector.actors[0])
 
 
 def fit(module: ALMModule, folder: Path, *callbacks: L.Callback, start=None) -> None:

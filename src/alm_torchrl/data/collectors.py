@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,6 @@ from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
-from alm_torchrl.data.ray_workers import RayWorkers
 from alm_torchrl.data.workers import AsyncWorkers, SyncWorkers
 from alm_torchrl.spawned import leave_unguarded_script
 
@@ -35,37 +35,36 @@ def make_collector(
 ) -> BaseCollector:
     """Creates a TorchRL collector.
 
-    The first ``init_random_frames`` actions are uniform in the action spec. Afterwards the policy
-    acts with ``ExplorationType.RANDOM``. A frame is one step of one environment.
+    The first ``init_random_frames`` actions are uniform in the action spec; then the policy acts
+    with ``ExplorationType.RANDOM``. A frame is one step of one environment.
 
     A worker process that dies or does not answer raises :class:`WorkersLostError`. A Ray actor is
-    replaced, with a warning; ``collector.restarts`` counts these. Then call
+    replaced with a warning, and ``collector.restarts`` increases: then call
     :meth:`WindowReplayBuffer.truncate_open_episodes`, as ``ExperienceStream`` does. An exception of
     an environment in a worker is raised here.
 
     Args:
-        create_env: a function that creates the environment (picklable unless ``kind="sync"``); an
-            environment is accepted for ``kind="sync"`` only.
-        policy: the policy; ``None`` for random actions. With ``kind="sync"`` on the same device,
-            its parameters are shared. Workers use the weights that
+        create_env: a function that creates the environment (picklable unless ``kind="sync"``), or,
+            for ``kind="sync"``, an environment.
+        policy: the policy; ``None`` for random actions. ``kind="sync"`` shares its parameters if
+            the device is the same. Workers use the weights that
             ``collector.update_policy_weights_()`` sent last.
-        frames_per_batch: frames in a batch, over all environments in it.
+        frames_per_batch: frames in a batch, over all its environments.
         total_frames: frames after which iteration stops; -1 for no limit.
         init_random_frames: random frames at the start.
         kind: ``"sync"`` collects in this process; ``"multi"`` in ``num_workers`` processes, and the
             script needs an ``if __name__ == "__main__":`` guard; ``"ray"`` in ``num_workers``
             actors of the Ray cluster at ``RAY_ADDRESS``, or of a new local one.
         num_workers: number of processes or actors; 1 for ``"sync"``.
-        overlap: collect while the learner updates. Workers do not wait for each other: a batch has
-            data of one worker.
+        overlap: collect while the learner updates; workers do not wait for each other.
         device: device of the policy, the environment and the data; unchanged by default.
-        seed: seed of the environments and of the workers; drawn from torch's generator by default.
+        seed: seed of the environments and workers; drawn from torch's generator by default.
         timeout: seconds to wait for an answer of a worker.
         start_timeout: seconds to wait for the workers to start.
         max_restarts: Ray actors that may be replaced within an hour.
-        **collector_kwargs: arguments of TorchRL's collector, such as ``policy_device``,
-            ``storing_device`` or ``compile_policy``; for ``"ray"`` also ``ray_init_config`` and
-            ``remote_configs`` (resources of each actor, ``{"num_cpus": 1}``).
+        **collector_kwargs: arguments of TorchRL's collector, such as ``policy_device``; for
+            ``"ray"`` also ``ray_init_config`` and ``remote_configs``, the resources of each actor
+            (``{"num_cpus": 1}``).
 
     Returns:
         The collector. A batch is ``[T]`` for one environment and ``[num_envs, T]`` for several,
@@ -114,16 +113,20 @@ def make_collector(
         "timeout": timeout,
         "start_timeout": start_timeout,
     }
-    create_envs = [create_env] * num_workers
     if kind == "ray":
-        options |= {"track_traj_ids": False, "overlap": overlap, "max_restarts": max_restarts}
-        return RayWorkers(create_envs, policy, **{**options, **collector_kwargs})
+        if find_spec("ray") is None:
+            raise ImportError("kind='ray' requires Ray: pip install 'alm-torchrl[ray]'")
+        from alm_torchrl.data.ray_workers import RayWorkers
+
+        options |= {"num_workers": num_workers, "overlap": overlap, "max_restarts": max_restarts}
+        options["track_traj_ids"] = False
+        return RayWorkers(create_env, policy, **{**options, **collector_kwargs})
     leave_unguarded_script()
     options["exploration_type"] = ExplorationType.RANDOM
     if not overlap:
         options["cat_results"] = "stack"
     workers = AsyncWorkers if overlap else SyncWorkers
-    return workers(create_envs, policy, **{**options, **collector_kwargs})
+    return workers([create_env] * num_workers, policy, **{**options, **collector_kwargs})
 
 
 def check_workers(kind: str, num_workers: int, overlap: bool) -> None:
@@ -141,17 +144,14 @@ def check_workers(kind: str, num_workers: int, overlap: bool) -> None:
 
 def _check_frames(frames_per_batch: int, init_random_frames: int, num_parts: int) -> None:
     """Raises a ValueError if the numbers of frames do not fit each other and the workers."""
-    if frames_per_batch < 1:
-        raise ValueError(f"frames_per_batch must be at least 1, not {frames_per_batch}")
-    if init_random_frames < 0:
-        raise ValueError(f"init_random_frames must be at least 0, not {init_random_frames}")
-    if frames_per_batch % num_parts:
+    if frames_per_batch < 1 or frames_per_batch % num_parts:
         raise ValueError(
-            f"frames_per_batch {frames_per_batch} is not a multiple of num_workers={num_parts}"
+            f"frames_per_batch must be a positive multiple of {num_parts}, the number of workers "
+            f"in a batch, not {frames_per_batch}"
         )
-    if init_random_frames % frames_per_batch:
-        below = init_random_frames // frames_per_batch * frames_per_batch
+    if init_random_frames < 0 or init_random_frames % frames_per_batch:
+        below = max(0, init_random_frames // frames_per_batch * frames_per_batch)
         raise ValueError(
-            f"init_random_frames {init_random_frames} is not a multiple of frames_per_batch "
-            f"{frames_per_batch}: use {below} or {below + frames_per_batch}"
+            f"init_random_frames must be a multiple of frames_per_batch, such as {below} or "
+            f"{below + frames_per_batch}, not {init_random_frames}"
         )

@@ -9,6 +9,8 @@ import torch
 from tensordict import MemoryMappedTensor
 from torch import Tensor
 
+from alm_torchrl.data.transitions import equal
+
 
 class FrameStore:
     """Stores the frames of a stacked observation, each frame once.
@@ -47,7 +49,6 @@ class FrameStore:
         self._ring: Tensor = torch.empty(0)  # [max_steps + stack, N, *frame] once allocated
         self._pool: Tensor = torch.empty(0)  # [P, *frame]
         self._free: list[int] = []  # unused indices of the pool
-        self._last: Tensor | None = None  # the newest next observations [N, n, *frame]
         self._places = torch.full((num_envs, stack), -1, dtype=torch.int32)
 
     @property
@@ -56,13 +57,19 @@ class FrameStore:
         return self._ring.nbytes + self._pool.nbytes
 
     def append(
-        self, observations: Tensor, following: Tensor, step: int, stored: Callable[[], Tensor]
+        self,
+        observations: Tensor,
+        following: Tensor,
+        starts: Tensor,
+        step: int,
+        stored: Callable[[], Tensor],
     ) -> Tensor:
         """Stores the new frames of consecutive time steps.
 
         Args:
             observations: stacks ``[N, T, n * C, ...]``.
             following: the next observations, of the same shape.
+            starts: which transitions start an episode, bool ``[N, T]``.
             step: index of the first time step.
             stored: returns the locations that the replay buffer stores.
 
@@ -70,21 +77,15 @@ class FrameStore:
             The locations of the frames of each observation, int32 ``[N, T, n]``.
         """
         before, after = self._split(observations), self._split(following)
-        if not torch.equal(before[:, :, 1:], after[:, :, :-1]):
+        if not equal(before[:, :, 1:], after[:, :, :-1]):
             raise ValueError(
                 f"observations of shape {list(observations.shape[2:])} are not stacks of the last "
                 f"{self.stack} frames: a next observation must drop the oldest frame and append one"
             )
-        if not len(self._ring):
-            self._allocate(before)
-        length = before.shape[1]
-        previous = torch.zeros_like(before[:, 0]) if self._last is None else self._last
-        earlier = torch.cat([previous.unsqueeze(1), after[:, :-1]], 1)
-        starts = ~(before == earlier).flatten(2).all(-1).cpu()
-        if self._last is None:
-            starts[:, 0] = True
-        places = torch.full((self.num_envs, length, self.stack), -1, dtype=torch.int32)
-        for time in range(length):
+        self._allocate(before[0, 0, 0])
+        starts = starts.cpu()
+        places = torch.full((*starts.shape, self.stack), -1, dtype=torch.int32)
+        for time in range(starts.shape[1]):
             self._places = torch.roll(self._places, -1, 1)
             self._places[:, -1] = -1
             for env in starts[:, time].nonzero().flatten().tolist():
@@ -92,16 +93,13 @@ class FrameStore:
                 self._places[env] = self._store_first(before[env, time], used)
             places[:, time] = self._places
         self._write_ring(step, after[:, :, -1].transpose(0, 1))
-        self._last = after[:, -1].clone()
         return places
 
     def stacks(self, steps: Tensor, envs: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Rebuilds observations and next observations, each ``[M, n * C, ...]``.
 
-        Args:
-            steps: time steps ``[M]``.
-            envs: their environments ``[M]``.
-            places: the locations of their frames, as returned by :meth:`append`, ``[M, n]``.
+        The arguments are the time steps ``[M]``, their environments ``[M]``, and the locations of
+        their frames ``[M, n]``, as returned by :meth:`append`.
         """
         back = torch.arange(-self.stack, 1, device=steps.device)
         rows = (steps.unsqueeze(1) + back) % len(self._ring)
@@ -131,16 +129,10 @@ class FrameStore:
     ) -> None:
         """Restores the time steps ``start`` to ``stop - 1`` from a result of :meth:`read`.
 
-        Args:
-            start: the first time step.
-            stop: the end of the time steps.
-            places: the locations of their frames, ``[..., n]``.
-            frames: the result of ``read``.
-            end: the ``stop`` that ``read`` was called with.
+        ``places`` are the locations of their frames, and ``end`` is the ``stop`` of ``read``.
         """
         newest = frames["newest"]
-        if not len(self._ring):
-            self._allocate(newest.unsqueeze(2).transpose(0, 1))
+        self._allocate(newest[0, 0])
         offset = end - len(newest)
         first = max(offset, start - self.stack)  # earlier frames would overwrite newer ones
         self._write_ring(first, newest[first - offset : stop - offset])
@@ -149,7 +141,7 @@ class FrameStore:
         if len(used):
             self._grow(int(used.max()) + 1)
             self._pool[used.to(self.device)] = frames["first"][wanted].to(self.device)
-        self._forget()
+        self._free = []  # searched when one is needed
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all frames, without a copy."""
@@ -157,17 +149,11 @@ class FrameStore:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores all frames."""
-        if not state_dict:
-            return
-        if not len(self._ring):
-            self._allocate(state_dict["newest"].unsqueeze(2).transpose(0, 1))
-        self._ring.copy_(state_dict["newest"])
-        self._pool = state_dict["first"].to(self.device, copy=True)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Starts a new episode; free indices of the pool are searched when one is needed."""
-        self._free, self._last = [], None
+        if state_dict:
+            self._allocate(state_dict["newest"][0, 0])
+            self._ring.copy_(state_dict["newest"])
+            self._pool = state_dict["first"].to(self.device, copy=True)
+            self._free = []
 
     def _split(self, stacked: Tensor) -> Tensor:
         """``[N, T, n * C, ...]`` to ``[N, T, n, C, ...]``."""
@@ -178,15 +164,17 @@ class FrameStore:
             )
         return stacked.unflatten(2, (self.stack, -1))
 
-    def _allocate(self, example: Tensor) -> None:
-        """Allocates memory for frames like those of ``[N, T, n, *frame]``."""
-        shape = (self.max_steps + self.stack, self.num_envs, *example.shape[3:])
+    def _allocate(self, frame: Tensor) -> None:
+        """Allocates the ring for frames like this one, unless it has been allocated."""
+        if len(self._ring):
+            return
+        shape = (self.max_steps + self.stack, self.num_envs, *frame.shape)
         if self._memmap:
-            file = MemoryMappedTensor.empty(shape, dtype=example.dtype, filename=self._filename)
+            file = MemoryMappedTensor.empty(shape, dtype=frame.dtype, filename=self._filename)
             self._ring = file.as_subclass(Tensor)
         else:
-            self._ring = torch.empty(shape, dtype=example.dtype, device=self.device)
-        self._pool = torch.empty(0, *example.shape[3:], dtype=example.dtype, device=self.device)
+            self._ring = torch.empty(shape, dtype=frame.dtype, device=self.device)
+        self._pool = torch.empty(0, *frame.shape, dtype=frame.dtype, device=self.device)
 
     def _write_ring(self, step: int, frames: Tensor) -> None:
         rows = torch.arange(step, step + len(frames)) % len(self._ring)
@@ -202,7 +190,7 @@ class FrameStore:
 
     def _store_first(self, frames: Tensor, used: Callable[[], tuple[Tensor, ...]]) -> Tensor:
         """Stores the first frames of an episode in the pool, a repeated frame once."""
-        new = [True] + [not torch.equal(a, b) for a, b in zip(frames[1:], frames[:-1], strict=True)]
+        new = [True] + [not equal(a, b) for a, b in zip(frames[1:], frames[:-1], strict=True)]
         if len(self._free) < sum(new):
             self._find_free(used())
         places = torch.tensor([self._free.pop() for _ in range(sum(new))])

@@ -40,32 +40,24 @@ class WindowReplayBuffer(ReplayBuffer):
     """A :class:`~torchrl.data.ReplayBuffer` of transitions that samples ``[B, T]`` windows.
 
     Create it with :func:`make_replay_buffer`.
-
-    Args:
-        num_envs: number of environments; each has its own column in the storage.
-        keys: the entries to store; ``None`` for those of :func:`transition_keys`.
-        per_env: sample a batch from each environment instead of one from all.
-        frames: storage of the frames of each stacked observation.
-        **kwargs: arguments of :class:`~torchrl.data.ReplayBuffer`; ``sample_unit`` must be
-            :class:`EpisodeWindows`.
     """
 
     def __init__(
         self,
         *,
-        num_envs: int = 1,
-        keys: Iterable[NestedKey] | None = None,
-        action_key: NestedKey = "action",
-        per_env: bool = False,
-        frames: Mapping[NestedKey, FrameStore] | None = None,
-        sample_device: torch.device | None = None,
+        num_envs: int,
+        keys: list[Key] | None,
+        action_key: NestedKey,
+        per_env: bool,
+        frames: dict[Key, FrameStore],
+        sample_device: torch.device,
         **kwargs: Any,
     ) -> None:
         self.num_envs = num_envs
         self.per_env = per_env
         self.action_key = action_key
-        self.stored_keys = None if keys is None else [tuple_key(key) for key in keys]
-        self.frames = {tuple_key(key): store for key, store in (frames or {}).items()}
+        self.stored_keys = keys
+        self.frames = frames
         self.sample_device = sample_device
         self._discontinuities = DiscontinuityFinder()
         self._warned = False
@@ -105,7 +97,8 @@ class WindowReplayBuffer(ReplayBuffer):
             KeyError: if an entry is missing.
         """
         data = self._select(data)
-        if (breaks := self._discontinuities.find(data)) is not None:
+        breaks = self._discontinuities.find(data)
+        if breaks is not None:
             data = self._truncate_before(data, breaks)
         stored = self._store_frames(data).to(self.storage.device, non_blocking=True)
         # Without a device, TorchRL counts on the CPU and does not synchronize with the GPU.
@@ -136,7 +129,7 @@ class WindowReplayBuffer(ReplayBuffer):
         batch = (self.num_envs, -1) if self.per_env else (-1,)
         windows = data.reshape(*batch, self.window_length)
         windows.set("validity_mask", info["validity_mask"].reshape(windows.shape))
-        if self.sample_device is not None and windows.device != self.sample_device:
+        if windows.device != self.sample_device:
             windows = windows.to(self.sample_device, non_blocking=True)
         return (windows, info) if return_info else windows
 
@@ -235,12 +228,7 @@ class WindowReplayBuffer(ReplayBuffer):
             self.stored_keys = transition_keys(data, self.action_key)
         if not self._discontinuities.keys:
             self._discontinuities.keys = observation_keys(self.stored_keys)
-        try:
-            data = data.select(*self.stored_keys)
-        except KeyError as error:
-            raise KeyError(
-                f"the batch for the replay buffer has not all of {self.stored_keys}: {error}"
-            ) from None
+        data = data.select(*self.stored_keys)
         normalize_(data, self.action_key)
         shape = data.shape
         steps = shape[-1] if len(shape) > 1 or (shape and self.num_envs == 1) else 1
@@ -283,22 +271,27 @@ class WindowReplayBuffer(ReplayBuffer):
         for name, flags in truncated_flags(outcome, last).items():
             self.set_at_(("next", name), flags, newest)
 
-    def _stored(self, key: Key) -> torch.Tensor:
-        return self.storage.get(slice(None))[key] if len(self) else torch.empty(0)
-
     def _store_frames(self, data: TensorDictBase) -> TensorDictBase:
         """Replaces stacked observations by the locations of their frames."""
+        if not self.frames:
+            return data
         batch = data.unsqueeze(0) if self.num_envs == 1 else data
+        starts = self._discontinuities.starts(data).reshape(batch.shape)
         for key, store in self.frames.items():
             following = ("next", *key)
             for needed in (key, following):
                 if needed not in data.keys(include_nested=True):
                     raise KeyError(f"frame_stacks names {key}, but {needed} is not stored")
             stored = partial(self._stored, key)
-            places = store.append(batch[key], batch[following], self.steps_written, stored)
+            places = store.append(
+                batch[key], batch[following], starts, self.steps_written, stored
+            )
             places = places.reshape(*data.shape, store.stack).to(data[key].device)
             data = data.exclude(following).set(key, places)
         return data
+
+    def _stored(self, key: Key) -> torch.Tensor:
+        return self.storage.get(slice(None))[key] if len(self) else torch.empty(0)
 
     def _load_stacks(self, data: TensorDictBase, index: Any) -> TensorDictBase:
         """Replaces the locations of frames by stacked observations, in transitions ``[M]``."""
@@ -386,10 +379,10 @@ def make_replay_buffer(
         store = LazyMemmapStorage(capacity, scratch_dir=scratch_dir, ndim=ndim)
     else:
         store = LazyTensorStorage(capacity, device=device, ndim=ndim)
-    frames: dict[NestedKey, FrameStore] = {}
+    frames: dict[Key, FrameStore] = {}
     for key, stack in (frame_stacks or {}).items():
         name = f"{'-'.join(tuple_key(key))}.frames"
-        frames[key] = FrameStore(
+        frames[tuple_key(key)] = FrameStore(
             stack,
             capacity // num_envs,
             num_envs,
@@ -441,11 +434,12 @@ def bytes_per_transition(
     stacks = {tuple_key(key): stack for key, stack in (frame_stacks or {}).items()}
     total = 0
     for key in stored:
-        if key[0] == "next" and key[1:] in stacks:
-            continue
         leaf = data.get(key)
-        size = leaf.element_size() * leaf.numel() // data.numel()
-        total += size // stacks[key] + 4 * stacks[key] if key in stacks else size
+        size = leaf.nbytes // data.numel()
+        if key in stacks:
+            total += size // stacks[key] + 4 * stacks[key]
+        elif key[0] != "next" or key[1:] not in stacks:
+            total += size
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
@@ -113,7 +114,7 @@ def normalize_(data: TensorDictBase, action_key: NestedKey) -> None:
 
 
 def truncated_flags(outcome: TensorDictBase, last: Tensor) -> dict[str, Tensor]:
-    """Returns ``"done"`` and ``"truncated"`` after an episode was cut where ``last`` is True.
+    """Returns ``"done"`` and ``"truncated"`` for episodes that are cut where ``last`` is True.
 
     Args:
         outcome: the ``"next"`` entry, ``[...]``.
@@ -140,34 +141,29 @@ class DiscontinuityFinder:
 
     def find(self, data: TensorDictBase) -> Tensor | None:
         """Returns a mask of the discontinuous transitions of a batch ``[..., T]``, or ``None``."""
-        time, found = data.ndim - 1, None
+        found = None
         for key in self.keys:
-            new = data.get(key)
-            before = self._previous(new, key, data)
-            if not _equal(new, before):
-                differs = _differs(new, before, data.ndim)
+            new, before = data.get(key), self._previous(key, data)
+            if not equal(new, before):
+                differs = new != before
+                if new.is_floating_point():
+                    differs &= ~(new.isnan() & before.isnan())
+                differs = differs.reshape(*data.shape, -1).any(-1)
                 found = differs if found is None else found | differs
         if found is None:
             return None
-        ended = data.get(("next", "done")).squeeze(-1)
-        last = torch.ones_like(ended.narrow(time, 0, 1)) if self._ended is None else self._ended
-        found &= ~torch.cat([last.to(ended.device), ended.narrow(time, 0, data.shape[-1] - 1)], -1)
-        return found if found.any() else None
+        found &= ~self.starts(data)
+        if not found.any():
+            return None
+        if self._ended is not None:
+            self._ended = self._ended.to(found.device) | found[..., :1]
+        return found
 
-    def _previous(self, new: Tensor, key: Key, data: TensorDictBase) -> Tensor:
-        """Returns the next observations of the steps before those of the batch."""
-        time, steps = data.ndim - 1, data.shape[-1]
-        last = self._last.get(key, new.narrow(time, 0, 1))
-        if last.shape[time + 1 :] != new.shape[time + 1 :]:
-            raise ValueError(
-                f"entry {key!r} has shape {list(new.shape[time + 1 :])}; expected "
-                f"{list(last.shape[time + 1 :])} as in the batches before"
-            )
-        if last.device != new.device:
-            last = last.to(new.device)
-        if steps > 1:
-            last = torch.cat([last, data.get(("next", *key)).narrow(time, 0, steps - 1)], time)
-        return last if last.dtype == new.dtype else last.to(new.dtype)
+    def starts(self, data: TensorDictBase) -> Tensor:
+        """Returns which transitions of a batch start an episode, bool ``[..., T]``."""
+        ended = data.get(("next", "done")).squeeze(-1)
+        first = torch.ones_like(ended[..., :1]) if self._ended is None else self._ended
+        return torch.cat([first.to(ended.device), ended[..., :-1]], -1)
 
     def remember(self, data: TensorDictBase) -> None:
         """Keeps the newest transitions, to compare the next batch with."""
@@ -180,19 +176,24 @@ class DiscontinuityFinder:
         """Accepts any next batch."""
         self._last, self._ended = {}, None
 
+    def _previous(self, key: Key, data: TensorDictBase) -> Tensor:
+        """Returns the next observations of the steps before those of the batch."""
+        time, new = data.ndim - 1, data.get(key)
+        last = self._last.get(key, new.narrow(time, 0, 1))
+        if last.shape[time + 1 :] != new.shape[time + 1 :]:
+            raise ValueError(
+                f"entry {key!r} has shape {list(new.shape[time + 1 :])}; expected "
+                f"{list(last.shape[time + 1 :])} as in the batches before"
+            )
+        last = last.to(new.device)
+        if data.shape[-1] > 1:
+            following = data.get(("next", *key))
+            last = torch.cat([last, following.narrow(time, 0, data.shape[-1] - 1)], time)
+        return last.to(new.dtype)
 
-def _equal(new: Tensor, before: Tensor) -> bool:
-    """``torch.equal``, five times faster for bytes."""
-    if new.dtype == torch.uint8 and new.is_contiguous() and before.is_contiguous():
-        offsets = (new.numel(), new.storage_offset(), before.storage_offset())
-        if not any(offset % 8 for offset in offsets) and new.shape == before.shape:
-            new, before = new.view(-1).view(torch.int64), before.view(-1).view(torch.int64)
-    return torch.equal(new, before)
 
-
-def _differs(new: Tensor, before: Tensor, batch_dims: int) -> Tensor:
-    """Returns where observations ``[..., T, *O]`` differ, bool ``[..., T]``."""
-    differs = new != before
-    if new.is_floating_point():
-        differs &= ~(new.isnan() & before.isnan())
-    return differs.reshape(*new.shape[:batch_dims], -1).any(-1)
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors of one shape, dtype and device are equal."""
+    if one.dtype == torch.uint8 and one.device.type == "cpu":  # NumPy is ten times faster
+        return np.array_equal(one.numpy(), other.numpy())
+    return torch.equal(one, other)

@@ -27,40 +27,14 @@ _GRACE = 5.0  # seconds for TorchRL to notice a dead process itself
 
 
 class WorkersLostError(ChildProcessError):
-    """A worker did not start, died, or did not answer, and is not replaced."""
-
-
-def call_with_timeout(
-    call: Callable[[], Any], timeout: float, failed: Callable[[], object] = lambda: False
-) -> Any:
-    """Runs a call that may block in a thread; raises a :class:`TimeoutError` after ``timeout`` s.
-
-    Once ``failed`` returns True, the call has only a few more seconds.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:  # noqa: BLE001 - raised by future.result()
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    deadline = time.monotonic() + timeout
-    while not wait([future], min(1.0, max(0.0, deadline - time.monotonic()))).done:
-        if time.monotonic() >= deadline:
-            raise TimeoutError
-        if failed():
-            deadline = min(deadline, time.monotonic() + _GRACE)
-    return future.result()
+    """A worker did not start, died or did not answer, and is not replaced."""
 
 
 class _Workers(MultiCollector):
-    """A TorchRL multi-process collector whose calls raise an error instead of blocking forever.
+    """A TorchRL collector with processes, whose calls raise an error instead of blocking forever.
 
     An exception of an environment is raised as a ``RuntimeError`` with its message. The processes
-    exit with the collector and with their parent process. The arguments are those of
-    :func:`~alm_torchrl.data.make_collector` and of TorchRL's collectors.
+    end with the collector and with their parent process.
     """
 
     procs: list[Any] = []  # noqa: RUF012 - set by TorchRL
@@ -127,8 +101,8 @@ class _Workers(MultiCollector):
     def _set_random_frames(self, frames: int) -> None:
         """Sets the frame until which TorchRL's collector acts randomly, after ``frames`` frames."""
         left, batch = self._random_frames - frames, self.requested_frames_per_batch
-        # Asked for n random batches, MultiAsyncCollector collects n + num_workers - 1: it counts a
-        # batch when it arrives, and the other workers have already started theirs.
+        # MultiAsyncCollector counts a batch when it arrives, and the other workers have already
+        # started theirs: asked for n random batches, it collects n + num_workers - 1.
         if left > 0 and isinstance(self, MultiAsyncCollector):
             left = max(left - (self.num_workers - 1) * batch, batch)
         self.init_random_frames = frames + max(left, 0)
@@ -136,17 +110,34 @@ class _Workers(MultiCollector):
     def _call(
         self, call: Callable[[], Any], timeout: float | None = None, *, starting: bool = False
     ) -> Any:
-        """Runs a call of TorchRL's that waits for the processes, with a time limit."""
+        """Runs a call of TorchRL's, which may block, in a thread; raises an error if it fails."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except Exception as error:  # noqa: BLE001 - raised by future.result()
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
         limit = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
         try:
-            return call_with_timeout(call, limit, lambda: _dead(self.procs))
+            while not wait([future], min(1.0, max(0.0, deadline - time.monotonic()))).done:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError
+                if _dead(self.procs):
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+            return future.result()
         except Exception as error:  # noqa: BLE001 - explained and raised below
             failure = self._explain(error, limit, starting)
         raise failure
 
     def _explain(self, error: Exception, timeout: float, starting: bool) -> Exception:
         """Returns the error to raise for a failed call."""
-        report = self._reports.recv() if self._has_report() else ""
+        report = ""
+        with suppress(EOFError, OSError):
+            report = self._reports.recv() if self._reports.poll() else ""
         dead = _dead(self.procs)
         lost = isinstance(error.__cause__ or error, TimeoutError | EOFError | ConnectionError)
         if starting and (report or dead or lost):
@@ -154,20 +145,14 @@ class _Workers(MultiCollector):
             return WorkersLostError(f"a worker could not start: {reason}")
         if report:
             return RuntimeError(report)
+        if not dead and not isinstance(error, TimeoutError):
+            return error
+        _kill(self.procs)
         if dead:
-            _kill(self.procs)
             return WorkersLostError(
                 f"{dead}: check the memory of the machine, and whether the simulator crashes"
             )
-        if isinstance(error, TimeoutError):
-            _kill(self.procs)
-            return WorkersLostError(f"the workers did not answer within {timeout:.0f} s")
-        return error
-
-    def _has_report(self) -> bool:
-        with suppress(EOFError, OSError):
-            return self._reports.poll()
-        return False
+        return WorkersLostError(f"the workers did not answer within {timeout:.0f} s")
 
 
 class SyncWorkers(_Workers, MultiSyncCollector):

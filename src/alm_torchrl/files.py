@@ -17,18 +17,9 @@ import torch
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that replaces ``path`` when it is complete and on the disk.
+    """Opens ``path.partial`` for writing, and renames it to ``path`` once it is on the disk.
 
-    If writing fails, an existing file does not change. The data is first written to
-    ``path.partial``, which is overwritten if it exists.
-
-    Examples:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with atomic_write(folder / "note.txt") as file:
-        ...     _ = file.write(b"whole")
-        >>> [found.name for found in folder.iterdir()]
-        ['note.txt']
+    If writing fails, the partial file is removed, and an existing file ``path`` does not change.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -49,7 +40,7 @@ def save_tensors(content: Any, path: str | Path) -> None:
     """Saves tensors, numbers and strings, in dictionaries, lists and tuples, with ``torch.save``.
 
     Raises:
-        ValueError: if :func:`load_tensors` could not load it, for example a NumPy number.
+        ValueError: if :func:`load_tensors` could not load the content, such as a NumPy number.
     """
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -67,7 +58,7 @@ def load_tensors(path: str | Path) -> Any:
     """Loads a file of :func:`save_tensors` to the CPU, without running code from it.
 
     Raises:
-        ValueError: if the file is damaged, or would need more memory than its size.
+        ValueError: if the file is damaged, or a tensor is larger than the file.
     """
     size = Path(path).stat().st_size
     try:

@@ -9,8 +9,6 @@ import sys
 import threading
 from multiprocessing.util import get_temp_dir
 
-__all__ = ["GUARD_HINT", "exit_with_parent", "leave_unguarded_script"]
-
 #: Remedy for a process that ended before it could send an error.
 GUARD_HINT = (
     'a script that starts processes needs an `if __name__ == "__main__":` guard; if it has one, '

@@ -125,13 +125,19 @@ def test_the_seed_decides_the_first_episode_too():
     ("arguments", "message"),
     [
         ({"kind": "fast"}, "'sync', 'multi' or 'ray', not 'fast'"),
-        ({"frames_per_batch": 0}, "frames_per_batch must be a positive multiple of 1, .*, not 0"),
+        ({"frames_per_batch": 0}, "must be a positive multiple of 1, .*, not 0"),
         ({"num_workers": 0}, "num_workers must be at least 1"),
         ({"num_workers": 2}, "kind='sync' collects in this process"),
         ({"init_random_frames": -10}, "multiple of frames_per_batch, such as 0 or 10, not -10"),
-        ({"init_random_frames": 25}, "must be a multiple of frames_per_batch, such as 20 or 30, not 25"),
+        (
+            {"init_random_frames": 25},
+            "multiple of frames_per_batch, such as 20 or 30, not 25",
+        ),
         ({"overlap": True}, "overlap=True require kind='multi' or 'ray'"),
-        ({"kind": "multi", "num_workers": 3}, "frames_per_batch must be a positive multiple of 3, .*, not 10"),
+        (
+            {"kind": "multi", "num_workers": 3},
+            "must be a positive multiple of 3, .*, not 10",
+        ),
         ({"kind": "multi", "create_env": CountingEnv()}, "pass a function that creates it"),
     ],
 )

@@ -41,7 +41,7 @@ def test_what_was_saved_is_put_back_where_it_was(
         replay.extend(batch(first, min(5, total - first), envs))
         if first % 3 == 0 or first + 5 >= total:
             parts = saved.save()
-    assert replay.steps_written == total
+    assert replay.write_count == total
 
     fresh = buffer(envs, storage=storage)
     IncrementalReplay(fresh, tmp_path).load(parts)
@@ -108,14 +108,14 @@ def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Pa
     replay.extend(batch(0, 10, 1))
     for expected in ([9], [9, 14], [9, 14, 19]):
         saved = IncrementalReplay(replay, tmp_path)
-        if replay.steps_written == 10:
+        if replay.write_count == 10:
             parts = saved.save()
         replay = buffer()
         saved = IncrementalReplay(replay, tmp_path)
         saved.load(parts)
         closed = everything(replay)["next", "truncated"].flatten().nonzero().flatten()
         assert closed.tolist() == expected
-        replay.extend(batch(replay.steps_written, 5, 1))
+        replay.extend(batch(replay.write_count, 5, 1))
         parts = saved.save()
 
 

@@ -1,13 +1,11 @@
 """Replay buffers of windows, and collectors."""
 
 from alm_torchrl.data.collectors import make_collector
-from alm_torchrl.data.frames import FrameStore
 from alm_torchrl.data.incremental import IncrementalReplay, ReplayChunk
 from alm_torchrl.data.replay import WindowReplayBuffer, bytes_per_transition, make_replay_buffer
 from alm_torchrl.data.workers import WorkersLostError
 
 __all__ = [
-    "FrameStore",
     "IncrementalReplay",
     "ReplayChunk",
     "WindowReplayBuffer",

@@ -38,17 +38,16 @@ def make_collector(
     The first ``init_random_frames`` actions are uniform in the action spec; then the policy acts
     with ``ExplorationType.RANDOM``. A frame is one step of one environment.
 
-    A worker process that dies or does not answer raises :class:`WorkersLostError`. A Ray actor is
-    replaced with a warning, and ``collector.restarts`` increases: then call
+    A process that dies or does not answer raises :class:`WorkersLostError`. A Ray actor is replaced
+    with a warning, and ``collector.restarts`` increases: then call
     :meth:`WindowReplayBuffer.truncate_open_episodes`, as ``ExperienceStream`` does. An exception of
     an environment in a worker is raised here.
 
     Args:
         create_env: a function that creates the environment (picklable unless ``kind="sync"``), or,
             for ``kind="sync"``, an environment.
-        policy: the policy; ``None`` for random actions. ``kind="sync"`` shares its parameters if
-            the device is the same. Workers use the weights that
-            ``collector.update_policy_weights_()`` sent last.
+        policy: the policy; ``None`` for random actions. ``kind="sync"`` shares its parameters;
+            workers use those that ``collector.update_policy_weights_()`` sent last.
         frames_per_batch: frames in a batch, over all its environments.
         total_frames: frames after which iteration stops; -1 for no limit.
         init_random_frames: random frames at the start.

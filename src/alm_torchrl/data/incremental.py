@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 
 from alm_torchrl.data.replay import ReplaySlice, WindowReplayBuffer
-from alm_torchrl.data.transitions import Key, tuple_key
+from alm_torchrl.data.transitions import Key
 from alm_torchrl.files import load_tensors, save_tensors, sha256
 
 _NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and the run's random id
@@ -21,11 +21,7 @@ _FRAMES = "frames:"  # prefix of entries that are not time steps
 
 @dataclass(frozen=True)
 class ReplayChunk:
-    """A file of an :class:`IncrementalReplay`.
-
-    It has the time steps ``start`` to ``stop - 1``, as counted by
-    ``WindowReplayBuffer.steps_written``.
-    """
+    """A file of an :class:`IncrementalReplay`, with the time steps ``start`` to ``stop - 1``."""
 
     file: str
     start: int
@@ -34,15 +30,11 @@ class ReplayChunk:
 
 
 class IncrementalReplay:
-    """Saves a replay buffer as files that each hold the time steps since the last save.
+    """Saves a replay buffer in files of a folder, each with the time steps since the last save.
 
     Files never change after they are written, so older checkpoints stay valid. File names end with
     a random id of the run. A chunk starts with the last time step of the chunk before it, because
     its episode may have been truncated since.
-
-    Args:
-        replay: the buffer.
-        folder: the folder of the files; created if needed.
     """
 
     def __init__(self, replay: WindowReplayBuffer, folder: str | Path) -> None:
@@ -54,7 +46,7 @@ class IncrementalReplay:
 
     def save(self) -> list[ReplayChunk]:
         """Writes the new time steps to disk and returns all chunks, oldest first."""
-        written = self.replay.steps_written
+        written = self.replay.write_count
         oldest = max(0, written - self.replay.max_steps)
         saved = self.chunks[-1].stop if self.chunks else 0
         if saved < written:
@@ -67,7 +59,6 @@ class IncrementalReplay:
 
         Raises:
             ValueError: if the buffer has other sizes or entries, or a chunk is damaged.
-            OSError: if a chunk cannot be opened.
         """
         self.chunks = list(chunks)
         if self.chunks:
@@ -88,10 +79,7 @@ class IncrementalReplay:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{start:012d}-{stop:012d}-{self._run_id}.pt"
         _, data, frames = self.replay.read(start, stop)
-        content = {
-            "/".join(tuple_key(key)): leaf
-            for key, leaf in data.items(include_nested=True, leaves_only=True)
-        }
+        content = data.flatten_keys("/").to_dict()
         for key, tensors in frames.items():
             content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in tensors.items()}
         save_tensors(content, path)
@@ -120,5 +108,4 @@ class IncrementalReplay:
                     f"{chunk.file} does not have {shape[0]} steps of num_envs="
                     f"{self.replay.num_envs} environments"
                 )
-            entries = {tuple(name.split("/")): leaf for name, leaf in content.items()}
-            yield chunk.start, TensorDict(entries, shape), frames
+            yield chunk.start, TensorDict(content, shape).unflatten_keys("/"), frames

@@ -31,8 +31,7 @@ class RayWorkers(BaseCollector):
 
     Weights are sent through Ray's object store, with the request for the next batch. TorchRL's
     ``RayCollector`` sends them through a process group, which a new actor could not join. The
-    cluster is left running for other users of Ray in this process. The arguments are those of
-    :func:`~alm_torchrl.data.make_collector` and of TorchRL's ``Collector``.
+    cluster is left running until this process ends.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import MemoryMappedTensor, NestedKey, TensorDictBase
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
@@ -37,10 +37,7 @@ ReplaySlice = tuple[int, TensorDictBase, dict[Key, dict[str, torch.Tensor]]]
 
 
 class WindowReplayBuffer(ReplayBuffer):
-    """A :class:`~torchrl.data.ReplayBuffer` of transitions that samples ``[B, T]`` windows.
-
-    Create it with :func:`make_replay_buffer`.
-    """
+    """A replay buffer that samples ``[B, T]`` windows; see :func:`make_replay_buffer`."""
 
     def __init__(
         self,
@@ -64,19 +61,9 @@ class WindowReplayBuffer(ReplayBuffer):
         super().__init__(**kwargs)
 
     @property
-    def window_length(self) -> int:
-        """Transitions in a window, ``T``."""
-        return self._sample_unit.length
-
-    @property
     def max_steps(self) -> int:
         """Time steps stored for each environment before the oldest is overwritten."""
         return self.storage.max_size // self.num_envs
-
-    @property
-    def steps_written(self) -> int:
-        """Time steps stored so far, including those that have been overwritten."""
-        return int(self.write_count)
 
     def extend(self, data: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
         """Stores a batch of transitions in order of time.
@@ -89,11 +76,10 @@ class WindowReplayBuffer(ReplayBuffer):
         Args:
             data: a collector's batch: ``[T]`` or ``[1, T]`` for one environment; ``[num_envs, T]``,
                 ``[workers, envs, T]`` or ``[num_envs]`` (one step of each) for several.
-            update_priority: ignored, for compatibility with TorchRL.
+            update_priority: ignored.
 
         Raises:
-            ValueError: if the batch has another number of environments, is longer than the buffer,
-                has an observation in ``frame_stacks`` that is not a stack, or an invalid flag.
+            ValueError: if the shape, a flag, or an observation in ``frame_stacks`` is invalid.
             KeyError: if an entry is missing.
         """
         data = self._select(data)
@@ -113,31 +99,27 @@ class WindowReplayBuffer(ReplayBuffer):
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
         """Samples windows whose first transitions are uniform over all stored transitions.
 
-        Args:
-            batch_size: number of windows, ``B``; the buffer's own by default.
-            return_info: also return TorchRL's information about the sample, flat ``[B * T]``.
-
         Returns:
             The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``: False after
             the end of the episode and after the newest transition, where the last valid transition
-            is repeated. With ``per_env``, the batch shape is ``[num_envs, B, T]``.
+            is repeated. With ``per_env``, the shape is ``[num_envs, B, T]``. With ``return_info``,
+            also TorchRL's information about the sample, flat ``[B * T]``.
         """
         if not len(self):
             raise RuntimeError("cannot sample from an empty replay buffer: call extend() first")
         data, info = super().sample(batch_size, return_info=True)
         data = self._load_stacks(data, info["index"])
         batch = (self.num_envs, -1) if self.per_env else (-1,)
-        windows = data.reshape(*batch, self.window_length)
+        windows = data.reshape(*batch, self._sample_unit.length)
         windows.set("validity_mask", info["validity_mask"].reshape(windows.shape))
         if windows.device != self.sample_device:
             windows = windows.to(self.sample_device, non_blocking=True)
         return (windows, info) if return_info else windows
 
     def truncate_open_episodes(self) -> None:
-        """Marks the newest transition of each environment as truncated.
+        """Marks the newest transition of each environment as truncated, but not as terminated.
 
-        Call it when the next transition does not continue the last one: after a reset of the
-        environments, for example. ``terminated`` does not change.
+        Call it when the next transition does not continue the last one, such as after a reset.
         """
         self._discontinuities.forget()
         self._truncate_newest(torch.ones(self.num_envs, dtype=torch.bool))
@@ -148,30 +130,27 @@ class WindowReplayBuffer(ReplayBuffer):
         self._discontinuities.forget()
 
     def read(self, start: int, stop: int) -> ReplaySlice:
-        """Copies the time steps ``start`` to ``stop - 1``, counted as in :attr:`steps_written`.
+        """Copies the time steps ``start`` to ``stop - 1``, counted as in ``write_count``.
 
-        Returns:
-            ``start``; the entries on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``;
-            and for each key of ``frame_stacks`` its frames (:meth:`FrameStore.read`).
+        The entries are on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``.
         """
-        oldest = max(0, self.steps_written - self.max_steps)
-        if not oldest <= start <= stop <= self.steps_written:
-            stored = f"{oldest} to {self.steps_written} are stored"
+        oldest = max(0, self.write_count - self.max_steps)
+        if not oldest <= start <= stop <= self.write_count:
+            stored = f"{oldest} to {self.write_count} are stored"
             raise IndexError(f"cannot read time steps {start} to {stop}: {stored}")
         rows = torch.arange(start, stop, device=self.storage.device) % self.max_steps
         data = self.storage.get(slice(None))[rows].to("cpu")
-        return start, data, {k: s.read(start, stop, data[k]) for k, s in self.frames.items()}
+        return start, data, {key: store.read(start, stop) for key, store in self.frames.items()}
 
-    def restore(self, slices: Iterable[ReplaySlice], steps_written: int) -> None:
-        """Fills an empty buffer from results of :meth:`read` and truncates the open episodes.
+    def restore(self, slices: Iterable[ReplaySlice], written: int) -> None:
+        """Fills an empty buffer from slices, newest first, and truncates the open episodes.
 
-        Args:
-            slices: newest first; where two overlap, the newer one is used.
-            steps_written: of the buffer that was read.
+        ``written`` is the ``write_count`` of the buffer that was read. Where slices overlap, the
+        newer one is used.
         """
         if len(self):
             raise ValueError("cannot restore a replay buffer that is not empty")
-        oldest, missing = max(0, steps_written - self.max_steps), steps_written
+        oldest, missing = max(0, written - self.max_steps), written
         for start, data, frames in slices:
             first, stop = max(start, oldest), min(start + len(data), missing)
             if start + len(data) < missing:
@@ -181,25 +160,23 @@ class WindowReplayBuffer(ReplayBuffer):
                 wanted = data[first - start : stop - start]
                 self.storage.set(rows, wanted.to(self.storage.device))
                 for key, store in self.frames.items():
-                    store.write(first, stop, wanted[key], frames[key], start + len(data))
+                    store.write(first, stop, frames[key], start + len(data))
                 missing = first
         if missing > oldest:
             raise ValueError(f"time steps {oldest} to {missing} of the replay buffer are missing")
-        cursor = {"_cursor": steps_written % self.max_steps, "_write_count": steps_written}
+        cursor = {"_cursor": written % self.max_steps, "_write_count": written}
         self.writer.load_state_dict(cursor)
         self.truncate_open_episodes()
 
     def dumps(self, path: str | Path) -> None:
         """Saves the whole buffer to a folder."""
         super().dumps(path)
-        if self.frames:
-            torch.save(self._frames_state(), Path(path) / "frames.pt")
+        torch.save(self._frames_state(), Path(path) / "frames.pt")
 
     def loads(self, path: str | Path) -> None:
         """Loads a buffer saved by :meth:`dumps` and truncates the open episodes."""
         super().loads(path)
-        file = Path(path) / "frames.pt"
-        self._restore(torch.load(file, weights_only=True) if self.frames else {})
+        self._restore(torch.load(Path(path) / "frames.pt", weights_only=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without a copy of the stored tensors."""
@@ -208,14 +185,14 @@ class WindowReplayBuffer(ReplayBuffer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict`` and truncates the open episodes."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "frames"})
-        self._restore(state_dict.get("frames", {}))
+        self._restore(state_dict["frames"])
 
-    def _frames_state(self) -> dict[str, Any]:
-        return {"/".join(key): store.state_dict() for key, store in self.frames.items()}
+    def _frames_state(self) -> dict[Key, Any]:
+        return {key: store.state_dict() for key, store in self.frames.items()}
 
-    def _restore(self, frames: dict[str, Any]) -> None:
+    def _restore(self, frames: dict[Key, Any]) -> None:
         for key, store in self.frames.items():
-            store.load_state_dict(frames["/".join(key)])
+            store.load_state_dict(frames[key])
         self.truncate_open_episodes()
 
     @property
@@ -250,10 +227,9 @@ class WindowReplayBuffer(ReplayBuffer):
             self._warned = True
             warnings.warn(
                 f"{int(breaks.sum())} of {breaks.numel()} transitions of a batch do not continue "
-                "the transition before them, which was not the end of an episode. The replay "
-                "buffer truncates the episode there. Call truncate_open_episodes() before a new "
-                "rollout, and pass data of several environments as [num_envs, T] to a buffer "
-                "created with num_envs",
+                "the transition before them, so the replay buffer truncates the episode there. "
+                "Call truncate_open_episodes() before a new rollout, and pass data of several "
+                "environments as [num_envs, T] to a buffer created with num_envs",
                 stacklevel=3,
             )
         self._truncate_newest(breaks[..., 0])
@@ -272,36 +248,27 @@ class WindowReplayBuffer(ReplayBuffer):
             self.set_at_(("next", name), flags, newest)
 
     def _store_frames(self, data: TensorDictBase) -> TensorDictBase:
-        """Replaces stacked observations by the locations of their frames."""
+        """Moves stacked observations from a batch to the storage of their frames."""
         if not self.frames:
             return data
         batch = data.unsqueeze(0) if self.num_envs == 1 else data
         starts = self._discontinuities.starts(data).reshape(batch.shape)
         for key, store in self.frames.items():
-            following = ("next", *key)
-            for needed in (key, following):
-                if needed not in data.keys(include_nested=True):
-                    raise KeyError(f"frame_stacks names {key}, but {needed} is not stored")
-            stored = partial(self._stored, key)
-            places = store.append(
-                batch[key], batch[following], starts, self.steps_written, stored
-            )
-            places = places.reshape(*data.shape, store.stack).to(data[key].device)
-            data = data.exclude(following).set(key, places)
-        return data
-
-    def _stored(self, key: Key) -> torch.Tensor:
-        return self.storage.get(slice(None))[key] if len(self) else torch.empty(0)
+            observation, following = batch.get(key, None), batch.get(("next", *key), None)
+            if observation is None or following is None:
+                raise KeyError(f"frame_stacks names {key}, which is not stored")
+            store.append(observation, following, starts, self.write_count)
+        return data.exclude(*self.frames, *(("next", *key) for key in self.frames))
 
     def _load_stacks(self, data: TensorDictBase, index: Any) -> TensorDictBase:
-        """Replaces the locations of frames by stacked observations, in transitions ``[M]``."""
+        """Adds the stacked observations to transitions ``[M]``."""
         if not self.frames:
             return data
         rows = index[0] if isinstance(index, tuple) else index
         envs = index[1] if isinstance(index, tuple) else torch.zeros_like(rows)
-        steps = self.steps_written - 1 - (self._newest_row - rows) % self.max_steps
+        steps = self.write_count - 1 - (self._newest_row - rows) % self.max_steps
         for key, store in self.frames.items():
-            before, after = store.stacks(steps, envs, data[key])
+            before, after = store.stacks(steps, envs)
             data = data.set(key, before).set(("next", *key), after)
         return data
 
@@ -324,45 +291,37 @@ def make_replay_buffer(
     """Creates a replay buffer of masked windows.
 
     Sampling is uniform over all stored transitions. A window never crosses the end of an episode
-    (termination or time limit), a discontinuity in the data, or the boundary between the newest and
-    the oldest transition; entries after these are padding, False in ``"validity_mask"``.
-
-    The first batch allocates memory for the whole capacity: :func:`bytes_per_transition` times
-    ``capacity``. For HalfCheetah-v5 a transition takes 0.17 kB, for Humanoid-v5 2.9 kB.
+    (termination or time limit), a discontinuity in the data, or the newest transition; entries
+    after these are padding, False in ``"validity_mask"``. The first batch allocates memory for the
+    whole capacity (see :func:`bytes_per_transition`).
 
     Args:
         capacity: maximum number of transitions, over all environments.
         batch_size: windows in a sample, ``B``.
         window_length: transitions in a window, ``T``.
-        num_envs: number of environments (workers times environments for ``kind="multi"``).
+        num_envs: number of environments, over all workers.
         storage: ``"memory"``, or ``"memmap"`` for files.
         scratch_dir: folder of these files; a temporary folder by default.
         device: device of the samples, and of a memory storage.
         seed: seed of the sampling; by default TorchRL's global generator is used.
-        keys: entries to store instead of those of :func:`transition_keys`. They must include
-            ``("next", "done")``.
+        keys: entries to store, including ``("next", "done")``; by default the observations, the
+            action, the reward and the flags.
         action_key: the action's key.
         per_env: sample ``batch_size`` windows from each environment, for
             :class:`~alm_torchrl.training.StackedLoss`.
-        frame_stacks: number of frames of each stacked observation, along its first dimension, such
-            as ``{"pixels": 3}`` for uint8 ``[9, 84, 84]``. Each frame is then stored once, and each
-            transition has ``4 n`` bytes in addition. The samples do not change.
-            :func:`alm_torchrl.envs.frame_stacks` reads it from an environment.
+        frame_stacks: number of frames of each observation that is stacked along its first
+            dimension, as returned by :func:`alm_torchrl.envs.frame_stacks`; each frame is then
+            stored once, and samples do not change.
 
     Raises:
         ValueError: if the sizes do not fit each other, or the storage is unknown.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
+        >>> from alm_torchrl.envs import make_env
         >>> buffer = make_replay_buffer(100, batch_size=4, seed=0)
-        >>> step = {"observation": torch.zeros(20, 5)}
-        >>> outcome = {"reward": torch.zeros(20, 1), "done": torch.zeros(20, 1, dtype=torch.bool)}
-        >>> batch = {**step, "action": torch.zeros(20, 2), "next": {**step, **outcome}}
-        >>> indices = buffer.extend(TensorDict(batch, [20]))
-        >>> sample = buffer.sample()
-        >>> sample.shape, sample["next", "observation"].shape
-        (torch.Size([4, 3]), torch.Size([4, 3, 5]))
+        >>> indices = buffer.extend(make_env("Pendulum-v1").rollout(20))
+        >>> buffer.sample()["next", "observation"].shape
+        torch.Size([4, 3, 3])
     """
     keys = None if keys is None else [tuple_key(key) for key in keys]
     capacity, batch_size, window_length, num_envs = _check_sizes(
@@ -380,16 +339,12 @@ def make_replay_buffer(
     else:
         store = LazyTensorStorage(capacity, device=device, ndim=ndim)
     frames: dict[Key, FrameStore] = {}
-    for key, stack in (frame_stacks or {}).items():
-        name = f"{'-'.join(tuple_key(key))}.frames"
-        frames[tuple_key(key)] = FrameStore(
-            stack,
-            capacity // num_envs,
-            num_envs,
-            device=store.device,
-            memmap=storage == "memmap",
-            filename=None if scratch_dir is None else str(Path(scratch_dir) / name),
-        )
+    for name, stack in (frame_stacks or {}).items():
+        key, empty = tuple_key(name), torch.empty
+        if storage == "memmap":
+            file = scratch_dir and str(Path(scratch_dir) / f"{'-'.join(key)}.frames")
+            empty = partial(MemoryMappedTensor.empty, filename=file)
+        frames[key] = FrameStore(stack, capacity // num_envs, num_envs, store.device, empty)
     writer = RoundRobinWriter()
     generator = None if seed is None else torch.Generator(store.device).manual_seed(index(seed))
     return WindowReplayBuffer(
@@ -418,17 +373,12 @@ def bytes_per_transition(
 ) -> int:
     """Returns the bytes that one transition of a collector's batch takes in a replay buffer.
 
-    The options are those of :func:`make_replay_buffer`. The few frames that an episode starts with
-    are not counted.
+    The options are those of :func:`make_replay_buffer`. First frames of episodes are not counted.
 
     Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> step = {"observation": torch.zeros(20, 5)}
-        >>> outcome = {"reward": torch.zeros(20, 1), "done": torch.zeros(20, 1, dtype=torch.bool)}
-        >>> batch = {**step, "action": torch.zeros(20, 2), "next": {**step, **outcome}}
-        >>> bytes_per_transition(TensorDict(batch, [20]))  # 4 * (2 * 5 + 2 + 1) + 1
-        53
+        >>> from alm_torchrl.envs import make_env
+        >>> bytes_per_transition(make_env("Pendulum-v1").rollout(2))  # 4 * (2 * 3 + 1 + 1) + 3
+        35
     """
     stored = transition_keys(data, action_key) if keys is None else [tuple_key(k) for k in keys]
     stacks = {tuple_key(key): stack for key, stack in (frame_stacks or {}).items()}

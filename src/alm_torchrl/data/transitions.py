@@ -33,14 +33,6 @@ def transition_keys(data: TensorDictBase, action_key: NestedKey = "action") -> l
 
     An observation is an entry that exists at the root and under ``"next"``. Other outputs of the
     policy, such as latents, are not stored.
-
-    Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> step = {"pixels": torch.zeros(3), "done": torch.zeros(1, dtype=torch.bool)}
-        >>> root = {**step, "action": torch.zeros(2), "latent": torch.zeros(5)}
-        >>> transition_keys(TensorDict({**root, "next": {**step, "reward": torch.zeros(1)}}))
-        [('action',), ('next', 'done'), ('next', 'pixels'), ('next', 'reward'), ('pixels',)]
     """
     leaves = {tuple_key(key) for key in data.keys(include_nested=True, leaves_only=True)}
     action = tuple_key(action_key)
@@ -66,18 +58,7 @@ def as_column(value: Tensor, batch_shape: torch.Size) -> Tensor:
 
 
 def as_flag(key: NestedKey, value: Tensor, batch_shape: torch.Size) -> Tensor:
-    """Converts a flag of zeros and ones to bool ``[*batch_shape, 1]``.
-
-    Args:
-        key: name of the flag in error messages.
-        value: the flag, ``batch_shape`` or ``[*batch_shape, 1]``.
-        batch_shape: shape of the batch.
-
-    Examples:
-        >>> as_flag("done", torch.tensor([0.0, 1.0]), torch.Size([2]))
-        tensor([[False],
-                [ True]])
-    """
+    """Converts a flag of zeros and ones, with or without last dimension, to bool ``[..., 1]``."""
     column = as_column(value, batch_shape)
     if column.shape != (*batch_shape, 1):
         raise ValueError(
@@ -93,10 +74,7 @@ def as_flag(key: NestedKey, value: Tensor, batch_shape: torch.Size) -> Tensor:
 
 
 def normalize_(data: TensorDictBase, action_key: NestedKey) -> None:
-    """Gives flags, reward and action their usual shape and dtype, in place.
-
-    ``"done"`` becomes the union of all flags.
-    """
+    """Gives flags, reward and action their usual form in place; ``"done"`` is any of the flags."""
     outcome, ended = data.get("next"), None
     for name in OUTCOME_KEYS[1:]:
         value = outcome.get(name, None)
@@ -114,12 +92,7 @@ def normalize_(data: TensorDictBase, action_key: NestedKey) -> None:
 
 
 def truncated_flags(outcome: TensorDictBase, last: Tensor) -> dict[str, Tensor]:
-    """Returns ``"done"`` and ``"truncated"`` for episodes that are cut where ``last`` is True.
-
-    Args:
-        outcome: the ``"next"`` entry, ``[...]``.
-        last: bool ``[..., 1]``.
-    """
+    """Returns ``"done"`` and ``"truncated"`` for episodes that end where ``last`` is True."""
     done = outcome.get("done")
     flags = {"done": done | last}
     truncated = outcome.get("truncated", None)

@@ -26,9 +26,7 @@ class EpisodeWindows(SampleUnit):
     ) -> tuple[torch.Tensor | tuple, dict[str, Any]]:
         """Expands ``n`` indices (rows, or rows and environments) to those of ``n`` windows.
 
-        Returns:
-            Indices ``[n * T]`` of the same form, and ``info`` with ``"validity_mask"``
-            ``[n * T]``.
+        The indices and ``info["validity_mask"]`` are ``[n * T]``.
         """
         start, *envs = index if isinstance(index, tuple) else (index,)
         written = storage.shape[0]
@@ -51,7 +49,7 @@ class PerEnvSampler(RandomSampler):
     """Samples the same number of transitions from each environment, in their order."""
 
     def sample(self, storage: TensorStorage, batch_size: int) -> tuple[Any, dict[str, Any]]:
-        """Returns rows and environments, each ``[num_envs * batch_size]``, and no information."""
+        """Returns rows and environments, each ``[num_envs * batch_size]``."""
         written, num_envs = storage.shape
         total, device = num_envs * batch_size, storage.device
         rows = torch.randint(written, (total,), generator=storage._rng, device=device)

@@ -51,15 +51,20 @@ class _Workers(MultiCollector):
         **options: Any,
     ) -> None:
         self._random_frames = init_random_frames
-        self._timeout = timeout
+        self._timeout, self._start_timeout = timeout, start_timeout
         self._reports, writer = multiprocessing.Pipe(duplex=False)
         # Created before the workers, which inherit it and remove it if this process is killed.
-        _check_socket_folder(get_temp_dir())
+        folder, longest = get_temp_dir(), 103 - len("/listener-xxxxxxxx")
+        if len(os.fsencode(folder)) > longest:  # batches would be lost without an error
+            raise ValueError(
+                f"workers send batches through sockets in {folder}, but this path is longer than "
+                f"{longest} bytes: set TMPDIR to a shorter one"
+            )
         options["num_threads"] = torch.get_num_threads()  # TorchRL would change it
         options["collector_class"] = partial(Worker, reports=writer)
         start = partial(super().__init__, create_envs, policy, **options)
         try:
-            self._call(start, start_timeout, starting=True)
+            self._call(start, starting=True)
             # Kill workers at exit: they block on their parent, which blocks interpreter shutdown.
             weakref.finalize(self, _kill, self.procs)
             self._set_random_frames(0)
@@ -107,9 +112,7 @@ class _Workers(MultiCollector):
             left = max(left - (self.num_workers - 1) * batch, batch)
         self.init_random_frames = frames + max(left, 0)
 
-    def _call(
-        self, call: Callable[[], Any], timeout: float | None = None, *, starting: bool = False
-    ) -> Any:
+    def _call(self, call: Callable[[], Any], *, starting: bool = False) -> Any:
         """Runs a call of TorchRL's, which may block, in a thread; raises an error if it fails."""
         future: Future[Any] = Future()
 
@@ -120,7 +123,7 @@ class _Workers(MultiCollector):
                 future.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        limit = self._timeout if timeout is None else timeout
+        limit = self._start_timeout if starting else self._timeout
         deadline = time.monotonic() + limit
         try:
             while not wait([future], min(1.0, max(0.0, deadline - time.monotonic()))).done:
@@ -194,16 +197,6 @@ class Worker(Collector):
             with suppress(OSError):
                 self._reports.send(one_line(error))
             raise
-
-
-def _check_socket_folder(folder: str) -> None:
-    """Raises if the path is too long for sockets, where batches would be lost without an error."""
-    longest = 103 - len("/listener-xxxxxxxx")
-    if len(os.fsencode(folder)) > longest:
-        raise ValueError(
-            f"workers send batches through sockets in {folder}, but this path is longer than "
-            f"{longest} bytes: set TMPDIR to a shorter one"
-        )
 
 
 def _dead(processes: list[Any]) -> str:

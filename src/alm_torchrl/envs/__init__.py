@@ -2,12 +2,11 @@
 
 from alm_torchrl.envs.generators import random_states, set_random_states
 from alm_torchrl.envs.make import frame_stacks, make_env
-from alm_torchrl.envs.transforms import Distractors, History, KeepDimensions, RenderFrames
+from alm_torchrl.envs.transforms import Distractors, History, RenderFrames
 
 __all__ = [
     "Distractors",
     "History",
-    "KeepDimensions",
     "RenderFrames",
     "frame_stacks",
     "make_env",

@@ -6,7 +6,6 @@ import difflib
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torchrl.envs import CatTensors, ExcludeTransform, FlattenObservation
 from torchrl.envs.libs.dm_control import DMControlWrapper
 from torchrl.envs.transforms import Transform
@@ -20,8 +19,8 @@ _INSTALL = (
 )
 
 
-def check_control_suite(task: str) -> None:
-    """Raises if dm_control is not installed or does not know ``dm_control/domain-task``."""
+def make_control_suite(task: str, kwargs: dict[str, Any], **wrapper: Any) -> DMControlWrapper:
+    """Creates one environment ``dm_control/domain-task``, without transforms."""
     if find_spec("dm_control") is None:
         raise ImportError(f"{task} requires dm_control: {_INSTALL}")
     try:
@@ -30,23 +29,15 @@ def check_control_suite(task: str) -> None:
         raise ImportError(f"cannot import dm_control ({one_line(error)}): {_INSTALL}") from error
     known = [f"{PREFIX}{domain}-{name}" for domain, name in suite.ALL_TASKS]
     if task not in known:
-        close = difflib.get_close_matches(task, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"an example is {known[0]}"
+        close = difflib.get_close_matches(task, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"an example is {known[0]}"
         raise ValueError(f"unknown dm_control task {task!r}: {hint}")
-
-
-def make_control_suite(
-    task: str, kwargs: dict[str, Any], *, action_repeat: int, device: torch.device | str
-) -> DMControlWrapper:
-    """Creates one environment, without transforms."""
-    from dm_control import suite
-
     domain, _, name = task.removeprefix(PREFIX).partition("-")
     try:
         env = suite.load(domain, name, **kwargs)
     except TypeError as error:
         raise ValueError(f"{task} does not take these arguments: {error}") from None
-    return DMControlWrapper(env, frame_skip=action_repeat, device=device)
+    return DMControlWrapper(env, **wrapper)
 
 
 def join_observations(env: DMControlWrapper, mask_velocities: bool) -> list[Transform]:

@@ -9,17 +9,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torchrl.envs import EnvBase
 
 from alm_torchrl.envs.gymnasium import wrap
 
-_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-
-
-def is_import_path(task: str) -> bool:
-    """Returns whether this has the form ``package.module:attribute``."""
-    return _PATH.fullmatch(task) is not None
+#: The form ``package.module:attribute``.
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def import_factory(path: str) -> Callable[..., Any]:
@@ -46,12 +41,7 @@ def import_factory(path: str) -> Callable[..., Any]:
 
 
 def make_custom(
-    factory: Callable[..., Any],
-    kwargs: dict[str, Any],
-    *,
-    name: str,
-    action_repeat: int,
-    device: torch.device | str,
+    factory: Callable[..., Any], name: str, kwargs: dict[str, Any], **wrapper: Any
 ) -> EnvBase:
     """Creates one custom environment, without transforms."""
     env = factory(**kwargs)
@@ -61,17 +51,17 @@ def make_custom(
                 f"{name} creates a batch of environments {list(env.batch_size)}: let it create one "
                 "and use num_envs"
             )
-        if action_repeat > 1:
+        if wrapper["frame_skip"] > 1:
             raise ValueError(
-                f"action_repeat={action_repeat} does not apply to {name}: an EnvBase repeats "
-                "actions in its own _step"
+                f"action_repeat={wrapper['frame_skip']} does not apply to {name}: an EnvBase "
+                "repeats actions in its own _step"
             )
-        return env.to(device)
+        return env.to(wrapper["device"])
     if find_spec("gymnasium") is not None:
         import gymnasium
 
         if isinstance(env, gymnasium.Env):
-            return wrap(env, action_repeat=action_repeat, device=device)
+            return wrap(env, **wrapper)
     raise ValueError(
         f"{name} creates a {type(env).__name__}, which is neither a torchrl.envs.EnvBase nor a "
         "gymnasium.Env"

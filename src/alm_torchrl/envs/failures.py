@@ -39,13 +39,7 @@ def check_finite(
 
 
 def env_name(env: EnvBase) -> str:
-    """Returns the task of an environment, or its class.
-
-    Examples:
-        >>> from alm_torchrl.envs import make_env
-        >>> env_name(make_env("Pendulum-v1"))
-        'Pendulum-v1'
-    """
+    """Returns the task of an environment, or its class."""
     while isinstance(env, TransformedEnv):
         if "task_name" in vars(env):
             return env.task_name

@@ -23,57 +23,41 @@ def random_states(env: EnvBase) -> list[str]:
     :class:`Distractors`. Vector environments of Gymnasium, closed environments and collectors with
     workers have none.
     """
-    return [json.dumps(_state(g), default=np.ndarray.tolist) for g in _generators(env)]
+    known = [generator for generator in _generators(env) if generator is not None]
+    return [json.dumps(_state(generator), default=np.ndarray.tolist) for generator in known]
 
 
 def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
-    """Restores the random generators of an environment.
+    """Restores the random generators of an environment; raises if the number of states is wrong.
 
     Environments with unknown generators, such as a custom :class:`~torchrl.envs.EnvBase`, are
     seeded from torch's generator, and so is any environment if there are no states.
-
-    Raises:
-        ValueError: if the number of states is wrong.
     """
     if states and isinstance(env, EnvBase) and env.is_closed:
         env.reset()  # creates the environments of a SerialEnv
-    if not states or _any_unknown(env):
+    if not states or None in _generators(env):
         env.set_seed(int(torch.randint(2**31 - 1, ())))
     if not states:
         return
-    generators = _generators(env)
+    generators = [generator for generator in _generators(env) if generator is not None]
     if len(generators) != len(states):
         raise ValueError(f"{len(states)} states for {len(generators)} random generators")
     for generator, state in zip(generators, states, strict=True):
         _set_state(generator, json.loads(state))
 
 
-def _generators(env: EnvBase) -> list[Generator]:
+def _generators(env: EnvBase) -> list[Generator | None]:
+    """Returns the generators, with None for an environment whose generators are unknown."""
     if isinstance(env, TransformedEnv):
         noises = [t.np_random for t in transforms_of(env) if isinstance(t, Distractors)]
         return [*_generators(env.base_env), *noises]
-    if isinstance(env, SerialEnv):
-        return [generator for part in _parts(env) for generator in _generators(part)]
-    if not isinstance(env, EnvBase) or env.is_closed:
+    if isinstance(env, SerialEnv):  # which forwards attributes to its environments, if it has any
+        return [one for part in vars(env).get("_envs", []) for one in _generators(part)]
+    if not isinstance(env, (GymWrapper, DMControlWrapper)) or env.batch_size:
+        return [None]
+    if env.is_closed:
         return []
-    if isinstance(env, GymWrapper):
-        return [] if env.batch_size else [env._env.unwrapped.np_random]
-    return [env._env.task.random] if isinstance(env, DMControlWrapper) else []
-
-
-def _parts(env: SerialEnv) -> list[EnvBase]:
-    """Returns its environments; none before they are created or after they are closed."""
-    parts: list[EnvBase] = vars(env).get("_envs", [])  # SerialEnv forwards attributes to them
-    return parts
-
-
-def _any_unknown(env: EnvBase) -> bool:
-    if isinstance(env, TransformedEnv):
-        return _any_unknown(env.base_env)
-    if isinstance(env, SerialEnv):
-        return any(_any_unknown(part) for part in _parts(env))
-    # Gymnasium's vector environments have their generators in other processes.
-    return not isinstance(env, (GymWrapper, DMControlWrapper)) or bool(env.batch_size)
+    return [env._env.unwrapped.np_random if isinstance(env, GymWrapper) else env._env.task.random]
 
 
 def _state(generator: Generator) -> dict[str, Any]:

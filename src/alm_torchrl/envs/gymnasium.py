@@ -1,21 +1,21 @@
-"""Gymnasium tasks: creation, rendering, and the velocities in their observations."""
+"""Gymnasium environments: creation, rendering, spaces, and velocities in observations."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
+import numpy as np
 from torchrl.envs import GymWrapper
 
-from alm_torchrl.envs.spaces import with_supported_spaces
 from alm_torchrl.files import one_line
 
 INSTALL = "pip install 'alm-torchrl[recipes]'"
@@ -42,41 +42,35 @@ class GymnasiumEnv(GymWrapper):
         )
 
 
-def wrap(env: Any, *, action_repeat: int, device: torch.device | str) -> GymnasiumEnv:
+def wrap(env: Any, **wrapper: Any) -> GymnasiumEnv:
     """Wraps a ``gymnasium.Env`` for TorchRL."""
-    env = with_supported_spaces(_with_own_context(env))
-    return GymnasiumEnv(env, frame_skip=action_repeat, device=device)
+    return GymnasiumEnv(_with_supported_spaces(_with_own_context(env)), **wrapper)
 
 
 def make_gymnasium(
-    task: str,
-    task_kwargs: dict[str, Any],
-    *,
-    action_repeat: int,
-    render: bool,
-    size: tuple[int, int] | None,
-    device: torch.device | str,
+    task: str, kwargs: dict[str, Any], *, render: bool, size: tuple[int, int] | None, **wrapper: Any
 ) -> GymnasiumEnv:
     """Creates one environment, without transforms."""
+    _check_task(task)
     # GymEnv would remove arguments such as frame_skip.
-    options = {**task_kwargs, "render_mode": "rgb_array"} if render else task_kwargs
+    options = {**kwargs, "render_mode": "rgb_array"} if render else kwargs
     if size is not None:  # only MuJoCo tasks accept a size; the frames of others are resized later
         try:
             env = _gym_make(task, {**options, "height": size[0], "width": size[1]})
-            return wrap(env, action_repeat=action_repeat, device=device)
+            return wrap(env, **wrapper)
         except ValueError as error:
             if not re.search("argument '(height|width)'", str(error)):
                 raise
-    return wrap(_gym_make(task, options), action_repeat=action_repeat, device=device)
+    return wrap(_gym_make(task, options), **wrapper)
 
 
-def _gym_make(task: str, task_kwargs: dict[str, Any]) -> Any:
+def _gym_make(task: str, kwargs: dict[str, Any]) -> Any:
     """``gymnasium.make`` with errors of one line."""
     import gymnasium
 
     try:
         with _quiet_mujoco():
-            return gymnasium.make(task, **{"disable_env_checker": True, **task_kwargs})
+            return gymnasium.make(task, **{"disable_env_checker": True, **kwargs})
     except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
         raise ImportError(
             f"cannot create {task}: {one_line(error)}. For MuJoCo tasks: {INSTALL}"
@@ -88,41 +82,28 @@ def _gym_make(task: str, task_kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"{task} does not take the argument {unknown[1]!r}") from None
 
 
-def check_gymnasium(task: str) -> None:
+def _check_task(task: str) -> None:
     """Raises if Gymnasium is not installed or does not know the task."""
     if find_spec("gymnasium") is None:
         raise ImportError(f"make_env requires Gymnasium: {INSTALL}")
     import gymnasium
 
     module, _, name = task.rpartition(":")
+    close: list[str] = []
     try:
         if module:  # "module:Task-v0" is registered by that module
             import_module(module)
+        close = difflib.get_close_matches(name, gymnasium.registry, n=1)
         gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        close = difflib.get_close_matches(name, _newest_ids(gymnasium.registry), n=3)
-        guess = bool(close) and not isinstance(error, ImportError)
-        hint = f"did you mean {' or '.join(close)}?" if guess else one_line(error)
+        hint = f"did you mean {close[0]}?" if close else one_line(error)
         raise ValueError(f"unknown Gymnasium task {task!r}: {hint}") from None
 
 
 def is_registered(task: str) -> bool:
     """Returns whether ``module:Task``, whose module has been imported, is a Gymnasium id."""
-    if find_spec("gymnasium") is None:
-        return False
-    import gymnasium
-
-    return task.rpartition(":")[2] in gymnasium.registry
-
-
-def _newest_ids(registry: dict[str, Any]) -> list[str]:
-    """Returns the id of the newest version of every task."""
-    newest: dict[tuple[str | None, str], Any] = {}
-    for spec in registry.values():
-        known = newest.setdefault((spec.namespace, spec.name), spec)
-        if (spec.version or 0) > (known.version or 0):
-            newest[spec.namespace, spec.name] = spec
-    return [spec.id for spec in newest.values()]
+    gymnasium = sys.modules.get("gymnasium")
+    return gymnasium is not None and task.rpartition(":")[2] in gymnasium.registry
 
 
 def _with_own_context(env: Any) -> Any:
@@ -162,22 +143,78 @@ def _with_own_context(env: Any) -> Any:
     return OwnContext(env)
 
 
+def _with_supported_spaces(env: Any) -> Any:
+    """Converts observations that TorchRL does not support, and actions that are not a vector.
+
+    Discrete observations that do not start at 0 are shifted, binary and discrete matrices become
+    vectors, float16 becomes float32, and the parts of a Tuple are named "0", "1" and so on. Scalar
+    and matrix actions, and a Dict or Tuple of boxes, become one float32 vector.
+    """
+    import gymnasium
+    from gymnasium import spaces
+
+    action: Any = env.action_space
+    is_vector = isinstance(action, spaces.Box) and len(action.shape) == 1
+    if _is_continuous(action) and not (is_vector and action.dtype != np.float16):
+        flat: Any = spaces.flatten_space(action)
+        low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
+        env = gymnasium.wrappers.TransformAction(
+            env,
+            lambda value: spaces.unflatten(action, value),
+            spaces.Box(low, high, dtype=np.float32),
+        )
+    space, convert = _supported(env.observation_space)
+    if space == env.observation_space:
+        return env
+    return gymnasium.wrappers.TransformObservation(env, convert, space)
+
+
+def _supported(space: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns a supported space, and the function that converts a value to it."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        items = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        parts = {key: _supported(part) for key, part in items}
+        return spaces.Dict({str(key): part for key, (part, _) in parts.items()}), lambda values: {
+            str(key): convert(values[key]) for key, (_, convert) in parts.items()
+        }
+    if isinstance(space, spaces.Discrete) and space.start != 0:
+        return spaces.Discrete(space.n), lambda value: value - space.start
+    if isinstance(space, spaces.MultiDiscrete) and (space.nvec.ndim > 1 or space.start.any()):
+        return spaces.MultiDiscrete(space.nvec.ravel()), lambda v: (v - space.start).ravel()
+    if isinstance(space, spaces.MultiBinary) and len(space.shape) > 1:
+        return spaces.MultiBinary(int(np.prod(space.shape))), np.ravel
+    if isinstance(space, spaces.Box) and space.dtype == np.float16:
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        return spaces.Box(low, high, dtype=np.float32), lambda value: value.astype(np.float32)
+    return space, lambda value: value
+
+
+def _is_continuous(space: Any) -> bool:
+    """Returns whether a space consists of floating-point boxes only."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict):
+        return all(map(_is_continuous, space.values()))
+    if isinstance(space, spaces.Tuple):
+        return all(map(_is_continuous, space))
+    return isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
+
+
 def velocities(env: Any) -> list[int]:
     """Returns the dimensions of a MuJoCo task's observation that are velocities, if known."""
-    task, shape = env.unwrapped, env.observation_space.shape
-    parts = getattr(task, "observation_structure", None)
-    model = getattr(task, "model", None)
-    if parts is None and model is not None:
-        parts = {"qpos": getattr(model, "nq", 0), "qvel": getattr(model, "nv", 0)}
+    model = getattr(env.unwrapped, "model", None)
+    parts = {"qpos": getattr(model, "nq", 0), "qvel": getattr(model, "nv", 0)}
+    parts = getattr(env.unwrapped, "observation_structure", parts)
     indices: list[int] = []
     start = 0
-    for name, size in (parts or {}).items():
-        if name.startswith("skipped"):
-            continue
-        if name in ("qvel", "cvel", "ten_velocity"):
-            indices += range(start, start + size)
-        start += size
-    return indices if shape == (start,) else []
+    for name, size in parts.items():
+        if not name.startswith("skipped"):
+            if name in ("qvel", "cvel", "ten_velocity"):
+                indices += range(start, start + size)
+            start += size
+    return indices if env.observation_space.shape == (start,) else []
 
 
 @contextmanager

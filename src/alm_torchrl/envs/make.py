@@ -27,7 +27,7 @@ from torchrl.envs import (
     VecNormV2,
 )
 from torchrl.envs.libs.dm_control import DMControlWrapper
-from torchrl.envs.transforms import Transform
+from torchrl.envs.transforms import Transform, UnaryTransform
 
 from alm_torchrl.envs import control_suite, custom, gymnasium
 from alm_torchrl.envs.failures import EnvironmentFailedError
@@ -36,8 +36,6 @@ from alm_torchrl.envs.transforms import (
     CopyData,
     Distractors,
     History,
-    KeepDimensions,
-    Render,
     RenderFrames,
     SeededEnv,
     transforms_of,
@@ -83,46 +81,35 @@ def make_env(
         seed: seed of the environment, from which several environments derive their own, or one
             seed for each.
         num_envs: number of environments; the batch size is ``[num_envs]`` if more than 1.
-        parallel: step them in separate processes. The script then needs an
-            ``if __name__ == "__main__":`` guard.
+        parallel: step them in processes; the script needs an ``if __name__ == "__main__":`` guard.
         pixels: observe rendered frames instead of the vector: their size, one number or height and
             width, or True for 84 by 84.
         frame_stack: number of frames in ``"pixels"``, the newest last; a reset repeats the first.
         proprioception: keep ``"observation"`` in addition to ``"pixels"``.
         action_repeat: simulator steps with each action; their rewards are summed.
-        mask_velocities: remove the velocities from ``"observation"``, for Gymnasium's MuJoCo tasks
-            and the Control Suite.
+        mask_velocities: remove the velocities of a MuJoCo or Control Suite task.
         distractors: dimensions of standard Gaussian noise appended to ``"observation"``.
-        history: number of observations in ``"history"``, the newest last; a reset repeats the
-            first.
+        history: length of ``"history"``, the newest observation last; a reset repeats the first.
         history_actions: append to each the action before it, which is zero at a reset.
-        from_pixels: for videos, add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"``.
-            Without a renderer, a warning and no frames. Ignored with ``pixels``.
-        transforms: transforms to apply last; each environment gets a copy. Transforms with running
-            statistics (``VecNormV2``) are refused: normalize in the encoder.
+        from_pixels: for videos, add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"``;
+            without a renderer, give a warning. Ignored with ``pixels``.
+        transforms: transforms to apply last, without running statistics (normalize in the encoder).
         device: device of the tensors.
-        **task_kwargs: arguments of ``gymnasium.make``, ``dm_control.suite.load``, or your class or
-            function.
+        **task_kwargs: arguments of ``gymnasium.make``, ``suite.load``, or your class or function.
 
     Returns:
         The environment. ``"observation"`` is float32 ``[..., O]``; ``"pixels"``, uint8
         ``[..., 3 * frame_stack, height, width]``; ``"history"``, float32 ``[..., history, O]`` or
-        ``[..., history, O + A]``; ``"episode_reward"``, float32 ``[..., 1]``, is the sum of the
-        episode's rewards so far.
+        ``[..., history, O + A]``; ``"episode_reward"``, float32 ``[..., 1]``.
 
     Raises:
         ImportError: if Gymnasium, dm_control or the simulator is not installed.
-        ValueError: if the task is unknown, is not an environment, has an unbounded action or does
-            not take one of ``task_kwargs``; or if an option is out of range or does not apply.
+        ValueError: if the task is unknown, is not an environment or has an unbounded action, or if
+            an option is out of range or does not apply to the task.
         OSError: if ``pixels`` cannot be rendered, or a process of ``parallel`` does not start.
         EnvironmentFailedError: if the environment raises another exception when it is created.
 
     Examples:
-        >>> env = make_env("HalfCheetah-v5", seed=0)
-        >>> env.observation_spec["observation"].shape
-        torch.Size([17])
-        >>> env.rollout(3)["next", "episode_reward"].shape
-        torch.Size([3, 1])
         >>> env = make_env("HalfCheetah-v5", mask_velocities=True, history=8, history_actions=True)
         >>> env.rollout(3)["history"].shape  # 8 positions and 6 actions
         torch.Size([3, 8, 14])
@@ -133,13 +120,12 @@ def make_env(
     seed = index(seed) if isinstance(seed, SupportsIndex) else seed
     seeds = _seeds(seed, num_envs)
     _check_transforms(transforms)
-    name = _name(task)
+    name = task if isinstance(task, str) else getattr(task, "__qualname__", repr(task))
     observed = _Observed(
-        _size(pixels), frame_stack, proprioception, mask_velocities, distractors, history,
-        history_actions,
+        _size(pixels), frame_stack, proprioception, action_repeat, mask_velocities, distractors,
+        history, history_actions,
     )  # fmt: skip
-    observed.check(action_repeat)
-    make = partial(_make_one, task, _kind(task), task_kwargs, observed, action_repeat, device)
+    make = partial(_make_one, task, name, task_kwargs, observed, device)
     if from_pixels and observed.size is None:
         try:
             make(video=True).close()
@@ -187,9 +173,9 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
         >>> frame_stacks(make_env("HalfCheetah-v5", history=8))
         {'history': 8}
     """
+    if isinstance(env, SerialEnv) and not env.is_closed:
+        return frame_stacks(env._envs[0])
     if isinstance(env, (SerialEnv, ParallelEnv)):
-        if isinstance(env, SerialEnv) and not env.is_closed:
-            return frame_stacks(env._envs[0])
         one = env.create_env_fn[0]()
         stacks = frame_stacks(one)
         one.close()
@@ -208,26 +194,22 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
 
 @dataclass(frozen=True)
 class _Observed:
-    """The options of :func:`make_env` that change the observation."""
+    """The options of :func:`make_env` that change each environment."""
 
     size: tuple[int, int] | None
     frame_stack: int
     proprioception: bool
+    action_repeat: int
     mask_velocities: bool
     distractors: int
     history: int
     history_actions: bool
 
-    def check(self, action_repeat: int) -> None:
-        """Raises a ValueError if a number is out of range."""
-        for name, value, least in (
-            ("action_repeat", action_repeat, 1),
-            ("frame_stack", self.frame_stack, 1),
-            ("distractors", self.distractors, 0),
-            ("history", self.history, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+    def __post_init__(self) -> None:
+        least = {"action_repeat": 1, "frame_stack": 1, "distractors": 0, "history": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, not {getattr(self, name)}")
         if self.history_actions and not self.history:
             raise ValueError("history_actions requires a history: choose history=8, for example")
         if self.proprioception and self.size is None:
@@ -240,15 +222,14 @@ class _Observed:
         if isinstance(env, DMControlWrapper):
             chain += control_suite.join_observations(env, self.mask_velocities)
             keys = ["observation"]
-        elif (self.mask_velocities or self.distractors or self.history) and (
-            "observation" not in keys
-        ):
-            raise ValueError(
-                "mask_velocities, distractors and history change the entry 'observation', but "
-                f"{name} observes {keys}"
-            )
-        elif self.mask_velocities:
-            chain.append(KeepDimensions(_positions(env, name)))
+        elif self.mask_velocities or self.distractors or self.history:
+            if "observation" not in keys:
+                raise ValueError(
+                    "mask_velocities, distractors and history change the entry 'observation', but "
+                    f"{name} observes {keys}"
+                )
+            if self.mask_velocities:
+                chain.append(_mask_velocities(env, name))
         if self.distractors:
             chain.append(Distractors(self.distractors))
         if self.history:
@@ -264,27 +245,17 @@ class _Observed:
 
 def _make_one(
     task: Task,
-    kind: str,
+    name: str,
     task_kwargs: dict[str, Any],
     observed: _Observed,
-    action_repeat: int,
     device: torch.device | str,
     *,
     video: bool = False,
     seed: int | None = None,
 ) -> EnvBase:
     """Creates one environment with the transforms of its observations."""
-    options: dict[str, Any] = {"action_repeat": action_repeat, "device": device}
-    name = _name(task)
-    env: EnvBase
-    if kind == "gymnasium":
-        options |= {"size": observed.size, "render": video or observed.size is not None}
-        env = gymnasium.make_gymnasium(name, task_kwargs, **options)
-    elif kind == "control suite":
-        env = control_suite.make_control_suite(name, task_kwargs, **options)
-    else:
-        factory = custom.import_factory(task) if isinstance(task, str) else task
-        env = custom.make_custom(factory, task_kwargs, name=name, **options)
+    wrapper = {"frame_skip": observed.action_repeat, "device": device}
+    env = _create(task, name, task_kwargs, observed.size, video, **wrapper)
     chain = observed.transforms(env, name)
     if video:
         chain.append(_render_frames(env, name, None))
@@ -297,27 +268,28 @@ def _make_one(
     return env
 
 
-def _kind(task: Task) -> str:
-    """Returns what creates the task; raises if the task is unknown."""
-    if not isinstance(task, str):
-        return "custom"
-    if custom.is_import_path(task):
+def _create(
+    task: Task,
+    name: str,
+    kwargs: dict[str, Any],
+    size: tuple[int, int] | None,
+    video: bool,
+    **wrapper: Any,
+) -> EnvBase:
+    """Creates one environment without transforms; raises if the task is unknown."""
+    factory = None if isinstance(task, str) else task
+    if factory is None and custom.IMPORT_PATH.fullmatch(name):
         try:
-            custom.import_factory(task)
+            factory = custom.import_factory(name)
         except ValueError:
-            if not gymnasium.is_registered(task):
+            if not gymnasium.is_registered(name):
                 raise
-        else:
-            return "custom"
-    if task.startswith(control_suite.PREFIX):
-        control_suite.check_control_suite(task)
-        return "control suite"
-    gymnasium.check_gymnasium(task)
-    return "gymnasium"
-
-
-def _name(task: Task) -> str:
-    return task if isinstance(task, str) else getattr(task, "__qualname__", repr(task))
+    if factory is not None:
+        return custom.make_custom(factory, name, kwargs, **wrapper)
+    if name.startswith(control_suite.PREFIX):
+        return control_suite.make_control_suite(name, kwargs, **wrapper)
+    render = video or size is not None
+    return gymnasium.make_gymnasium(name, kwargs, render=render, size=size, **wrapper)
 
 
 def _seeds(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
@@ -333,15 +305,14 @@ def _seeds(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
 
 
 def _check_transforms(transforms: Sequence[Transform]) -> None:
-    """Raises for running statistics, which the evaluation and the agent's file would not have."""
+    """Raises a ValueError if a transform has running statistics."""
     for transform in transforms:
         for part in transform.modules():
             if isinstance(part, (VecNorm, VecNormV2)):
                 raise ValueError(
                     f"{type(part).__name__} keeps running statistics, which evaluation does not "
-                    "share and the agent's file does not contain: normalize in the encoder "
-                    "(MLPEncoder(normalize=True), encoder=mlp_normalized) or with fixed statistics "
-                    "(ObservationNorm(loc, scale))"
+                    "share: normalize in the encoder (MLPEncoder(normalize=True), "
+                    "encoder=mlp_normalized) or with fixed statistics (ObservationNorm(loc, scale))"
                 )
 
 
@@ -350,7 +321,7 @@ def _size(pixels: bool | int | Sequence[int] | None) -> tuple[int, int] | None:
     if pixels is None or pixels is False:
         return None
     size = 84 if pixels is True else pixels
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"pixels must be a size of frames, such as 84 or [84, 84], not {pixels}")
     return height, width
@@ -370,8 +341,8 @@ def _check_action(env: EnvBase, name: str) -> None:
             )
 
 
-def _positions(env: EnvBase, name: str) -> list[int]:
-    """Returns the dimensions of the observation that are not velocities."""
+def _mask_velocities(env: EnvBase, name: str) -> UnaryTransform:
+    """Returns the transform that removes the velocities from the observation."""
     velocities = gymnasium.velocities(env._env) if isinstance(env, GymWrapper) else []
     if not velocities:
         raise ValueError(
@@ -379,14 +350,14 @@ def _positions(env: EnvBase, name: str) -> list[int]:
             "custom task, remove them in the environment"
         )
     size = env.observation_spec["observation"].shape[-1]
-    return sorted(set(range(size)) - set(velocities))
+    kept = torch.tensor(sorted(set(range(size)) - set(velocities)), device=env.device)
+    return UnaryTransform(["observation"], ["observation"], fn=lambda vector: vector[..., kept])
 
 
 def _render_frames(env: EnvBase, name: str, size: tuple[int, int] | None) -> RenderFrames:
     """Returns the transform that renders frames: of this size, or for a video."""
-    render: Render
     if isinstance(env, GymWrapper):
-        render = env._env.render
+        render: Callable[[], Any] = env._env.render
     elif isinstance(env, DMControlWrapper):
         render = partial(env._env.physics.render, *(size or _VIDEO_SIZE), camera_id=0)
     else:

@@ -1,8 +1,8 @@
-"""Transforms of observations: rendered frames, selected dimensions, noise and history."""
+"""Transforms of observations: rendered frames, noise and history."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import TransformedEnv
-from torchrl.envs.transforms import Compose, ObservationTransform, Transform
-
-Render = Callable[[], Any]
+from torchrl.envs.transforms import Compose, Transform
 
 
 def transforms_of(env: TransformedEnv) -> list[Transform]:
@@ -56,27 +54,25 @@ class RenderFrames(_AtResetToo):
 
     Args:
         render: returns a frame, uint8 ``[H, W, 3]``.
-        size: height and width of the result; other frames are resized by area averaging.
+        size: height and width to which frames are resized, by area averaging.
         channels_first: write ``[3, H, W]`` instead of ``[H, W, 3]``.
 
     Examples:
         >>> import numpy as np
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
-        >>> env = ContinuousActionVecMockEnv()
         >>> frames = RenderFrames(lambda: np.zeros((48, 64, 3), np.uint8), size=(12, 16))
-        >>> TransformedEnv(env, frames).rollout(2)["pixels"].shape
+        >>> TransformedEnv(ContinuousActionVecMockEnv(), frames).rollout(2)["pixels"].shape
         torch.Size([2, 3, 12, 16])
     """
 
     def __init__(
         self,
-        render: Render,
+        render: Callable[[], Any],
         size: tuple[int, int] | None = None,
         *,
         channels_first: bool = True,
-        out_key: str = "pixels",
     ) -> None:
-        super().__init__(in_keys=[], out_keys=[out_key])
+        super().__init__(in_keys=[], out_keys=["pixels"])
         self.render = render
         self.size = size
         self.channels_first = channels_first
@@ -100,62 +96,20 @@ class RenderFrames(_AtResetToo):
         frame = self.frame()
         if next_tensordict.device is not None:
             frame = frame.to(next_tensordict.device)
-        return next_tensordict.set(self.out_keys[0], frame)
+        return next_tensordict.set("pixels", frame)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Adds the frame's spec."""
-        observation_spec[self.out_keys[0]] = Bounded(
+        observation_spec["pixels"] = Bounded(
             0, 255, self.shape, dtype=torch.uint8, device=observation_spec.device
         )
         return observation_spec
 
 
-class _Resize(_AtResetToo, ObservationTransform):
-    """Changes the last dimension of vector observations."""
-
-    def __init__(self, in_keys: Sequence[str]) -> None:
-        super().__init__(in_keys=list(in_keys), out_keys=list(in_keys))
-
-    def _size(self, size: int) -> int:
-        raise NotImplementedError
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Changes the size."""
-        for key in self.in_keys:
-            spec = observation_spec[key]
-            observation_spec[key] = _unbounded(spec, self._size(spec.shape[-1]))
-        return observation_spec
-
-
-class KeepDimensions(_Resize):
-    """Selects dimensions of the observation.
-
-    Examples:
-        >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
-        >>> env = TransformedEnv(ContinuousActionVecMockEnv(), KeepDimensions([0, 2]))
-        >>> env.rollout(3)["observation"].shape
-        torch.Size([3, 2])
-    """
-
-    def __init__(self, indices: Sequence[int], in_keys: Sequence[str] = ("observation",)) -> None:
-        super().__init__(in_keys)
-        self.register_buffer("indices", torch.tensor(list(indices)))
-
-    def _apply_transform(self, obs: Tensor) -> Tensor:
-        return _floating(obs)[..., self.indices]
-
-    def _size(self, size: int) -> int:
-        return len(self.indices)
-
-
-class Distractors(_Resize):
-    """Appends standard Gaussian noise to the observation, sampled at every step.
+class Distractors(_AtResetToo):
+    """Appends ``size`` standard Gaussian numbers to ``"observation"``, sampled at every step.
 
     The noise has its own random generator, so the environment does not change.
-
-    Args:
-        size: dimensions to append.
-        in_keys: the observations, each ``[O]``, which become ``[O + size]``.
 
     Examples:
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
@@ -164,10 +118,8 @@ class Distractors(_Resize):
         torch.Size([3, 71])
     """
 
-    def __init__(
-        self, size: int, seed: int | None = None, in_keys: Sequence[str] = ("observation",)
-    ) -> None:
-        super().__init__(in_keys)
+    def __init__(self, size: int, seed: int | None = None) -> None:
+        super().__init__(in_keys=["observation"], out_keys=["observation"])
         self.size = size
         self.set_seed(seed)
 
@@ -181,63 +133,52 @@ class Distractors(_Resize):
         noise = torch.from_numpy(self.np_random.standard_normal((*obs.shape[:-1], self.size)))
         return torch.cat([obs, noise.to(obs)], -1)
 
-    def _size(self, size: int) -> int:
-        return size + self.size
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Adds the dimensions."""
+        spec = observation_spec["observation"]
+        observation_spec["observation"] = _unbounded(spec, spec.shape[-1] + self.size)
+        return observation_spec
 
 
 class History(Transform):
-    """Writes the observation, and optionally the action before it, as a row of a history.
+    """Writes the observation, and optionally the action before it, as a row to ``"history"``.
 
-    :class:`~torchrl.envs.CatFrames` then stacks the rows. At a reset the action is zero.
-
-    Args:
-        actions: whether to append the action.
-        in_key: key of the observation, ``[O]``.
-        action_key: key of the action, ``[A]``.
-        out_key: key of the row: ``[1, O]``, or ``[1, O + A]`` with actions.
+    The row is ``[1, O]``, or ``[1, O + A]`` with ``actions``; at a reset the action is zero.
+    :class:`~torchrl.envs.CatFrames` stacks the rows.
 
     Examples:
-        >>> from torchrl.envs import CatFrames, Compose
         >>> from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
-        >>> window = Compose(History(), CatFrames(8, dim=-2, in_keys=["history"]))
-        >>> TransformedEnv(ContinuousActionVecMockEnv(), window).rollout(3)["history"].shape
-        torch.Size([3, 8, 7])
+        >>> env = TransformedEnv(ContinuousActionVecMockEnv(), History())
+        >>> env.rollout(3)["history"].shape
+        torch.Size([3, 1, 7])
     """
 
-    def __init__(
-        self,
-        actions: bool = False,
-        in_key: str = "observation",
-        action_key: str = "action",
-        out_key: str = "history",
-    ) -> None:
-        super().__init__(in_keys=[in_key], out_keys=[out_key])
+    def __init__(self, actions: bool = False) -> None:
+        super().__init__(in_keys=["observation"], out_keys=["history"])
         self.actions = actions
-        self.action_key = action_key
 
     def _write(self, tensordict: TensorDictBase, action: Tensor | None) -> TensorDictBase:
-        observation = _floating(tensordict[self.in_keys[0]])
-        if self.actions:
-            if action is None:
-                action = observation.new_zeros(self.parent.full_action_spec[self.action_key].shape)
-            observation = torch.cat([observation, action.to(observation)], -1)
-        return tensordict.set(self.out_keys[0], observation.unsqueeze(-2))
+        row = _floating(tensordict["observation"])
+        if action is not None:
+            row = torch.cat([row, action.to(row)], -1)
+        return tensordict.set("history", row.unsqueeze(-2))
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return self._write(next_tensordict, tensordict[self.action_key] if self.actions else None)
+        return self._write(next_tensordict, tensordict["action"] if self.actions else None)
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        return self._write(tensordict_reset, None)
+        zero = self.parent.full_action_spec["action"].zero() if self.actions else None
+        return self._write(tensordict_reset, zero)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         """Adds the row."""
-        spec = observation_spec[self.in_keys[0]]
+        spec = observation_spec["observation"]
         size = spec.shape[-1]
         if self.actions:
-            size += self.parent.full_action_spec[self.action_key].shape[-1]
-        observation_spec[self.out_keys[0]] = _unbounded(spec, size).unsqueeze(-2)
+            size += self.parent.full_action_spec["action"].shape[-1]
+        observation_spec["history"] = _unbounded(spec, size).unsqueeze(-2)
         return observation_spec
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what lies in their way."""
+"""Atomic writes, safe loading, and names that are taken."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "note.txt").is_symlink()
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("before")
     with pytest.raises(TypeError), atomic_write(tmp_path / "note.txt") as file:
         file.write("half")
@@ -32,7 +32,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> 
     assert (tmp_path / "note.txt").read_text() == "before"
 
 
-def test_what_is_set_aside_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:
+def test_set_aside_chooses_a_free_name(tmp_path: Path) -> None:
     (tmp_path / "x.kept").symlink_to("nowhere")
     for name in ("x.2.kept", "x.3.kept"):
         (tmp_path / "x").write_text(name)
@@ -41,7 +41,7 @@ def test_what_is_set_aside_never_takes_a_name_that_is_taken(tmp_path: Path) -> N
 
 
 def zipped(path: Path) -> None:
-    """A gigabyte of zeros in a megabyte."""
+    """Compresses the file, with 10 MB of zeros."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -50,7 +50,7 @@ def zipped(path: Path) -> None:
 
 
 def claim(path: Path) -> None:
-    """A storage that is said to be larger than what is there."""
+    """Claims a larger storage than the file has."""
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -98,7 +98,7 @@ def test_a_hostile_file_is_refused_before_it_takes_memory(
     assert not Path("touched").exists()
 
 
-def test_values_that_hold_themselves_are_walked_through_once(tmp_path: Path) -> None:
+def test_repeated_values_are_checked_once(tmp_path: Path) -> None:
     laughs = ["ha"]
     for _ in range(60):
         laughs = [laughs, laughs]

@@ -1,4 +1,4 @@
-"""Scripts without a main guard, whose processes come to the same call again."""
+"""Scripts without a main guard, whose processes run the same call again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def start_environments() -> None:
 
 
 @pytest.mark.parametrize("start", [start_workers, start_environments])
-def test_a_process_that_imports_an_unguarded_script_leaves_without_a_word(
-    start, monkeypatch, capsys
-) -> None:
+def test_a_process_of_an_unguarded_script_exits_silently(start, monkeypatch, capsys) -> None:
     process = multiprocessing.current_process()
     monkeypatch.setattr(process, "_inheriting", True, raising=False)  # as Python marks it
     with pytest.raises(SystemExit) as stop:
@@ -32,9 +30,9 @@ def test_a_process_that_imports_an_unguarded_script_leaves_without_a_word(
     assert capsys.readouterr() == ("", "")
 
 
-def test_its_parent_names_the_guard(monkeypatch) -> None:
+def test_the_parent_process_names_the_guard(monkeypatch) -> None:
     def start(env: ParallelEnv) -> None:
-        raise EOFError  # which is all that TorchRL says
+        raise EOFError  # TorchRL gives no message
 
     monkeypatch.setattr(ParallelEnv, "start", start)
     with pytest.raises(ChildProcessError, match='needs an `if __name__ == "__main__":` guard'):

@@ -1,4 +1,4 @@
-"""An environment that counts, so that a window can be checked by reading it."""
+"""An environment whose observations count episodes and steps."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Collectors: warm-up, exploration, shared weights, and the batches that reach the replay buffer.
 
-The multi-process tests need nothing of this module in the workers beyond what can be imported.
+Workers import this module, so everything that they use is at its top level.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOW, HIGH, MARK, LENGTH = -0.4, 0.6, 0.25, 7
 
 
 def constant_policy(value: float = MARK) -> TensorDictModule:
-    """Acts ``value`` whatever it sees, so that its actions tell themselves from random ones."""
+    """Always acts ``value``, which distinguishes its actions from random ones."""
     layer = nn.Linear(3, 2)
     nn.init.zeros_(layer.weight)
     nn.init.constant_(layer.bias, value)
@@ -41,7 +41,7 @@ def take(collector, batches: int) -> list[TensorDictBase]:
 
 
 @pytest.mark.parametrize(("num_envs", "frames_per_batch"), [(1, 1), (1, 20), (4, 4), (4, 20)])
-def test_as_many_random_frames_as_asked(num_envs, frames_per_batch):
+def test_the_number_of_random_frames(num_envs, frames_per_batch):
     env = CountingEnv() if num_envs == 1 else SerialEnv(num_envs, CountingEnv)
     collector = make_collector(
         env, constant_policy(), frames_per_batch=frames_per_batch,
@@ -80,7 +80,7 @@ def test_without_a_policy_every_action_is_random():
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_an_update_of_the_policy_acts_at_once(device):
+def test_an_updated_policy_acts_in_the_next_batch(device):
     policy = constant_policy()
     collector = make_collector(CountingEnv(), policy, frames_per_batch=3, device=device)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
@@ -115,7 +115,7 @@ def test_no_trajectory_ids_unless_asked():
         collector.shutdown()
 
 
-def test_the_seed_decides_the_first_episode_too():
+def test_the_seed_applies_to_the_first_episode():
     collector = make_collector(CountingEnv, constant_policy(), frames_per_batch=3, seed=5)
     assert next(iter(collector))["observation"][:, 0].eq(5).all()
     collector.shutdown()
@@ -141,13 +141,13 @@ def test_the_seed_decides_the_first_episode_too():
         ({"kind": "multi", "create_env": CountingEnv()}, "pass a function that creates it"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, message):
+def test_invalid_arguments(arguments, message):
     arguments = {"create_env": CountingEnv, "frames_per_batch": 10, **arguments}
     with pytest.raises(ValueError, match=message):
         make_collector(policy=constant_policy(), **arguments)
 
 
-def test_without_ray_its_remedy_is_named(monkeypatch) -> None:
+def test_ray_is_not_installed(monkeypatch) -> None:
     monkeypatch.setattr("alm_torchrl.data.collectors.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'alm-torchrl\[ray\]'"):
         make_collector(CountingEnv, None, kind="ray", num_workers=2, frames_per_batch=2)
@@ -157,10 +157,10 @@ def test_without_ray_its_remedy_is_named(monkeypatch) -> None:
 
 
 def fill(buffer: WindowReplayBuffer, batches: list[TensorDictBase]) -> TensorDict:
-    """Stores the batches, draws, and checks the draws.
+    """Stores the batches, and checks samples.
 
-    A window goes on exactly until an end or the newest step stored, and its valid steps follow one
-    another in one environment's episode.
+    A window ends with an episode or with the newest step, and its valid steps are consecutive steps
+    of one episode of one environment.
     """
     for batch in batches:
         buffer.extend(batch)
@@ -194,7 +194,7 @@ def test_sync_windows(num_envs):
 
 @pytest.fixture(scope="module")
 def multi_sync():
-    """Batches of two workers with two environments each, and the policy's change half-way."""
+    """Batches of two workers with two environments each, and a policy that changes half-way."""
     policy = constant_policy()
     collector = make_collector(
         partial(SerialEnv, 2, partial(CountingEnv, length=LENGTH)), policy, kind="multi",
@@ -217,7 +217,7 @@ def test_multi_sync_batches_and_warm_up(multi_sync):
     assert all(batch["action"].eq(MARK).all() for batch in multi_sync[2:5])
     assert all(batch["action"].eq(0.5).all() for batch in multi_sync[5:])
     first = multi_sync[0]["action"]
-    assert first.reshape(-1, 2).unique(dim=0).shape[0] == 20  # no worker repeats another's draws
+    assert first.reshape(-1, 2).unique(dim=0).shape[0] == 20  # different random numbers
 
 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
@@ -241,11 +241,11 @@ def multi_async():
 def test_multi_async_batches_and_warm_up(multi_async):
     assert [list(batch.shape) for batch in multi_async] == [[10]] * 20
     random = torch.stack([is_random(batch) for batch in multi_async])
-    assert torch.equal(random.all(-1), random.any(-1))  # a batch is random or it is not
+    assert torch.equal(random.all(-1), random.any(-1))  # a batch is either random or not
     assert random.all(-1).sum() == 4
 
 
-def test_multi_async_goes_on_where_a_batch_ended(multi_async):
+def test_multi_async_continues_where_a_batch_ended(multi_async):
     last: dict[float, torch.Tensor] = {}
     for batch in multi_async:
         seed = float(batch["observation"][0, 0])

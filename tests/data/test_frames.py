@@ -1,4 +1,4 @@
-"""A replay buffer that keeps each frame once draws what one draws that stores everything."""
+"""A replay buffer that stores each frame once returns the samples of one that stores stacks."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def assert_same_windows(compact: WindowReplayBuffer, plain: WindowReplayBuffer) 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("envs", [1, 3])
-def test_windows_are_those_of_a_buffer_that_stores_everything(envs, reset, storage):
+def test_samples_equal_those_of_a_buffer_that_stores_stacks(envs, reset, storage):
     source = Source(envs, longest=6, reset=reset)
     compact, plain = make(envs, 20, STACKS, storage), make(envs, 20, None)
-    for count in (1, 1, 5, 20, 3, *[1] * 30, 17, 8):  # the ring turns several times
+    for count in (1, 1, 5, 20, 3, *[1] * 30, 17, 8):  # the ring wraps around several times
         data = source.steps(count)
         before = data.clone()
         compact.extend(data)
@@ -113,7 +113,7 @@ def test_windows_are_those_of_a_buffer_that_stores_everything(envs, reset, stora
     reset=st.sampled_from(RESETS),
     seed=st.integers(0, 100),
 )
-def test_windows_are_the_same_whatever_the_episodes(envs, size, longest, counts, reset, seed):
+def test_samples_are_equal_for_random_episodes(envs, size, longest, counts, reset, seed):
     source = Source(envs, longest, reset, seed)
     compact, plain = make(envs, size, STACKS), make(envs, size, None)
     for count in counts:
@@ -124,7 +124,7 @@ def test_windows_are_the_same_whatever_the_episodes(envs, size, longest, counts,
 
 
 @pytest.mark.parametrize("per_env", [False, True])
-def test_sampling_waits_for_no_device(per_env):
+def test_sampling_does_not_synchronize_with_the_device(per_env):
     source = Source(2, longest=6, reset="same")
     compact, plain = (
         make_replay_buffer(
@@ -143,11 +143,11 @@ def test_sampling_waits_for_no_device(per_env):
     assert reads.operators > 10
 
 
-def test_a_jump_without_an_end_keeps_both_sides():
+def test_a_discontinuity_without_an_end():
     source = Source(1, longest=100, reset="distinct")
     compact, plain = make(1, 30, STACKS), make(1, 30, None)
     for _ in range(4):
-        source.envs = [source.start()]  # as after a reset between two batches of a collector
+        source.envs = [source.start()]  # as a reset between two batches
         data = source.steps(6)
         compact.extend(data)
         plain.extend(data)
@@ -157,8 +157,8 @@ def test_a_jump_without_an_end_keeps_both_sides():
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("envs", [1, 2])
 @pytest.mark.parametrize("longest", [4, 30])
-def test_a_saved_replay_brings_every_frame_back(tmp_path: Path, envs, longest, reset):
-    """Over several restarts, the ring having turned, with parts that are wanted in part."""
+def test_a_saved_replay_restores_every_frame(tmp_path: Path, envs, longest, reset):
+    """Over several restarts, after the ring wrapped around, and from parts of chunks."""
     source = Source(envs, longest, reset)
     compact, plain = make(envs, 20, STACKS), make(envs, 20, None)
     saves = [
@@ -199,7 +199,7 @@ def test_a_saved_replay_writes_each_frame_once(tmp_path: Path):
     assert saved > (2 * STACK - 1) * 18 - 4 * STACK - 4  # 18 bytes a frame; a few episodes' starts
 
 
-def test_a_saved_replay_of_other_stacks_is_refused(tmp_path: Path):
+def test_a_saved_replay_with_other_stacks_is_refused(tmp_path: Path):
     compact = make(1, 20, STACKS)
     compact.extend(Source(1, 5, "same").steps(10))
     parts = IncrementalReplay(compact, tmp_path).save()
@@ -210,7 +210,7 @@ def test_a_saved_replay_of_other_stacks_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
 @pytest.mark.parametrize("how", ["dumps", "state_dict"])
 @pytest.mark.parametrize("written", [11, 33])
-def test_saving_as_a_whole(tmp_path: Path, how, written, storage):
+def test_saving_the_whole_buffer(tmp_path: Path, how, written, storage):
     source = Source(2, longest=6, reset="same")
     compact, plain = make(2, 20, STACKS, storage), make(2, 20, None)
     for _ in range(written):
@@ -257,8 +257,8 @@ def allocated(frames: FrameStore) -> int:
     return sum(tensor.nbytes for tensor in (frames._ring, frames._pool, frames._places))
 
 
-def test_bytes_of_a_transition_of_stacked_pixels():
-    """The numbers that docs/environments.md states."""
+def test_bytes_of_a_transition_with_stacked_pixels():
+    """The numbers in docs/environments.md."""
     pixels = torch.zeros(10, 9, 84, 84, dtype=torch.uint8)
     flag = torch.zeros(10, 1, dtype=torch.bool)
     outcome = {"pixels": pixels, "reward": torch.zeros(10, 1)}
@@ -292,12 +292,12 @@ def test_first_frames_leave_the_pool_with_their_transitions():
         ({"sound": 3}, KeyError, "frame_stacks names"),
     ],
 )
-def test_what_is_no_stack_is_refused(stacks, error, message):
+def test_observations_that_are_not_stacks_are_refused(stacks, error, message):
     with pytest.raises(error, match=message):
         make(1, 20, stacks).extend(Source(1, 5, "same").steps(3))
 
 
 @pytest.mark.parametrize("stack", [0, -1])
-def test_a_stack_of_no_frames_is_refused(stack):
+def test_a_stack_without_frames_is_refused(stack):
     with pytest.raises(ValueError, match="at least 1 frame"):
         make(1, 20, {"pixels": stack})

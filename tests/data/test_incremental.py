@@ -1,4 +1,4 @@
-"""A replay buffer on disk: every step written once, and put back where it was."""
+"""Incremental saves of a replay buffer: each step is written once and restored in place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def everything(replay: WindowReplayBuffer) -> TensorDict:
 @pytest.mark.parametrize("total", [7, 30, 47, 95])
 @pytest.mark.parametrize("envs", [1, 3])
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
-def test_what_was_saved_is_put_back_where_it_was(
+def test_a_restored_buffer_equals_the_saved_one(
     tmp_path: Path, envs: int, storage: str, total: int
 ) -> None:
     replay = buffer(envs, storage=storage)
@@ -58,7 +58,7 @@ def test_what_was_saved_is_put_back_where_it_was(
         assert (fresh.sample() == sample).all()
 
 
-def test_a_step_is_written_once_and_forgotten_when_it_is_overwritten(tmp_path: Path) -> None:
+def test_a_step_is_written_once_and_dropped_when_overwritten(tmp_path: Path) -> None:
     replay = buffer()
     saved = IncrementalReplay(replay, tmp_path)
     assert saved.save() == []
@@ -77,7 +77,7 @@ def test_a_step_is_written_once_and_forgotten_when_it_is_overwritten(tmp_path: P
 
 
 @pytest.mark.parametrize("through_link", [False, True])
-def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link: bool) -> None:
+def test_only_files_of_this_run_are_removed(tmp_path: Path, through_link: bool) -> None:
     folder, other = tmp_path / "replay-0", tmp_path / "other"
     other.mkdir()
     if through_link:
@@ -103,7 +103,7 @@ def test_only_what_this_run_has_written_is_removed(tmp_path: Path, through_link:
     assert {path.name for path in folder.iterdir()} == theirs | {parts[1].file}
 
 
-def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Path) -> None:
+def test_truncated_episodes_stay_truncated_over_restarts(tmp_path: Path) -> None:
     replay = buffer()
     replay.extend(batch(0, 10, 1))
     for expected in ([9], [9, 14], [9, 14, 19]):
@@ -119,7 +119,7 @@ def test_an_episode_closed_by_a_restart_stays_closed_after_the_next(tmp_path: Pa
         parts = saved.save()
 
 
-def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_buffer_with_other_sizes_is_refused(tmp_path: Path) -> None:
     replay = buffer(envs=3)
     saved = IncrementalReplay(replay, tmp_path)
     replay.extend(batch(0, 10, 3))
@@ -134,7 +134,7 @@ def test_a_buffer_of_another_kind_is_refused(tmp_path: Path) -> None:
         replay.read(5, 11)
 
 
-def test_a_buffer_of_another_capacity_takes_what_fits(tmp_path: Path) -> None:
+def test_a_smaller_buffer_loads_the_newest_steps(tmp_path: Path) -> None:
     replay = buffer()
     saved = IncrementalReplay(replay, tmp_path)
     for first in range(0, 40, 5):

@@ -1,4 +1,4 @@
-"""The windows of the replay buffer, held against a list of what was stored."""
+"""Windows of the replay buffer, compared with a list of the stored transitions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def steps(ids: torch.Tensor, done: torch.Tensor, terminated: torch.Tensor | None
 
 
 def episodes(lengths: list[int]) -> TensorDict:
-    """Whole episodes, one after another; every other one ends by a time limit."""
+    """Complete episodes in sequence; every second one ends by a time limit."""
     ends = torch.tensor(lengths).cumsum(0) - 1
     done = torch.zeros(sum(lengths), dtype=torch.bool)
     done[ends] = True
@@ -70,7 +70,7 @@ def expected_ids(first: int, ends: set[int], newest: int, length: int) -> tuple[
 
 
 def check_windows(windows: TensorDict, envs: list[deque], ends: set[int]) -> None:
-    """Every window is the one that its first id calls for, in ids, mask and all other entries."""
+    """Checks ids, mask and all other entries of each window against its first id."""
     newest = {id_: env[-1] for env in envs for id_ in env}
     ids = windows["observation"].squeeze(-1)
     for window, mask in zip(ids.tolist(), windows["validity_mask"].tolist(), strict=True):
@@ -111,7 +111,7 @@ def test_index_zero_is_uniform_over_short_and_long_episodes(storage, tmp_path):
     assert counts[final].min() > 0
 
 
-def test_index_zero_is_uniform_in_a_ring_that_has_turned():
+def test_index_zero_is_uniform_after_the_ring_wraps_around():
     buffer = make_replay_buffer(60, batch_size=60, seed=0)
     for chunk in episodes([7, 4, 9] * 10).split(11):
         buffer.extend(chunk)
@@ -168,7 +168,7 @@ def test_an_end_at_every_position_of_the_ring(written):
         assert torch.equal(seen, stored[0] + every[: len(stored)])  # each of them has been drawn
 
 
-def test_a_time_limit_bounds_a_window_and_is_no_termination():
+def test_a_time_limit_ends_a_window_but_is_not_a_termination():
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     ids = torch.arange(20)
     buffer.extend(steps(ids, ids % 5 == 4, torch.zeros(20, dtype=torch.bool)))
@@ -182,7 +182,7 @@ def test_a_time_limit_bounds_a_window_and_is_no_termination():
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_history_of_writes_gives_the_windows_of_the_list(data):
+def test_windows_after_random_writes(data):
     num_envs = data.draw(st.integers(1, 3), label="num_envs")
     window_length = data.draw(st.integers(1, 4), label="window_length")
     rows = data.draw(st.integers(window_length, 9), label="rows")
@@ -240,7 +240,7 @@ def test_flags_and_rewards_of_other_types(num_envs, column, dtype):
         (lambda flag: flag[:, None], r"has shape \(20, 1, 1\); expected \[20, 1\]"),
     ],
 )
-def test_flags_that_are_none_are_refused(name, change, message):
+def test_invalid_flags_are_refused(name, change, message):
     buffer = make_replay_buffer(60, batch_size=5)
     data = episodes([20])
     data["next", name] = change(data["next", name])
@@ -251,7 +251,7 @@ def test_flags_that_are_none_are_refused(name, change, message):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_sizes_and_seed_may_be_numbers_of_numpy(storage):
+def test_sizes_and_seed_may_be_numpy_integers(storage):
     sizes = {"capacity": 60, "batch_size": 5, "window_length": 3, "num_envs": 2, "seed": 1}
     samples = []
     for kind in (int, np.int64):
@@ -264,19 +264,19 @@ def test_sizes_and_seed_may_be_numbers_of_numpy(storage):
     assert type(buffer.num_envs) is int
 
 
-# ------------------------------------------------------------------- what does not follow
+# -------------------------------------------------------------------- discontinuities
 
 JOINED = "do not continue the transition before them"
 
 
 def windows_that_join(buffer: WindowReplayBuffer) -> int:
-    """Draws windows, and counts those with a transition that does not follow the one before."""
+    """Counts sampled windows with a valid transition that does not follow the one before."""
     windows = draw(buffer, 20)
     joined = windows["next", "observation"][:, :-1] != windows["observation"][:, 1:]
     return int((joined.flatten(2).any(-1) & windows["validity_mask"][:, 1:]).any(1).sum())
 
 
-def test_rollouts_one_after_the_other_are_not_joined(recwarn):
+def test_separate_rollouts_are_not_joined(recwarn):
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     env = CountingEnv()
     rollouts = [env.rollout(5) for _ in range(12)]
@@ -285,10 +285,12 @@ def test_rollouts_one_after_the_other_are_not_joined(recwarn):
         buffer.extend(rollouts[1])
     for rollout in rollouts[2:]:
         buffer.extend(rollout)
-    assert not [warning for warning in recwarn if JOINED in str(warning.message)]  # said once
+    assert not [
+        warning for warning in recwarn if JOINED in str(warning.message)
+    ]  # only one warning
     assert windows_that_join(buffer) == 0
     stored = buffer[:]["next"]
-    last = (torch.arange(60) % 5 == 4)[:-1]  # the newest goes on for all that is known
+    last = (torch.arange(60) % 5 == 4)[:-1]  # the newest episode is open
     assert torch.equal(stored["done"].squeeze(-1)[:-1], last)
     assert torch.equal(stored["truncated"].squeeze(-1)[:-1], last)
     assert not stored["terminated"].any()
@@ -306,7 +308,7 @@ def test_truncate_open_episodes_allows_a_new_rollout(recwarn):
 
 @pytest.mark.parametrize("flag", ["truncated", "terminated"])
 def test_any_flag_ends_an_episode(flag):
-    """As TorchRL's trainer marks the seams of several environments that it flattens into one."""
+    """TorchRL's trainer marks the seams of flattened environments in this way."""
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     ids = torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])
     data = steps(ids, ids < 0, ids < 0)
@@ -317,7 +319,7 @@ def test_any_flag_ends_an_episode(flag):
     assert not data["next", "done"].any()
 
 
-def test_the_trainer_of_torchrl_joins_no_environments():
+def test_torchrls_trainer_does_not_join_environments():
     env = SerialEnv(2, CountingEnv)
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     trainer_hook = ReplayBufferTrainer(buffer, batch_size=100, flatten_tensordicts=True)
@@ -329,9 +331,9 @@ def test_the_trainer_of_torchrl_joins_no_environments():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_a_jump_without_a_flag_is_a_break_in_its_environment_alone(chunk):
+def test_a_discontinuity_truncates_only_its_environment(chunk):
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [20, 21, 22, 30, 31, 40, 41, 42]])
-    done = ids == 31  # no seam but an end where the second jump is
+    done = ids == 31  # the second jump is the end of an episode
     buffer = make_replay_buffer(100, batch_size=100, num_envs=2, seed=0)
     with pytest.warns(UserWarning, match=JOINED):
         deque(map(buffer.extend, steps(ids, done).split(chunk, dim=1)))
@@ -352,8 +354,7 @@ def test_shuffled_transitions_are_windows_of_one_step():
     assert not draw(buffer, 2)["validity_mask"][:, 1:].any()
 
 
-def test_what_goes_on_is_no_seam_whatever_it_holds(recwarn):
-    """NaN goes on with NaN, and another dtype or device of a batch is no other number."""
+def test_nan_and_other_dtypes_are_not_discontinuities(recwarn):
     buffer = make_replay_buffer(100, batch_size=100, seed=0)
     data = steps(torch.arange(12), torch.arange(12) == 5)
     for root in (data, data["next"]):
@@ -430,7 +431,7 @@ def test_batches_that_do_not_fit_are_refused(num_envs, shape, message):
 
 
 def collected() -> TensorDict:
-    """A batch with all that an environment and a policy may write into it."""
+    """A batch with every entry that an environment and a policy may write."""
     data = steps(torch.arange(10), torch.arange(10) == 9)
     for root in (data, data["next"]):
         root["agents", "pixels"] = torch.randint(256, (10, 3, 4, 4), dtype=torch.uint8)
@@ -465,7 +466,7 @@ def test_only_transitions_are_stored():
     assert sample["agents", "pixels"].shape == (4, 3, 3, 4, 4)
 
 
-def test_keys_of_ones_own():
+def test_custom_keys():
     keys = ["observation", ["agents", "pixels"], "action", ("next", "x_velocity"), *OUTCOME]
     buffer = make_replay_buffer(20, batch_size=4, keys=keys)
     buffer.extend(collected())
@@ -488,7 +489,7 @@ def test_a_missing_key_is_named(missing):
         buffer.extend(collected().exclude(missing))
 
 
-def test_a_later_batch_that_lacks_an_entry_is_refused():
+def test_a_later_batch_without_an_entry_is_refused():
     buffer = make_replay_buffer(20, batch_size=4)
     buffer.extend(collected())
     with pytest.raises(KeyError, match="observation"):
@@ -496,7 +497,7 @@ def test_a_later_batch_that_lacks_an_entry_is_refused():
     assert len(buffer) == 10
 
 
-def test_extend_leaves_the_batch_as_it_was():
+def test_extend_does_not_change_the_batch():
     data = collected()
     before = data.clone()
     make_replay_buffer(20, batch_size=4).extend(data)
@@ -513,7 +514,7 @@ def test_a_sample_is_a_copy():
 
 
 @pytest.mark.parametrize("num_envs", [1, 5])
-def test_bytes_per_transition_is_what_the_storage_takes(num_envs):
+def test_bytes_per_transition_equals_the_storage(num_envs):
     buffer = make_replay_buffer(1000, batch_size=4, num_envs=num_envs)
     data = collected().reshape(-1) if num_envs == 1 else collected().reshape(5, 2)
     buffer.extend(data)
@@ -528,7 +529,7 @@ def test_bytes_per_transition_is_what_the_storage_takes(num_envs):
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("written", [10, 25])
 def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
-    """The windows of every env are those of that env, and its transitions equally likely."""
+    """Each row has windows of one environment, and its transitions are equally likely."""
     buffer = make_replay_buffer(
         20 * num_envs, batch_size=20, num_envs=num_envs, per_env=True, seed=0
     )
@@ -551,7 +552,9 @@ def test_a_batch_from_each_environment(num_envs: int, written: int) -> None:
 
 @pytest.mark.parametrize(("num_envs", "per_env"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("written", [10, 25])
-def test_a_draw_asks_the_device_nothing(num_envs: int, per_env: bool, written: int) -> None:
+def test_sampling_does_not_synchronize_with_the_device(
+    num_envs: int, per_env: bool, written: int
+) -> None:
     buffer = make_replay_buffer(
         20 * num_envs, batch_size=4, num_envs=num_envs, per_env=per_env, seed=0
     )
@@ -565,7 +568,7 @@ def test_a_draw_asks_the_device_nothing(num_envs: int, per_env: bool, written: i
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_draws_follow_the_seed_and_nothing_else(num_envs):
+def test_samples_depend_only_on_the_seed(num_envs):
     def sample(seed: int) -> torch.Tensor:
         buffer = make_replay_buffer(100, batch_size=50, num_envs=num_envs, seed=seed)
         ids = torch.arange(100).reshape(num_envs, -1)
@@ -577,7 +580,7 @@ def test_draws_follow_the_seed_and_nothing_else(num_envs):
     assert not torch.equal(sample(1), sample(2))
 
 
-def test_a_seeded_buffer_leaves_the_global_generator_alone():
+def test_a_seeded_buffer_does_not_use_the_global_generator():
     buffer = make_replay_buffer(100, batch_size=50, seed=0)
     buffer.extend(episodes([20]))
     state = torch.get_rng_state()
@@ -585,7 +588,7 @@ def test_a_seeded_buffer_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_memmap_writes_into_the_folder_given(tmp_path):
+def test_memmap_writes_to_scratch_dir(tmp_path):
     buffer = make_replay_buffer(100, batch_size=5, storage="memmap", scratch_dir=tmp_path / "ring")
     buffer.extend(episodes([20]))
     assert (tmp_path / "ring" / "observation.memmap").stat().st_size == 100 * 8
@@ -629,7 +632,7 @@ def test_save_and_restore(storage, num_envs, written, tmp_path):
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_restoring_a_state_dict_keeps_the_seam_and_closes_the_episode(num_envs):
+def test_loading_a_state_dict_truncates_the_open_episodes(num_envs):
     ids = torch.arange(num_envs).unsqueeze(-1) * 1000 + torch.arange(30)
     make = lambda: make_replay_buffer(20 * num_envs, batch_size=10, num_envs=num_envs, seed=0)  # noqa: E731
     buffer, restored = make(), make()
@@ -639,7 +642,7 @@ def test_restoring_a_state_dict_keeps_the_seam_and_closes_the_episode(num_envs):
     check_windows(draw(restored, 20), [deque(env, maxlen=20) for env in ids.tolist()], set())
 
 
-def test_closing_episodes_truncates_the_newest_step_alone():
+def test_truncate_open_episodes_changes_only_the_newest_step():
     buffer = make_replay_buffer(20, batch_size=20, num_envs=2, seed=0)
     buffer.truncate_open_episodes()  # nothing stored, nothing to close
     ids = torch.tensor([[0, 1, 2], [10, 11, 12]])
@@ -659,7 +662,7 @@ def test_closing_episodes_truncates_the_newest_step_alone():
 # ------------------------------------------------------------------------------------ errors
 
 
-def test_sampling_an_empty_buffer_says_so():
+def test_sampling_an_empty_buffer_is_refused():
     with pytest.raises(RuntimeError, match="empty replay buffer"):
         make_replay_buffer(10, batch_size=2).sample()
 
@@ -680,6 +683,6 @@ def test_sampling_an_empty_buffer_says_so():
         ({"keys": ["observation"]}, r"keys must include \('next', 'done'\)"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_replay_buffer(**{"capacity": 100, "batch_size": 10, **arguments})

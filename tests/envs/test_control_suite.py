@@ -1,4 +1,4 @@
-"""The DeepMind Control Suite, which needs an environment of its own: `pip install '.[dmc]'`."""
+"""The DeepMind Control Suite, in a separate virtual environment: `pip install '.[dmc]'`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tasks_have_one_observation_in_the_suites_order(
 
 
 @needs_dm_control
-def test_the_time_limit_is_no_termination_and_actions_are_repeated():
+def test_time_limit_and_action_repeat():
     options = {"task_kwargs": {"time_limit": 0.4}, "action_repeat": 4}  # 40 control steps
     data = make_env("dm_control/cheetah-run", seed=0, **options).rollout(100)
     assert len(data) == 10
@@ -104,12 +104,12 @@ def test_pixels_and_history():
 
 @needs_dm_control
 @pytest.mark.parametrize("task", ["cheetah-runn", "cheetah", "cheetah-run-v0"])
-def test_an_unknown_task_is_named_with_its_likeness(task):
+def test_an_unknown_task_is_refused_with_a_suggestion(task):
     with pytest.raises(ValueError, match=r"did you mean dm_control/cheetah-run"):
         make_env(f"dm_control/{task}")
 
 
 @needs_dm_control
-def test_arguments_that_a_task_does_not_take_are_refused():
+def test_unknown_arguments_are_refused():
     with pytest.raises(ValueError, match="cheetah-run does not take these arguments.*gravity"):
         make_env("dm_control/cheetah-run", gravity=1)

@@ -1,4 +1,4 @@
-"""Environments of one's own, by class, function or import path, and what is no environment."""
+"""Custom environments, by class, function or import path, and invalid ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ spaces = gymnasium.spaces
 
 
 class Drift(gymnasium.Env):
-    """A point that noise and the action push about."""
+    """A point that moves with the action."""
 
     def __init__(self, size: int = 3, bound: float = 1.0, render_mode: str | None = None) -> None:
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
@@ -47,7 +47,7 @@ class Drift(gymnasium.Env):
 
 
 class Mine:
-    """A namespace, so that an attribute of an attribute is found too."""
+    """A namespace, for an import path with two attributes."""
 
     make = staticmethod(partial(Drift, size=2))
 
@@ -70,12 +70,12 @@ def _module(monkeypatch, tmp_path: Path) -> None:
             del sys.modules[name]
 
 
-# ------------------------------------------------------------------------------ what is made
+# -------------------------------------------------------------------------------- creation
 
 
 @pytest.mark.parametrize("task", [Drift, f"{MODULE}:Drift"])
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_a_gymnasium_class_of_ones_own(task, num_envs):
+def test_a_gymnasium_class(task, num_envs):
     env = make_env(task, seed=0, num_envs=num_envs, size=4)
     check_env_specs(env)
     data = env.rollout(3)
@@ -88,7 +88,7 @@ def test_a_gymnasium_class_of_ones_own(task, num_envs):
 
 @pytest.mark.parametrize("task", [CountingEnv, "tests.data.counting:CountingEnv"])
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_an_env_base_of_ones_own(task, num_envs):
+def test_an_env_base(task, num_envs):
     env = make_env(task, seed=0, num_envs=num_envs, length=5)
     check_env_specs(env)
     data = env.rollout(10, break_when_any_done=False).reshape(num_envs, 10)
@@ -97,12 +97,12 @@ def test_an_env_base_of_ones_own(task, num_envs):
     assert env.rollout(3, agent.policy())["action"].shape[-1] == 2
 
 
-def test_a_function_inside_something():
+def test_functions():
     assert make_env(f"{MODULE}:Mine.make").observation_spec["observation"].shape == (2,)
     assert make_env(lambda: Drift(size=5)).observation_spec["observation"].shape == (5,)
 
 
-def test_seeds_and_generators_of_ones_own_environment():
+def test_seeds_and_generators():
     def start(seed):
         return make_env(Drift, seed=seed, num_envs=2).reset()["observation"]
 
@@ -115,8 +115,7 @@ def test_seeds_and_generators_of_ones_own_environment():
     assert torch.equal(env.reset()["observation"], expected)
 
 
-def test_an_env_base_is_seeded_from_torch_and_its_noise_goes_on():
-    """What is random in an EnvBase is not known; the distractors' generator is."""
+def test_an_env_base_is_seeded_from_torch_and_its_noise_is_restored():
     env = make_env(CountingEnv, seed=0, distractors=2)
     states = random_states(env)
     assert len(states) == 1
@@ -130,7 +129,7 @@ def test_an_env_base_is_seeded_from_torch_and_its_noise_goes_on():
     assert env.reset()["observation"][0] == observation[0]
 
 
-def test_the_options_work_on_ones_own_environment():
+def test_options_of_a_custom_environment():
     env = make_env(
         Drift, seed=0, render_mode="rgb_array", pixels=(10, 15), proprioception=True,
         action_repeat=2, distractors=3, history=4, history_actions=True,
@@ -149,7 +148,7 @@ def test_the_options_work_on_ones_own_environment():
 
 
 class Reused(gymnasium.Env):
-    """Writes every observation into one array (and one dict), and changes its action in place."""
+    """Reuses one array (and one dict) for observations, and changes its action in place."""
 
     action_space = gymnasium.spaces.Box(-1, 1, (1,))
 
@@ -189,7 +188,7 @@ class SameTensors(CountingEnv):
 @pytest.mark.parametrize("num_envs", [1, 2])
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("history", [0, 3])
-def test_what_an_environment_reuses_is_stored_as_it_was(task, num_envs, frames, history):
+def test_reused_arrays_and_tensors_are_copied(task, num_envs, frames, history):
     env = make_env(task, num_envs=num_envs, history=history, history_actions=history > 0)
     collector = make_collector(
         env, None, frames_per_batch=frames * num_envs, total_frames=5 * num_envs
@@ -224,29 +223,29 @@ def test_what_an_environment_reuses_is_stored_as_it_was(task, num_envs, frames, 
         (partial(Drift, bound=np.inf), "has an unbounded 'action': give its space finite bounds"),
     ],
 )
-def test_what_is_no_environment_is_refused(task, message):
+def test_invalid_environments_are_refused(task, message):
     with pytest.raises(ValueError, match=message):
         make_env(task)
 
 
-def test_a_module_that_lacks_one_of_its_own_names_that():
+def test_a_missing_dependency_of_a_module_is_named():
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         make_env("my_tasks.broken:make")
 
 
-def test_an_env_base_repeats_and_renders_by_itself():
+def test_action_repeat_and_pixels_are_refused_for_an_env_base():
     with pytest.raises(ValueError, match="an EnvBase repeats actions in its own _step"):
         make_env(CountingEnv, action_repeat=2)
     with pytest.raises(ValueError, match="write frames to 'pixels' in the environment"):
         make_env(CountingEnv, pixels=84)
 
 
-def test_an_environment_that_renders_nothing_is_told_how():
+def test_an_environment_without_frames_is_refused():
     with pytest.raises(TypeError, match="render_mode='rgb_array'"):
         make_env(Drift, pixels=84)
 
 
-def test_an_entry_that_is_not_there_is_named():
+def test_options_for_a_missing_entry_are_refused():
     class Scattered(Drift):
         def __init__(self) -> None:
             super().__init__()
@@ -260,7 +259,7 @@ def test_an_entry_that_is_not_there_is_named():
         make_env(Scattered, history=4)
 
 
-def test_arguments_that_it_does_not_take_are_named():
+def test_unknown_arguments_are_named():
     with pytest.raises(TypeError, match="unexpected keyword argument 'gravity'"):
         make_env(Drift, gravity=1)
 
@@ -270,7 +269,6 @@ def test_gymnasium_environments_are_wrapped_by_torchrl():
 
 
 def test_running_statistics_of_an_environment_are_refused():
-    """Training and evaluation would each have their own."""
     for transform in (VecNormV2(["observation"]), Compose(VecNormV2(["observation"]))):
         with pytest.raises(
             ValueError, match="VecNormV2 keeps running.*normalize=True.*Observation"
@@ -281,11 +279,11 @@ def test_running_statistics_of_an_environment_are_refused():
     assert torch.equal(*both)
 
 
-# ------------------------------------------------------------------------- unusual but possible
+# --------------------------------------------------------------------------- unusual cases
 
 
 class Acts(gymnasium.Env):
-    """Observes the action that it got, flattened; returns flags as integers."""
+    """Observes its last action, flattened; returns flags as integers."""
 
     def __init__(self, space) -> None:
         self.action_space = space
@@ -314,7 +312,7 @@ BOX = gymnasium.spaces.Box
         gymnasium.spaces.Dict(push=BOX(-1, 1, (2,)), turn=BOX(0, 5, (2, 2))),
     ],
 )
-def test_any_continuous_action_is_one_vector(space):
+def test_continuous_actions_become_one_vector(space):
     env = make_env(Acts, space=space)
     agent = ALMAgent.from_env(env, latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
     for policy in (None, agent.policy()):
@@ -324,7 +322,7 @@ def test_any_continuous_action_is_one_vector(space):
         assert data["next", "terminated"].all()
 
 
-def test_a_range_of_all_numbers_is_no_range():
+def test_the_range_of_all_float32_numbers_is_unbounded():
     with pytest.raises(ValueError, match="has an unbounded 'action'"):
         make_env(Drift, bound=float(np.finfo(np.float32).max))
 
@@ -341,7 +339,7 @@ class Broken(Drift):
             raise RuntimeError("the motor is stuck")
 
 
-def test_what_fails_as_it_is_made_or_closed_says_so_in_one_line():
+def test_failures_on_creating_and_closing():
     with pytest.raises(EnvironmentFailedError, match="cannot create Broken: KeyError: 'no such"):
         make_env(Broken, where="made")
     with pytest.raises(EnvironmentFailedError, match="RuntimeError: the motor is stuck"):
@@ -390,7 +388,7 @@ class Odd(gymnasium.Env):
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("name", ODD_SPACES)
-def test_observations_that_torchrl_does_not_read_are_converted(name: str, nested: bool) -> None:
+def test_spaces_that_torchrl_does_not_support_are_converted(name: str, nested: bool) -> None:
     space, size = ODD_SPACES[name]
     wanted = size
     if nested:

@@ -1,4 +1,4 @@
-"""Gymnasium tasks: specs, seeds, ends of episodes, rendering, and errors of one line."""
+"""Gymnasium tasks: specs, seeds, ends of episodes, rendering, and errors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def play(env, frames: int):
     return env.rollout(frames, break_when_any_done=False)
 
 
-def test_a_time_limit_is_no_termination():
+def test_a_time_limit_is_not_a_termination():
     data = play(make_env("HalfCheetah-v5", seed=0, max_episode_steps=5), 20)["next"]
     ends = (torch.arange(20) % 5 == 4).unsqueeze(-1)
     assert torch.equal(data["truncated"], ends)
@@ -109,7 +109,7 @@ def test_a_fall_at_the_time_limit_is_both():
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_episode_reward_adds_up_and_starts_again(num_envs):
+def test_episode_reward_is_the_sum_of_the_episode(num_envs):
     data = play(make_env("Hopper-v5", seed=0, num_envs=num_envs), 120)
     data = data.reshape(num_envs, -1)
     running = torch.zeros(num_envs, 1)
@@ -124,14 +124,14 @@ def test_episode_reward_adds_up_and_starts_again(num_envs):
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_sizes_and_seed_may_be_numbers_of_numpy(num_envs):
+def test_sizes_and_seed_may_be_numpy_integers(num_envs):
     options = {"num_envs": num_envs, "seed": 3, "action_repeat": 2}
     plain = make_env("Pendulum-v1", **options).reset()
     other = make_env("Pendulum-v1", **{k: np.int64(v) for k, v in options.items()}).reset()
     assert torch.equal(plain["observation"], other["observation"])
 
 
-def test_the_seed_decides_the_start():
+def test_the_seed_determines_the_start():
     def start(seed):
         return make_env("Ant-v5", seed=seed).reset()["observation"]
 
@@ -147,7 +147,7 @@ def test_environments_of_a_batch_differ_and_repeat():
     assert torch.equal(start(3), start(3))
 
 
-def test_parallel_processes_give_what_one_after_the_other_gives():
+def test_parallel_and_serial_environments_are_equal():
     serial = make_env("Ant-v5", seed=1, num_envs=2, **TRUNCATED_ANT)
     expected = play(serial, 5)
     serial.close()
@@ -161,7 +161,7 @@ def test_parallel_processes_give_what_one_after_the_other_gives():
         assert torch.equal(data[key], expected[key])
 
 
-def test_arguments_reach_the_task_rather_than_torchrl():
+def test_arguments_are_passed_to_the_task_and_not_to_torchrl():
     env = make_env("HalfCheetah-v5", frame_skip=2)
     assert env.unwrapped.frame_skip == 2  # TorchRL's GymEnv would repeat actions instead
     reward = make_env("HalfCheetah-v5", seed=0, forward_reward_weight=0.0, ctrl_cost_weight=0.0)
@@ -172,14 +172,14 @@ def test_arguments_reach_the_task_rather_than_torchrl():
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a process of its own, which finds the package where this one does."""
+    """Runs code in a new process with this process's import path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
 
 
-def test_frames_beside_observations():
+def test_frames_for_videos():
     code = """
 import sys, torch
 from alm_torchrl.envs import make_env
@@ -223,7 +223,7 @@ def test_a_machine_that_cannot_render_gets_a_warning(monkeypatch):
         ("no_such_module:Task-v0", r"unknown Gymnasium task"),
     ],
 )
-def test_an_unknown_task_is_named_with_its_likeness(task, message):
+def test_an_unknown_task_is_refused_with_a_suggestion(task, message):
     with pytest.raises(ValueError, match=message) as error:
         make_env(task)
     assert "\n" not in str(error.value)
@@ -257,19 +257,19 @@ def test_missing_mujoco_names_the_command(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-def test_other_errors_of_a_task_pass_through():
+def test_other_errors_of_a_task_are_not_changed():
     with pytest.raises(TypeError):
         make_env("HalfCheetah-v5", frame_skip="two")
 
 
-def test_no_notices_of_mujoco(tmp_path, monkeypatch, capfd):
+def test_mujoco_prints_no_deprecation(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     make_env("HalfCheetah-v5", seed=0).reset()
     assert not list(tmp_path.iterdir())
     assert "deprecated" not in capfd.readouterr().err
 
 
-def test_the_data_floor_needs_no_extra():
+def test_data_and_envs_need_no_extra():
     code = """
 import sys
 for name in ("gymnasium", "gym", "mujoco", "lightning", "hydra", "matplotlib"):
@@ -289,7 +289,7 @@ def test_make_env_can_be_sent_to_a_worker():
     assert torch.equal(copy().reset()["observation"], create().reset()["observation"])
 
 
-def test_seeds_of_their_own_give_the_environments_of_those_seeds() -> None:
+def test_one_seed_for_each_environment() -> None:
     together = make_env("HalfCheetah-v5", seed=[3, 4], num_envs=2)
     start = together.reset()["observation"]
     for index, seed in enumerate((3, 4)):
@@ -300,7 +300,7 @@ def test_seeds_of_their_own_give_the_environments_of_those_seeds() -> None:
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_random_generators_are_given_their_states_back(num_envs: int) -> None:
+def test_random_states_are_restored(num_envs: int) -> None:
     env, other = (make_env("HalfCheetah-v5", seed=s, num_envs=num_envs) for s in (0, 5))
     env.reset()
     states = random_states(env)
@@ -324,7 +324,7 @@ def test_without_states_an_environment_is_seeded_from_torch() -> None:
     assert not torch.equal(observations[0], observations[2])
 
 
-def test_random_generators_of_environments_that_are_not_made_yet_or_closed() -> None:
+def test_random_states_of_unstarted_and_closed_environments() -> None:
     env, other = (make_env("Pendulum-v1", num_envs=2) for _ in range(2))
     assert random_states(env) == []
     env.reset()

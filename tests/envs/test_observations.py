@@ -1,4 +1,4 @@
-"""What is observed of a task: pixels, positions alone, distractors, and windows of the past."""
+"""Options of the observation: pixels, velocity masks, distractors and history."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def play(env, frames: int, seed: int = 0):
 
 @pytest.fixture(scope="module", autouse=True)
 def _renderer():
-    """MuJoCo chooses its renderer when a window is first made, so that it is chosen here."""
+    """Chooses the renderer of MuJoCo before the first frame."""
     before = os.environ.get("MUJOCO_GL")
     os.environ.setdefault("MUJOCO_GL", "egl")
     yield
@@ -54,7 +54,7 @@ def test_pixels_in_place_of_the_vector(renders, num_envs):
     for step in (data, data["next"]):
         assert step["pixels"].shape == (num_envs, 4, 9, 12, 16)
         assert step["pixels"].dtype == torch.uint8
-    assert data["pixels"].float().std() > 10  # no empty picture
+    assert data["pixels"].float().std() > 10  # not an empty image
     assert frame_stacks(env) == {"pixels": 3}
     env.close()
 
@@ -78,7 +78,7 @@ def test_the_frames_are_those_of_the_simulator(renders):
     assert torch.equal(data["next", "pixels"][-1], shown)
 
 
-def test_environments_side_by_side_show_what_each_shows_alone(renders):
+def test_frames_of_several_environments_equal_those_of_each(renders):
     together = play(make_env("HalfCheetah-v5", seed=[3, 4], num_envs=2, pixels=16), 3)
     for index, seed in enumerate((3, 4)):
         alone = make_env("HalfCheetah-v5", seed=[seed], pixels=16)
@@ -89,7 +89,7 @@ def test_environments_side_by_side_show_what_each_shows_alone(renders):
             step = alone.step(step.set("action", together["action"][index, time]))["next"]
 
 
-def test_tasks_that_choose_their_size_themselves_are_scaled(renders):
+def test_frames_of_other_sizes_are_resized(renders):
     pytest.importorskip("pygame")
     env = make_env("Pendulum-v1", seed=0, pixels=24)
     data = env.rollout(3)
@@ -97,7 +97,7 @@ def test_tasks_that_choose_their_size_themselves_are_scaled(renders):
     assert data["pixels"].float().std() > 10
 
 
-def test_pixels_reach_the_replay_once_and_come_back_whole(renders):
+def test_pixels_through_the_replay_buffer(renders):
     torch.manual_seed(0)
     env = make_env("HalfCheetah-v5", seed=0, num_envs=2, pixels=8, history=4, max_episode_steps=6)
     collector = make_collector(env, None, frames_per_batch=2)
@@ -115,7 +115,7 @@ def test_pixels_reach_the_replay_once_and_come_back_whole(renders):
         assert torch.equal(ours[key], leaf)
 
 
-def test_pixels_that_cannot_be_rendered_are_an_error(monkeypatch):
+def test_pixels_that_cannot_be_rendered_raise(monkeypatch):
     def fail(self):
         raise RuntimeError("no\n  display")
 
@@ -154,7 +154,7 @@ def test_an_action_is_repeated_and_its_rewards_are_summed():
     assert torch.allclose(other["reward"], reward)
 
 
-def test_repetition_stops_where_the_episode_does():
+def test_action_repeat_ends_with_the_episode():
     data = play(make_env("HalfCheetah-v5", seed=0, action_repeat=4, max_episode_steps=6), 4)
     assert data["next", "truncated"].flatten().tolist() == [False, True, False, True]
 
@@ -168,8 +168,8 @@ POSITIONS = {
 
 
 @pytest.mark.parametrize("task", POSITIONS)
-def test_velocities_are_left_out(task):
-    """What is left starts with the simulator's positions, and none of its velocities is in it."""
+def test_velocities_are_removed(task):
+    """The observation is the simulator's positions."""
     names = ("cfrc_ext",) if task == "Ant-v5" else ()
     names = ("cinert", "cvel", "qfrc_actuator", "cfrc_ext") if task == "Humanoid-v5" else names
     options = {f"include_{name}_in_observation": False for name in names}
@@ -181,7 +181,7 @@ def test_velocities_are_left_out(task):
     assert observation.shape == (kept,)
 
 
-def test_velocities_are_found_wherever_they_are():
+def test_velocities_are_found_in_any_place():
     env = make_env("Humanoid-v5", seed=0, mask_velocities=True)
     observation = play(env, 2)["next", "observation"][-1]
     whole = env.base_env.base_env._env.unwrapped
@@ -200,7 +200,7 @@ def test_velocities_are_found_wherever_they_are():
 # -------------------------------------------------------------------------------- distractors
 
 
-def test_distractors_are_standard_noise_behind_the_observation():
+def test_distractors_are_standard_noise_after_the_observation():
     env = make_env("Hopper-v5", seed=0, distractors=64)
     check_env_specs(env)
     env.set_seed(0)
@@ -227,7 +227,7 @@ def test_distractors_follow_the_seed_and_differ_between_environments():
     assert torch.equal(noise([5, 6])[0], noise([5], 1)[0])
 
 
-def test_set_seed_starts_the_noise_anew():
+def test_set_seed_seeds_the_noise():
     env = make_env("Hopper-v5", seed=0, num_envs=2, distractors=3)
     starts = []
     for seed in (7, 7, 8):
@@ -237,7 +237,7 @@ def test_set_seed_starts_the_noise_anew():
     assert not torch.equal(starts[0][:, 11:], starts[2][:, 11:])
 
 
-def test_noise_leaves_the_global_generators_alone():
+def test_noise_does_not_use_the_global_generator():
     env = make_env("Hopper-v5", seed=0, distractors=3)
     state = torch.get_rng_state()
     env.reset()
@@ -245,7 +245,7 @@ def test_noise_leaves_the_global_generators_alone():
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_the_state_of_the_noise_is_given_back(num_envs):
+def test_the_state_of_the_noise_is_restored(num_envs):
     env, other = (make_env("Hopper-v5", seed=s, num_envs=num_envs, distractors=5) for s in (0, 1))
     play(env, 7)
     states = random_states(env)
@@ -284,7 +284,7 @@ def test_a_history_is_the_last_observations_and_actions(num_envs, actions):
     assert torch.equal(history[:, 1:6], after[:, :5])
 
 
-def test_a_history_has_what_masks_and_distractors_left():
+def test_a_history_after_masks_and_distractors():
     env = make_env("HalfCheetah-v5", seed=0, mask_velocities=True, distractors=2, history=3)
     data = play(env, 5)
     assert data["history"].shape == (5, 3, 10)
@@ -294,7 +294,7 @@ def test_a_history_has_what_masks_and_distractors_left():
 # ------------------------------------------------------------------------ stacks of any origin
 
 
-def test_stacks_of_an_environment_of_ones_own_are_found():
+def test_frame_stacks_of_a_custom_environment():
     stack = CatFrames(4, -1, in_keys=["observation"], out_keys=["stacked"])
     assert frame_stacks(TransformedEnv(CountingEnv(), stack)) == {"stacked": 4}
     other = CatFrames(4, -1, in_keys=["pixels"])  # along another dimension than the first
@@ -303,7 +303,7 @@ def test_stacks_of_an_environment_of_ones_own_are_found():
     assert other.N == 4
 
 
-def test_stacks_of_parallel_environments_are_found():
+def test_frame_stacks_of_parallel_environments():
     env = make_env("HalfCheetah-v5", num_envs=2, parallel=True, history=8)
     try:
         assert frame_stacks(env) == {"history": 8}
@@ -326,18 +326,18 @@ def test_stacks_of_parallel_environments_are_found():
         ({"proprioception": True}, "choose pixels=84"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         make_env("HalfCheetah-v5", **options)
 
 
 @pytest.mark.parametrize("task", ["Reacher-v5", "Pendulum-v1"])
-def test_velocities_that_are_not_known_are_refused(task):
+def test_unknown_velocities_are_refused(task):
     with pytest.raises(ValueError, match=f"velocities in the observation of {task} are not known"):
         make_env(task, mask_velocities=True)
 
 
-def test_noise_is_a_transform_of_its_own():
+def test_distractors_alone():
     env = TransformedEnv(CountingEnv(), Distractors(2, seed=0))
     check_env_specs(env)
     assert env.reset()["observation"].shape == (5,)

@@ -1,4 +1,4 @@
-"""Training on experience of worker processes and Ray actors: counts, staleness, and what fails.
+"""Training on experience of worker processes and Ray actors: counts, staleness, and failures.
 
 Ray's tests share one cluster on this machine, with room for two workers and their replacements.
 """
@@ -69,7 +69,7 @@ def broken_env() -> TransformedEnv:
 
 
 class Hanging(Failing):
-    """Hangs in a step, as a simulator that waits forever."""
+    """Does not return from its fifth step."""
 
     def _step(self, tensordict, next_tensordict):
         self.count += 1
@@ -79,7 +79,7 @@ class Hanging(Failing):
 
 
 class Dying(Failing):
-    """Ends its process at every fifth step, as a simulator with a segmentation fault."""
+    """Ends its process at every fifth step."""
 
     def __init__(self) -> None:
         super().__init__("dies", 5)
@@ -148,7 +148,7 @@ def ages(folder: Path) -> list[float]:
 
 
 def check_windows(module: ALMModule) -> None:
-    """The valid steps of a window follow one another in one episode of one environment."""
+    """Checks that the valid steps of a window are consecutive steps of one episode."""
     replay = module.experience.replay
     windows = torch.cat([replay.sample(100) for _ in range(20)])
     joined, observation = windows["validity_mask"][:, 1:], windows["observation"]
@@ -159,7 +159,7 @@ def check_windows(module: ALMModule) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """Ray, if a test asks for it, on this machine alone."""
+    """Ends the Ray cluster of the tests on this machine."""
     yield
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         sys.modules["ray"].shutdown()
@@ -181,7 +181,7 @@ def _keep_cluster(request):
 
 
 @NEEDS_RAY
-def test_a_run_continues_after_a_ray_actor_was_killed(tmp_path) -> None:
+def test_a_run_continues_after_a_ray_actor_is_killed(tmp_path) -> None:
     module = make_module("ray")
     before = copy.deepcopy(module.agent.state_dict())
     collector, experience = module.experience.collector, module.experience
@@ -199,7 +199,7 @@ def test_a_run_continues_after_a_ray_actor_was_killed(tmp_path) -> None:
     assert stored["observation"][..., 0].unique().numel() > 2  # not the same episodes again
 
 
-def test_a_killed_process_ends_the_run_which_then_resumes(tmp_path) -> None:
+def test_a_run_ends_with_a_killed_process_and_can_be_resumed(tmp_path) -> None:
     module = make_module("multi")
     processes = list(module.experience.collector.procs)
     says = "failed after frame 120: .*worker 0 ended with exit code -9: check the memory"
@@ -216,7 +216,7 @@ def test_a_killed_process_ends_the_run_which_then_resumes(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi", RAY])
-def test_overlap_increases_staleness(kind, tmp_path) -> None:
+def test_overlap_makes_the_policy_stale(kind, tmp_path) -> None:
     module = make_module(kind, overlap=True)
     fit(module, tmp_path)
     experience = module.experience
@@ -245,7 +245,7 @@ def test_weights_sent_less_often_are_older(tmp_path) -> None:
         pytest.param("ray", "raises", "frame 60: .*the joint came off", marks=NEEDS_RAY),
     ],
 )
-def test_a_failing_environment_in_a_worker_ends_the_run(kind, how, says, tmp_path) -> None:
+def test_an_environment_that_fails_in_a_worker_ends_the_run(kind, how, says, tmp_path) -> None:
     module = make_module(kind, env=partial(failing_env, how, 35))
     with pytest.raises(EnvironmentFailedError, match=says):
         fit(module, tmp_path)
@@ -253,7 +253,7 @@ def test_a_failing_environment_in_a_worker_ends_the_run(kind, how, says, tmp_pat
     assert (tmp_path / "checkpoints").exists()
 
 
-def test_a_hanging_process_times_out() -> None:
+def test_a_process_that_hangs_ends_the_run() -> None:
     collector = make_collector(
         hanging_env, None, kind="multi", num_workers=2, frames_per_batch=20, timeout=5.0
     )
@@ -264,7 +264,7 @@ def test_a_hanging_process_times_out() -> None:
     assert time.monotonic() - begin < 5.0  # they have been killed before
 
 
-def test_a_process_that_cannot_start_reports_the_reason() -> None:
+def test_a_process_that_cannot_start_gives_the_reason() -> None:
     with pytest.raises(WorkersLostError, match="could not start: ValueError: no such joint$"):
         make_collector(broken_env, None, kind="multi", num_workers=2, frames_per_batch=20)
 
@@ -287,13 +287,13 @@ def test_a_ray_actor_that_keeps_dying_ends_the_run() -> None:
 
 
 @NEEDS_RAY
-def test_a_ray_cluster_without_room_times_out() -> None:
+def test_a_ray_cluster_without_room_ends_the_run() -> None:
     options = {"kind": "ray", "num_workers": 2, "frames_per_batch": 20, "start_timeout": 5.0}
     with pytest.raises(WorkersLostError, match="within 5 s: each of 2 asks for .*1000.* has room"):
         make_collector(CountingEnv, None, remote_configs={"num_cpus": 1000}, **options)
 
 
-def test_a_temporary_folder_that_is_too_long_for_sockets_is_refused(monkeypatch) -> None:
+def test_a_path_too_long_for_sockets_is_refused(monkeypatch) -> None:
     folder = "/tmp/" + 90 * "x"
     monkeypatch.setattr("alm_torchrl.data.workers.get_temp_dir", lambda: folder)
     with pytest.raises(ValueError, match="longer than 85 bytes: set TMPDIR to a shorter one"):
@@ -316,8 +316,8 @@ if __name__ == "__main__" or sys.argv[1] == "unguarded":
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 @pytest.mark.parametrize("how", ["raises", "killed", "interrupted", "unguarded"])
-def test_no_process_is_left_behind(how, tmp_path) -> None:
-    """By an error, by SIGKILL while an environment hangs, and by Ctrl-C while they start."""
+def test_all_processes_end(how, tmp_path) -> None:
+    """After an error, after SIGKILL while an environment hangs, and after Ctrl-C at the start."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path has at most 107 characters
@@ -353,7 +353,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def group(leader: int) -> list[int]:
-    """The processes of a group that run."""
+    """Returns the running processes of a group."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

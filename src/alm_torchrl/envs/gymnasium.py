@@ -89,13 +89,13 @@ def _check_task(task: str) -> None:
     import gymnasium
 
     module, _, name = task.rpartition(":")
-    close: list[str] = []
     try:
         if module:  # "module:Task-v0" is registered by that module
             import_module(module)
-        close = difflib.get_close_matches(name, gymnasium.registry, n=1)
         gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
+        known = [] if isinstance(error, ImportError) else gymnasium.registry
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else one_line(error)
         raise ValueError(f"unknown Gymnasium task {task!r}: {hint}") from None
 

@@ -53,7 +53,8 @@ def make_collector(
         init_random_frames: random frames at the start.
         kind: ``"sync"`` collects in this process; ``"multi"`` in ``num_workers`` processes, and the
             script needs an ``if __name__ == "__main__":`` guard; ``"ray"`` in ``num_workers``
-            actors of the Ray cluster at ``RAY_ADDRESS``, or of a new local one.
+            actors of the Ray cluster at ``RAY_ADDRESS``, or of a new local one, unless
+            ``ray.init`` was called before.
         num_workers: number of processes or actors; 1 for ``"sync"``.
         overlap: collect while the learner updates; workers do not wait for each other.
         device: device of the policy, the environment and the data; unchanged by default.
@@ -62,8 +63,7 @@ def make_collector(
         start_timeout: seconds to wait for the workers to start.
         max_restarts: Ray actors that may be replaced within an hour.
         **collector_kwargs: arguments of TorchRL's collector, such as ``policy_device``; for
-            ``"ray"`` also ``ray_init_config`` and ``remote_configs``, the resources of each actor
-            (``{"num_cpus": 1}``).
+            ``"ray"`` also ``remote_configs``, the resources of each actor (``{"num_cpus": 1}``).
 
     Returns:
         The collector. A batch is ``[T]`` for one environment and ``[num_envs, T]`` for several,

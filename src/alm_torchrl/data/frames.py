@@ -27,7 +27,7 @@ class FrameStore:
         max_steps: int,
         num_envs: int,
         device: torch.device,
-        empty: Callable[..., Tensor] = torch.empty,
+        empty: Callable[..., Tensor],
     ) -> None:
         if stack < 1:
             raise ValueError(f"a stack must have at least 1 frame, not {stack}")
@@ -39,9 +39,9 @@ class FrameStore:
         self._ring: Tensor = torch.empty(0)  # [max_steps + n, N, *frame] once allocated
         self._pool: Tensor = torch.empty(0)  # [P, *frame]
         self._free: list[int] = []  # unused indices of the pool; may be incomplete
-        self._places = torch.full((max_steps, num_envs, stack), -1, dtype=torch.int32)
-        self._places = self._places.to(device)
-        self._newest = torch.full((num_envs, stack), -1, dtype=torch.int32)  # the newest places
+        shape = (max_steps, num_envs, stack)
+        self._places = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._newest = torch.full(shape[1:], -1, dtype=torch.int32)  # the newest places
 
     def append(self, observations: Tensor, following: Tensor, starts: Tensor, step: int) -> None:
         """Stores the new frames of consecutive time steps.

@@ -20,7 +20,6 @@ from torchrl.envs.utils import ExplorationType
 from alm_torchrl.data.workers import WorkersLostError
 from alm_torchrl.files import one_line
 
-_QUIET = {"include_dashboard": False, "log_to_driver": False}  # options of a cluster started here
 _HOUR = 3600.0
 
 _Pending = dict[Any, tuple[int, bool]]  # a future batch: index of the actor, and whether random
@@ -48,7 +47,6 @@ class RayWorkers(BaseCollector):
         timeout: float,
         start_timeout: float,
         max_restarts: int,
-        ray_init_config: dict[str, Any] | None = None,
         remote_configs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -56,7 +54,7 @@ class RayWorkers(BaseCollector):
         if max_restarts < 0:
             raise ValueError(f"max_restarts must be at least 0, not {max_restarts}")
         if not ray.is_initialized():
-            ray.init(**_QUIET | (ray_init_config or {}))
+            ray.init(include_dashboard=False, log_to_driver=False)
         self.num_workers = num_workers
         self.policy = policy
         self.requested_frames_per_batch, self.total_frames = frames_per_batch, total_frames

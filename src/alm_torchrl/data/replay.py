@@ -171,7 +171,7 @@ class WindowReplayBuffer(ReplayBuffer):
     def dumps(self, path: str | Path) -> None:
         """Saves the whole buffer to a folder."""
         super().dumps(path)
-        torch.save(self._frames_state(), Path(path) / "frames.pt")
+        torch.save(self.state_dict()["frames"], Path(path) / "frames.pt")
 
     def loads(self, path: str | Path) -> None:
         """Loads a buffer saved by :meth:`dumps` and truncates the open episodes."""
@@ -180,15 +180,13 @@ class WindowReplayBuffer(ReplayBuffer):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, without a copy of the stored tensors."""
-        return {**super().state_dict(), "frames": self._frames_state()}
+        frames = {key: store.state_dict() for key, store in self.frames.items()}
+        return {**super().state_dict(), "frames": frames}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a ``state_dict`` and truncates the open episodes."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "frames"})
         self._restore(state_dict["frames"])
-
-    def _frames_state(self) -> dict[Key, Any]:
-        return {key: store.state_dict() for key, store in self.frames.items()}
 
     def _restore(self, frames: dict[Key, Any]) -> None:
         for key, store in self.frames.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from importlib.util import find_spec
 from typing import Any
 
 from torchrl.envs import CatTensors, ExcludeTransform, FlattenObservation
@@ -21,12 +20,10 @@ _INSTALL = (
 
 def make_control_suite(task: str, kwargs: dict[str, Any], **wrapper: Any) -> DMControlWrapper:
     """Creates one environment ``dm_control/domain-task``, without transforms."""
-    if find_spec("dm_control") is None:
-        raise ImportError(f"{task} requires dm_control: {_INSTALL}")
     try:
         from dm_control import suite
     except Exception as error:  # AttributeError with MuJoCo 4, for example
-        raise ImportError(f"cannot import dm_control ({one_line(error)}): {_INSTALL}") from error
+        raise ImportError(f"{task} requires dm_control ({one_line(error)}): {_INSTALL}") from error
     known = [f"{PREFIX}{domain}-{name}" for domain, name in suite.ALL_TASKS]
     if task not in known:
         close = difflib.get_close_matches(task, known, n=1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from functools import reduce
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from torchrl.envs import EnvBase
@@ -57,11 +57,9 @@ def make_custom(
                 "repeats actions in its own _step"
             )
         return env.to(wrapper["device"])
-    if find_spec("gymnasium") is not None:
-        import gymnasium
-
-        if isinstance(env, gymnasium.Env):
-            return wrap(env, **wrapper)
+    gymnasium = sys.modules.get("gymnasium")
+    if gymnasium is not None and isinstance(env, gymnasium.Env):
+        return wrap(env, **wrapper)
     raise ValueError(
         f"{name} creates a {type(env).__name__}, which is neither a torchrl.envs.EnvBase nor a "
         "gymnasium.Env"

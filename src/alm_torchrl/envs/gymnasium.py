@@ -150,15 +150,14 @@ def _with_supported_spaces(env: Any) -> Any:
     vectors, float16 becomes float32, and the parts of a Tuple are named "0", "1" and so on. Scalar
     and matrix actions, and a Dict or Tuple of boxes, become one float32 vector.
     """
-    import gymnasium
-    from gymnasium import spaces
+    from gymnasium import spaces, wrappers
 
     action: Any = env.action_space
     is_vector = isinstance(action, spaces.Box) and len(action.shape) == 1
     if _is_continuous(action) and not (is_vector and action.dtype != np.float16):
         flat: Any = spaces.flatten_space(action)
         low, high = flat.low.astype(np.float32), flat.high.astype(np.float32)
-        env = gymnasium.wrappers.TransformAction(
+        env = wrappers.TransformAction(
             env,
             lambda value: spaces.unflatten(action, value),
             spaces.Box(low, high, dtype=np.float32),
@@ -166,7 +165,7 @@ def _with_supported_spaces(env: Any) -> Any:
     space, convert = _supported(env.observation_space)
     if space == env.observation_space:
         return env
-    return gymnasium.wrappers.TransformObservation(env, convert, space)
+    return wrappers.TransformObservation(env, convert, space)
 
 
 def _supported(space: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
 from operator import index
@@ -338,7 +338,8 @@ def make_replay_buffer(
         store = LazyTensorStorage(capacity, device=device, ndim=ndim)
     frames: dict[Key, FrameStore] = {}
     for name, stack in (frame_stacks or {}).items():
-        key, empty = tuple_key(name), torch.empty
+        key = tuple_key(name)
+        empty: Callable[..., torch.Tensor] = torch.empty
         if storage == "memmap":
             file = scratch_dir and str(Path(scratch_dir) / f"{'-'.join(key)}.frames")
             empty = partial(MemoryMappedTensor.empty, filename=file)

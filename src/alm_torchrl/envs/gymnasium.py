@@ -94,7 +94,7 @@ def _check_task(task: str) -> None:
             import_module(module)
         gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
-        known = [] if isinstance(error, ImportError) else gymnasium.registry
+        known: list[str] = [] if isinstance(error, ImportError) else list(gymnasium.registry)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else one_line(error)
         raise ValueError(f"unknown Gymnasium task {task!r}: {hint}") from None

@@ -67,7 +67,7 @@ class RayWorkers(BaseCollector):
         self._outdated: set[int] = set()  # actors that do not have the newest weights
         self._frames = frames_per_batch if overlap else frames_per_batch // num_workers
         self._resources = remote_configs or {"num_cpus": 1}
-        self._start_actor = partial(
+        self._start_actor: Callable[[], Any] = partial(
             ray.remote(**self._resources)(RayWorker).remote,
             create_env,
             policy,
@@ -76,7 +76,7 @@ class RayWorkers(BaseCollector):
             exploration_type=ExplorationType.RANDOM,
             **options,
         )
-        self.actors = [self._start_actor() for _ in range(num_workers)]
+        self.actors: list[Any] = [self._start_actor() for _ in range(num_workers)]
         try:
             self.set_seed(seed)  # waits until the actors have started
         except ray.exceptions.RayActorError as error:

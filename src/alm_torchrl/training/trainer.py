@@ -99,9 +99,8 @@ def make_trainer(
     num_processes = devices * num_nodes
     if start is not None and len(start.replay) != num_processes:
         raise ValueError(
-            f"{start.folder} has the replay buffers of {len(start.replay)} processes and cannot "
-            f"resume with {num_processes}: set run.devices times run.num_nodes to "
-            f"{len(start.replay)}"
+            f"{start.folder} has the replay buffers of {len(start.replay)} processes; resume with "
+            f"as many (run.devices times run.num_nodes), not {num_processes}"
         )
     if start is not None and checkpoint_every is None:
         raise ValueError("start needs checkpoint_every: a resumed run makes checkpoints too")

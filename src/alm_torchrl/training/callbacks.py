@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -11,12 +13,12 @@ from typing import Any
 
 import lightning as L  # noqa: N812 - Lightning's own convention
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks import ProgressBar as ProgressBarBase
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from tqdm import tqdm
 
 from alm_torchrl.envs.failures import failing_as
 from alm_torchrl.training.checkpoints import AfterUpdate
@@ -139,44 +141,79 @@ class StopOnSignal(AfterUpdate):
             experience.stopping = True
 
 
-class ProgressBar(TQDMProgressBar):
-    """One line: progress, time left, environment steps per second and the newest return."""
+_BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
-    def __init__(self, refresh_rate: int = 20) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-        self._mark = (0, 0.0)
-        self._rate = 0.0
 
-    def init_train_tqdm(self) -> Tqdm:
-        """The training bar, without "Epoch": a run has only one."""
-        bar = super().init_train_tqdm()
-        progress = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}"
-        bar.bar_format = progress + " [{elapsed}<{remaining}{postfix}]"
-        return bar
+class ProgressBar(ProgressBarBase):
+    """Shows return, steps and time left: a bar on a terminal, else a line for each evaluation."""
 
-    def init_validation_tqdm(self) -> Tqdm:
-        """No bar: an evaluation takes seconds."""
-        return Tqdm(disable=True)
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._on_terminal = sys.stderr.isatty()
+        self._bar: tqdm[Any] | None = None
+        self._score = ""
+        self._begin: tuple[int, float] | None = None  # step and time
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Sets up the bar here, because a resumed run starts no epoch."""
-        super().on_train_start(trainer, pl_module)
-        self.train_progress_bar.reset(len(pl_module.experience))
-        self.train_progress_bar.set_description("learning")
+    def enable(self) -> None:
+        """Shows the progress."""
+        self._enabled = True
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        """Leaves the bar unchanged."""
+    def disable(self) -> None:
+        """Shows nothing, which Lightning asks for in all processes but the first."""
+        self._enabled = False
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-        """Environment steps per second and the newest return."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        frames, now = pl_module.experience.frames, time.monotonic()
-        if frames > self._mark[0]:
-            if self._mark[1]:
-                self._rate = (frames - self._mark[0]) / (now - self._mark[1])
-            self._mark = (frames, now)
-        return {"steps/s": f"{self._rate:.1f}", **metrics}
+    def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
+        """Starts the bar with the warm-up, during which there are no batches."""
+        self._show(pl_module)
+        pl_module.experience.on_collected = lambda: self._show(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ALMModule, *_: Any) -> None:
+        """Moves the bar; the first update, which may compile, is not part of the time."""
+        experience = pl_module.experience
+        if self._begin is None and experience.updates > experience.warmup_updates:
+            self._begin = experience.steps, time.monotonic()
+        self._show(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: ALMModule, outputs: Tensor, *_: Any
+    ) -> None:
+        """Shows the new return."""
+        self._score = f"return {outputs.mean():.0f}"
+        self._show(pl_module)
+        if self._enabled and not self._on_terminal:
+            step, total = pl_module.experience.steps, pl_module.experience.total_steps
+            first, start = self._begin or (step, 0.0)
+            rate = (step - first) / (time.monotonic() - start)
+            left = tqdm.format_interval((total - step) / (rate or 1))
+            times = f", {rate:.1f} steps/s, {left} left" if rate else ""
+            sys.stderr.write(f"step {step}/{total}: {self._score}{times}\n")
+
+    def teardown(self, trainer: L.Trainer, pl_module: ALMModule, stage: str) -> None:
+        """Ends the line of the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, module: ALMModule) -> None:
+        """Updates the bar; each phase of a run has its own bar and clock."""
+        if not (self._enabled and self._on_terminal):
+            return
+        experience = module.experience
+        phase, done, total = "training", experience.steps, experience.total_steps
+        if experience.frames < experience.warmup_steps:
+            phase, done, total = "warm-up", experience.frames, experience.warmup_steps
+        elif experience.updates < experience.warmup_updates:
+            phase, done, total = "warm-up updates", experience.updates, experience.warmup_updates
+        elif self._begin is None and module.compiles:
+            phase = "compiling"
+        if self._bar is None or not self._bar.desc.endswith(phase):
+            self.teardown(module.trainer, module, "fit")
+            columns, keep = min(80, shutil.get_terminal_size().columns), phase == "training"
+            self._bar = tqdm(initial=done, total=total, ncols=columns, leave=keep, smoothing=0)
+            self._bar.bar_format = _BAR_FORMAT
+        if (label := f"{self._score} {phase}".strip()) != self._bar.desc:
+            self._bar.set_description_str(label)
+        self._bar.update(done - self._bar.n)
 
 
 class Video(L.Callback):

@@ -1,87 +1,118 @@
-"""Options of recipes/mujoco.py for training, evaluation and the run. Presets are in conf/."""
+"""Options of recipes/mujoco.py for training, evaluation and the run."""
 
 # ruff: noqa: RUF009 - fixed(), noted() and free() return fields
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from recipes.options import Agent, Encoder, LearningRates, Objective, Task, fixed, free, noted
+from recipes.options import Agent, Encoder, LearningRates, Objective, Task
+from recipes.schema import fixed, free, noted
+
+
+def _adam() -> dict[str, Any]:
+    return {"_target_": "torch.optim.Adam"}
 
 
 @dataclass
 class Training:
     """Amount of data and updates, in total over all processes."""
 
-    total_steps: int = noted(named=False)  # environment steps after the warm-up
-    warmup_steps: int = fixed()  # random steps at the start
-    warmup_updates: int = fixed(0)  # updates on the random steps, before the policy acts
-    num_envs: int = fixed()  # environments in each process
-    collector: str = fixed(before="sync")  # sync (this process), multi (worker processes) or ray
-    num_workers: int = fixed(before=1)  # worker processes or Ray actors
-    overlap: bool = fixed(before=False)  # collect while the last batch is learned from
+    total_steps: int = noted(
+        "environment steps after the warm-up", "${task.paper_steps}", named=False, ge=1
+    )
+    warmup_steps: int = fixed("random steps at the start", 5000, ge=0)
+    warmup_updates: int = fixed("updates on the random steps, before the policy acts", 0, ge=0)
+    num_envs: int = fixed("environments in each process", 1, ge=1)
+    collector: str = fixed(
+        "sync: this process; multi: worker processes; ray: machines of a Ray cluster",
+        "sync",
+        choices=("sync", "multi", "ray"),
+    )
+    num_workers: int = fixed("worker processes or Ray actors, which share num_envs", 1, ge=1)
+    overlap: bool = fixed("collect with older weights while training", False)
     frames_per_batch: int = fixed(
-        before="${training.num_envs}"
-    )  # frames per batch, over all environments
-    sync_every: int = noted(before=1)  # updates between transfers of weights to workers
-    updates_per_step: float = fixed()  # updates per environment step
-    batch_size: int = noted()  # windows per update
-    policy_lag: int = noted(0)  # updates by which the acting policy lags: 0 or 1
-    replay_capacity: int = fixed()  # transitions in the replay buffer
-    optimizer: dict[str, Any] = fixed(before={"_target_": "torch.optim.Adam"})  # must be fused
-    schedule: dict[str, Any] = fixed(dict)  # scheduler, stepped at every update; empty: constant
-    max_grad_norm: float = noted()  # maximum gradient norm of each parameter group
-    target_tau: float = noted()  # rate of the moving average of target networks
+        "frames per collection batch, over all environments", "${training.num_envs}", ge=1
+    )
+    sync_every: int = noted("updates between transfers of weights to workers", 1, ge=1)
+    updates_per_step: float = fixed("updates per environment step", 1.0, gt=0)
+    batch_size: int = noted("windows per update", 512, ge=1)
+    policy_lag: int = noted("updates by which the acting policy lags", 0, ge=0, le=1)
+    replay_capacity: int = fixed(
+        "transitions in the replay buffer", "${task.replay_capacity}", ge=1
+    )
+    optimizer: dict[str, Any] = fixed("_target_ of a fused optimizer", _adam)
+    schedule: dict[str, Any] = fixed(
+        "_target_ of a scheduler, stepped at every update; empty: constant rates", dict
+    )
+    max_grad_norm: float = noted("maximum gradient norm of each parameter group", 100.0, gt=0)
+    target_tau: float = noted("rate of the moving average of target networks", 0.005, gt=0, le=1)
 
 
 @dataclass
 class Evaluation:
     """Evaluation in separate environments."""
 
-    every: int = noted()  # environment steps between evaluations
-    episodes: int = noted()  # episodes per evaluation
-    max_steps: int | None = noted(before=None)  # maximum length of an episode; null: 100,000
-    ema_decay: float = fixed(0.0)  # EMA decay of the evaluated weights; 0 disables it
-    video: bool = free()  # record an episode after training
-    bias: bool = free()  # compare values and bound with Monte Carlo returns
-    diagnostics: bool = free()  # measure latents, dynamics and classifier
-    measurements: list[Any] = free(list)  # further measurements, each a _target_
+    every: int = noted("environment steps between evaluations", 5000, ge=1)
+    episodes: int = noted("episodes per evaluation, with the mean action", 5, ge=1)
+    max_steps: int | None = noted("maximum length of an episode; null: 100,000", None, ge=1)
+    ema_decay: float = fixed("EMA decay of the evaluated weights; 0: none", 0.0, ge=0, lt=1)
+    video: bool = free("record an episode after training", False)
+    bias: bool = free("compare values and bound with Monte Carlo returns", False)
+    diagnostics: bool = free("measure latents, dynamics and classifier", False)
+    measurements: list[Any] = free("further measurements, each a _target_", list)
 
 
 @dataclass
 class Checkpointing:
     """Checkpoints for resuming."""
 
-    every: int = free()  # environment steps between checkpoints
-    keep: int = free()  # number of checkpoints kept
+    every: int = free("environment steps between checkpoints", "${evaluation.every}", ge=1)
+    keep: int = free("number of checkpoints kept", 2, ge=1)
 
 
 @dataclass
 class Run:
     """Hardware, folder and loggers."""
 
-    folder: str = free()  # output folder
-    accelerator: str = noted()  # cpu, gpu, or auto
-    devices: int = noted(before=1)  # GPUs (or CPU processes) per machine
-    num_nodes: int = noted(before=1)  # machines
-    precision: str = noted()  # of the losses: 32-true, bf16-mixed or auto (bf16 if faster)
-    compile: str = noted()  # torch.compile the losses: auto, always or never
-    matmul_precision: str = noted()  # torch.set_float32_matmul_precision: highest, high or medium
-    log_every: int = free()  # updates between log entries
-    tensorboard: bool = free()  # write TensorBoard logs
-    wandb: bool = free()  # write to Weights & Biases (pip install wandb)
+    folder: str = free("output folder")
+    accelerator: str = noted(
+        "auto: a GPU if available", "auto", choices=("auto", "cpu", "gpu", "cuda", "mps")
+    )
+    devices: int = noted("GPUs (or CPU processes) per machine, which share the data", 1, ge=1)
+    num_nodes: int = noted("machines", 1, ge=1)
+    precision: str = noted(
+        "of the losses; auto: bfloat16 if the hardware has it",
+        "32-true",
+        choices=("32-true", "bf16-mixed", "auto"),
+    )
+    compile: str = noted(
+        "torch.compile the losses, which takes minutes; auto: in long runs",
+        "auto",
+        choices=("auto", "always", "never"),
+    )
+    matmul_precision: str = noted(
+        "of float32 products; high and medium allow TF32 and bfloat16 on a GPU",
+        "highest",
+        choices=("highest", "high", "medium"),
+    )
+    log_every: int = free("updates between log entries", 100, ge=1)
+    tensorboard: bool = free("write TensorBoard logs", True)
+    wandb: bool = free("write to Weights & Biases (pip install wandb)", False)
 
 
 @dataclass
 class Config:
     """All options."""
 
-    seed: int = fixed(named=False)  # random seed
-    num_seeds: int = fixed()  # seeds trained together: seed, seed + 1, ...
-    resume: str = free()  # never, auto, or the folder of a run
+    #: Smaller than the seeds that NumPy accepts, because evaluations use seed + 1000.
+    seed: int = fixed("random seed", 0, named=False, ge=0, lt=2**31)
+    num_seeds: int = fixed("seeds trained together: seed, seed + 1, ...", 1, ge=1)
+    resume: str = free(
+        "never; auto: from the newest checkpoint, if any; or a run's folder", "never"
+    )
     task: Task = field(default_factory=Task)
     agent: Agent = field(default_factory=Agent)
     encoder: Encoder = field(default_factory=Encoder)
@@ -91,16 +122,6 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     run: Run = field(default_factory=Run)
-
-
-def declarations(group: type = Config, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """Yields the name of every option, such as ``training.batch_size``, and its field."""
-    for option in fields(group):
-        factory: Any = option.default_factory
-        if isinstance(factory, type) and is_dataclass(factory):
-            yield from declarations(factory, f"{prefix}{option.name}.")
-        else:
-            yield prefix + option.name, option
 
 
 def pick(options: object, *names: str) -> dict[str, Any]:

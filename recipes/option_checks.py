@@ -1,17 +1,15 @@
-"""Checks that the options of recipes/mujoco.py fit each other.
-
-The package checks the options of its own functions; only rules of the recipe are stated here.
-"""
+"""Checks values and combinations of options, before PyTorch is loaded and anything is written."""
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from alm_torchrl.data.collectors import check_workers
 from recipes.config import Config, num_processes
+from recipes.schema import check_value, declarations
 
 
 def in_sweep() -> bool:
@@ -20,32 +18,50 @@ def in_sweep() -> bool:
 
 
 def check_options(config: Config) -> None:
-    """Raises a ValueError that names the options if they contradict each other."""
+    """Raises a ValueError that names an option out of range, or options that do not fit."""
+    for name, option in declarations(Config):
+        check_value(name, option, attrgetter(name)(config))
+    _check_pixels(config.task.pixels)
+    _check_counts(config)
+    _check_targets(config)
+    _check_processes(config)
+    _check_workers(config)
+
+
+def _check_pixels(pixels: Any) -> None:
+    """Checks the size of images, which has several types."""
+    sizes = pixels if isinstance(pixels, list) else [pixels, pixels]
+    whole = all(type(size) is int and size > 0 for size in sizes)
+    if pixels is not False and not (whole and len(sizes) == 2):
+        raise ValueError(
+            f"task.pixels={pixels} must be false, a size such as 84, or [height,width]"
+        )
+
+
+def _check_counts(config: Config) -> None:
+    """Checks that evaluations and seeds fit the steps and environments."""
     training, every = config.training, config.evaluation.every
-    if every < 1 or training.total_steps % every:
+    if training.total_steps % every:
         raise ValueError(
             f"training.total_steps={training.total_steps} must be a multiple of evaluation.every="
             f"{every}, so that the last steps are evaluated"
         )
-    updates = every * training.updates_per_step
-    if updates < 1 or updates % 1:
+    for name, steps in (("evaluation", every), ("checkpoint", config.checkpoint.every)):
+        updates = steps * training.updates_per_step
+        if updates < 1 or (updates % 1 and name == "evaluation"):
+            raise ValueError(
+                f"{name}.every={steps} times training.updates_per_step="
+                f"{training.updates_per_step} must be a whole number of updates"
+            )
+    if training.warmup_updates and not training.warmup_steps:
         raise ValueError(
-            f"evaluation.every={every} times training.updates_per_step={training.updates_per_step} "
-            "must be a whole number of updates"
+            f"training.warmup_updates={training.warmup_updates} needs training.warmup_steps above 0"
         )
-    if config.checkpoint.keep < 1 or config.checkpoint.every * training.updates_per_step < 1:
-        raise ValueError(
-            f"checkpoint.every={config.checkpoint.every} and checkpoint.keep="
-            f"{config.checkpoint.keep} must be at least 1"
-        )
-    if config.num_seeds < 1 or (config.num_seeds > 1 and training.num_envs > 1):
+    if config.num_seeds > 1 and training.num_envs > 1:
         raise ValueError(
             f"num_seeds={config.num_seeds} does not fit training.num_envs={training.num_envs}: "
             "train several seeds with one environment each, or one seed with several environments"
         )
-    _check_targets(config)
-    _check_processes(config)
-    _check_workers(config)
 
 
 def _check_targets(config: Config) -> None:
@@ -60,6 +76,7 @@ def _check_targets(config: Config) -> None:
     if training.schedule:
         targets["training.schedule"] = training.schedule
     groups: dict[str, dict[Any, Any]] = {
+        "encoder.transforms": dict(enumerate(config.encoder.transforms)),
         "agent.networks": config.agent.networks,
         "objective.auxiliary_losses": config.objective.auxiliary_losses,
         "evaluation.measurements": dict(enumerate(config.evaluation.measurements)),
@@ -74,11 +91,6 @@ def _check_targets(config: Config) -> None:
 def _check_processes(config: Config) -> None:
     """Checks that the run can be divided over processes."""
     processes, training = num_processes(config), config.training
-    if config.run.devices < 1 or config.run.num_nodes < 1:
-        raise ValueError(
-            f"run.devices={config.run.devices} and run.num_nodes={config.run.num_nodes} must be at "
-            "least 1"
-        )
     if processes == 1:
         return
     for name in ("batch_size", "replay_capacity"):
@@ -100,10 +112,9 @@ def _check_workers(config: Config) -> None:
     """Checks that environments and frames can be divided over workers and processes."""
     training, frames = config.training, config.training.frames_per_batch
     envs, kind = training.num_envs, training.collector
-    try:
-        check_workers(kind, training.num_workers, training.overlap)
-    except ValueError as error:
-        raise ValueError(f"training.collector={kind}: {error}") from None
+    if kind == "sync" and (training.num_workers > 1 or training.overlap):
+        name = "training.overlap=true" if training.overlap else "training.num_workers above 1"
+        raise ValueError(f"{name} needs training.collector=multi or ray: sync uses this process")
     if kind != "sync":
         if config.num_seeds > 1 or training.policy_lag:
             raise ValueError(
@@ -129,7 +140,7 @@ def _check_workers(config: Config) -> None:
         )
     together = frames * num_processes(config)
     for name in ("warmup_steps", "total_steps"):
-        if together and getattr(training, name) % together:
+        if getattr(training, name) % together:
             raise ValueError(
                 f"training.{name}={getattr(training, name)} must be a multiple of {together}, "
                 "training.frames_per_batch times the number of processes"

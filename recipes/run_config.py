@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alm_torchrl.files import atomic_write
-from recipes.config import Config, declarations
+from recipes.config import Config
+from recipes.schema import declarations
 
 #: Remedy for damaged files of a run.
 REMEDY = "restore it from a copy, or start a new run with resume=never in another run.folder"
@@ -39,12 +40,10 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
     options: Any = OmegaConf.to_container(OmegaConf.create(vars(config)))
     new = dict(_flatten(options))
     changes = []
-    for name, option in declarations():
+    for name, option in declarations(Config):
         kind, before = option.metadata["kind"], option.metadata["before"]
         if kind == "free":
             continue
-        if isinstance(before, str) and before.startswith("${"):  # copies another option
-            before = old.get(before[2:-1])
         value = old.get(name, before)
         if value == "???":
             raise ValueError(f"{folder / 'config.yaml'} lacks {name}: {REMEDY}")
@@ -96,7 +95,7 @@ def _is_plain(text: str) -> bool:
 
 def _flatten(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the name and value of every option in a configuration."""
-    for name, _ in declarations():
+    for name, _ in declarations(Config):
         *groups, last = name.split(".")
         group: Any = config
         for key in groups:

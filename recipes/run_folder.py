@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from alm_torchrl.training import Checkpoint
-from recipes.config import Config, declarations, num_processes
-from recipes.option_checks import check_options, in_sweep
+from recipes.config import Config, num_processes
+from recipes.option_checks import in_sweep
 from recipes.run_config import ConfigRecord, find_changes, write_config
 from recipes.run_lock import RunLock
 from recipes.run_start import TIMESTAMP, choose_folder, find_start
+from recipes.schema import declarations
 
 #: Environment variable with the folder that the first process chose.
 _FOLDER = "ALM_TORCHRL_RUN_FOLDER"
@@ -26,18 +28,25 @@ class Run:
     """A prepared run; its folder is locked until the ``with`` block ends.
 
     It has the options that changed since the checkpoint ``start``. The first process has the lock.
+    ``new`` tells whether this process made the folder.
     """
 
     folder: Path
     start: Checkpoint | None
     changes: list[dict[str, Any]]
     lock: RunLock | None
+    new: bool
 
     def record(self, config: Config) -> list[Callback]:
         """Returns the callback that records changes once the run is restored."""
         if self.start is None:
             return []
         return [ConfigRecord(self.folder, config, self.changes, self.start.step)]
+
+    def discard(self) -> None:
+        """Removes the folder of a run that cannot start, if this process made it."""
+        if self.new:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Run:
         return self
@@ -48,22 +57,22 @@ class Run:
 
 
 def prepare(config: Config) -> Run:
-    """Checks the options and prepares the folder; a new run gets a config.yaml.
+    """Prepares the folder of a run whose options are checked; a new run gets a config.yaml.
 
     Raises:
-        ValueError: if an option is invalid.
+        ValueError: if the run cannot be resumed with these options.
         OSError: if the folder cannot be written or is in use, or no checkpoint can be read.
     """
-    check_options(config)
     if num_processes(config) == 1:
         # RANK and SLURM_PROCID of a cluster do not matter to a run of one process.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
     _share_folder(config)
     folder = choose_folder(config)
+    new = _rank() == 0 and not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[_FOLDER] = str(folder)
     lock = RunLock(folder) if _rank() == 0 else None
-    run = Run(folder, None, [], lock)
+    run = Run(folder, None, [], lock, new)
     try:
         run.start = find_start(config, folder)
         if run.start is not None:
@@ -79,7 +88,7 @@ def prepare(config: Config) -> Run:
 
 def _check_sweep(folder: Path, changes: list[dict[str, Any]]) -> None:
     """Raises if the folder belongs to another run of the same sweep."""
-    named = {name for name, option in declarations() if option.metadata["named"]}
+    named = {name for name, option in declarations(Config) if option.metadata["named"]}
     if in_sweep() and (differ := [c["option"] for c in changes if c["option"] in named]):
         raise ValueError(
             f"{folder} was trained with another {differ[0]}: omit run.folder in a sweep (-m), or "

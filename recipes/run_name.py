@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from recipes.config import declarations
+from recipes.config import Config
+from recipes.schema import declarations
 
 #: Options that have their own place in the name.
 _OWN_PLACE = {"task", "preset", "ablation"}
@@ -30,12 +31,14 @@ def override_name(overrides: Sequence[str]) -> str:
         >>> override_name(["task=ant", "seed=1", "training.batch_size=64", "resume=auto"])
         '-training.batch_size_64'
     """
-    unnamed = {name for name, option in declarations() if not option.metadata["named"]}
+    unnamed = {name for name, option in declarations(Config) if not option.metadata["named"]}
     parts = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        if key not in _OWN_PLACE | unnamed:
-            parts[key] = "none" if override.is_delete() else str(override.value())
+        value = "none" if override.is_delete() else str(override.value())
+        parts[override.key_or_group] = value
+    if parts.get("task.name", "").strip("'") == _name_of_id(parts.get("task.id", "")):
+        unnamed.add("task.id")
+    parts = {key: value for key, value in parts.items() if key not in _OWN_PLACE | unnamed}
     name = "".join(f"-{key}_{value}" for key, value in sorted(parts.items()))
     short = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
     if short == name and len(name) <= _LONGEST:
@@ -43,11 +46,16 @@ def override_name(overrides: Sequence[str]) -> str:
     return f"{short[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def _name_of_id(task: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", task)
+
+
 def _ablation_name(ablation: str) -> str:
     return "" if ablation == "none" else f"-{ablation}"
 
 
 def register_names() -> None:
-    """Registers the resolvers that ``run.folder`` in conf/mujoco.yaml uses."""
+    """Registers the resolvers of ``run.folder`` in conf/mujoco.yaml, and of ``task.name``."""
     OmegaConf.register_new_resolver("suffix", _ablation_name, replace=True)
+    OmegaConf.register_new_resolver("name_of_id", _name_of_id, replace=True)
     OmegaConf.register_new_resolver("override_name", override_name, replace=True)

@@ -26,18 +26,21 @@ Curves = dict[str, dict[int, dict[int, float]]]
 def read(folders: list[Path]) -> Curves:
     """Reads returns by name, seed and step. The longest run of a seed is used.
 
+    Folders without a curve, or with an empty one, are passed over with a note.
+
     Raises:
-        FileNotFoundError: if a folder holds no curve.
+        FileNotFoundError: if no folder holds a curve.
     """
     curves: Curves = defaultdict(dict)
     for folder in folders:
         found = sorted({*folder.glob("curve.csv"), *folder.glob("seed*/curve.csv")})
         if not found:
-            raise FileNotFoundError(f"{folder} holds no curve.csv or seed*/curve.csv")
+            print(f"{folder}: no curve.csv or seed*/curve.csv; passed over", file=sys.stderr)
         for path in found:
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["return"]]
             if not rows:
+                print(f"{path}: no return yet; passed over", file=sys.stderr)
                 continue
             seed, name = int(rows[0]["seed"]), SEED.sub("", folder.resolve().name)
             curve = {int(row["step"]): float(row["return"]) for row in rows}
@@ -45,6 +48,8 @@ def read(folders: list[Path]) -> Curves:
             if known:
                 print(f"{name}: several runs of seed {seed}; using the longest", file=sys.stderr)
             curves[name][seed] = max(known, curve, key=len)
+    if not curves:
+        raise FileNotFoundError("no folder has a curve with a return")
     return dict(curves)
 
 

@@ -88,6 +88,25 @@ def test_the_script_draws_and_writes(tmp_path: Path, monkeypatch, capsys) -> Non
         ("a", "1", "4", "1.5"),
         ("a", "2", "4", "3.0"),
     ]
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds no curve.csv or seed"):
+
+
+def test_folders_without_a_curve_are_passed_over_with_a_note(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    good = write(tmp_path / "a-seed0", 0, {1: 3.0})
+    early = write(tmp_path / "a-seed1", 1, {})
+    (tmp_path / "rejected").mkdir()
+    file = tmp_path / "multirun.yaml"  # runs/* includes it
+    file.touch()
+    assert read([good, early, tmp_path / "rejected", file]) == {"a": {0: {1: 3.0}}}
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == [
+        f"{early / 'curve.csv'}: no return yet; passed over",
+        f"{tmp_path / 'rejected'}: no curve.csv or seed*/curve.csv; passed over",
+        f"{file}: no curve.csv or seed*/curve.csv; passed over",
+    ]
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(early), "--out", str(tmp_path / "out.png")])
+    with pytest.raises(SystemExit, match="no folder has a curve with a return"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not (tmp_path / "out.png").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from alm_torchrl.training import find_checkpoint, make_trainer
 from recipes.run_config import ConfigRecord
 from recipes.run_folder import prepare
+from recipes.train import fit
 from tests.training import tiny
 
 
@@ -69,6 +71,26 @@ def test_a_run_gives_its_folder_back_however_it_ends(config, tmp_path: Path, err
     with pytest.raises(error), prepare(config(folder=tmp_path)):
         raise error
     assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_rejected_start_removes_the_folder_that_it_made_alone(config, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with prepare(config(folder=tmp_path / name)) as run:
+            run.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_missing_login_of_wandb_costs_one_line(config, tmp_path: Path) -> None:
+    error = type("UsageError", (Exception,), {"__module__": "wandb.errors"})
+    trainer, module = MagicMock(), MagicMock(compiles=False, restored=False)
+    trainer.fit.side_effect = error("No API key configured.\nUse `wandb login` to log in.")
+    options = config(folder=tmp_path / "out")
+    says = r"^run.wandb=true: .*No API key configured.* \(or set WANDB_MODE=offline\)$"
+    with prepare(options) as run, pytest.raises(SystemExit, match=says) as stop:
+        fit(options, run, trainer, module)
+    assert "\n" not in str(stop.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("resume", ["auto", "FOLDER"])

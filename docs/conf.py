@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from sphinx.util.inspect import stringify_signature
 
 import alm_torchrl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the recipes are not installed
+from recipes.option_help import markdown_table
 
 project = "alm_torchrl"
 author = "alm_torchrl contributors"
@@ -37,7 +41,15 @@ if os.environ.get("DOCS_INTERSPHINX"):
     }
 
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_enable_extensions = [
+    "amsmath",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+    "fieldlist",
+    "substitution",
+]
+myst_substitutions = {"options": markdown_table()}
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -17,8 +17,6 @@ from recipes.config import Config
 from recipes.schema import allowed, declarations, groups
 
 CONF = Path(__file__).resolve().parent / "conf"
-#: What happens if a resumed run changes an option, by kind of declaration.
-_RESUMED = {"fixed": "refused", "noted": "recorded", "free": "free"}
 #: Column of the meanings in the help.
 _COLUMN = 36
 
@@ -74,13 +72,13 @@ def _entry(name: str, text: str) -> list[str]:
 
 def markdown_table() -> str:
     """Returns a table of all options, with the defaults of the paper's preset."""
-    lines = ["| option | default | meaning | values | resumed |", "|---|---|---|---|---|"]
+    lines = ["| option | default | meaning | values | declared |", "|---|---|---|---|---|"]
     for name, option in declarations(Config):
         default = option.default
         if option.default_factory is not MISSING:
             default = option.default_factory()
         shown = "" if default == "???" else f"`{_shown(default)}`"
         meaning = re.sub(r"([_*|<\[\]])", r"\\\1", option.metadata["meaning"])
-        row = (f"`{name}`", shown, meaning, allowed(option), _RESUMED[option.metadata["kind"]])
+        row = (f"`{name}`", shown, meaning, allowed(option), option.metadata["kind"])
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)

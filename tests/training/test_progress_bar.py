@@ -77,7 +77,8 @@ def test_a_terminal_shows_the_phase_and_the_return_in_80_columns(monkeypatch, cl
     last = screen.lines()[-1]
     assert last.startswith("return -12345 training")
     assert len(last) == 80
-    bar.teardown(module.trainer, module, "fit")
+    bar.teardown(module.trainer, module, stage="fit")
+    assert screen.getvalue().endswith("\n")
     assert max(map(len, screen.lines())) <= 80
 
 

@@ -141,11 +141,10 @@ class StopOnSignal(AfterUpdate):
             experience.stopping = True
 
 
-_BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-
-
 class ProgressBar(ProgressBarBase):
     """Shows return, steps and time left: a bar on a terminal, else a line for each evaluation."""
+
+    _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,10 +188,12 @@ class ProgressBar(ProgressBarBase):
             times = f", {rate:.1f} steps/s, {left} left" if rate else ""
             sys.stderr.write(f"step {step}/{total}: {self._score}{times}\n")
 
-    def teardown(self, trainer: L.Trainer, pl_module: ALMModule, stage: str) -> None:
+    def on_exception(self, *_: Any, **__: Any) -> None:
         """Ends the line of the bar."""
         if self._bar is not None:
             self._bar.close()
+
+    teardown = on_exception
 
     def _show(self, module: ALMModule) -> None:
         """Updates the bar; each phase of a run has its own bar and clock."""
@@ -207,10 +208,10 @@ class ProgressBar(ProgressBarBase):
         elif self._begin is None and module.compiles:
             phase = "compiling"
         if self._bar is None or not self._bar.desc.endswith(phase):
-            self.teardown(module.trainer, module, "fit")
+            self.teardown()
             columns, keep = min(80, shutil.get_terminal_size().columns), phase == "training"
             self._bar = tqdm(initial=done, total=total, ncols=columns, leave=keep, smoothing=0)
-            self._bar.bar_format = _BAR_FORMAT
+            self._bar.bar_format = self._FORMAT
         if (label := f"{self._score} {phase}".strip()) != self._bar.desc:
             self._bar.set_description_str(label)
         self._bar.update(done - self._bar.n)

@@ -75,7 +75,7 @@ class ExperienceStream:
         self.frames = self.updates = 0
         self.stopping = False  # set to end the run after this update or, in the warm-up, batch
         self._batches = self._last_frames = self._restarts = 0
-        self.on_collected: Callable[[], None] | None = None
+        self.on_collected: Callable[[], None] = lambda: None
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
         if len(self) == warmup_updates:
@@ -124,8 +124,7 @@ class ExperienceStream:
             if data is None:
                 return
             self._store(data)
-            if self.on_collected is not None:
-                self.on_collected()
+            self.on_collected()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counters, without the replay buffer."""

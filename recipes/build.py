@@ -93,7 +93,8 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         num_seeds=num_seeds,
         num_processes=processes,
     )
-    eval_seed, eval_envs = config.seed + 1000, config.evaluation.episodes * num_seeds
+    eval_seed, eval_envs = config.evaluation.seed, config.evaluation.episodes * num_seeds
+    eval_seed = config.seed + 1000 if eval_seed is None else eval_seed
     return ALMModule(
         agent,
         loss,

@@ -58,6 +58,9 @@ class Evaluation:
     every: int = noted("environment steps between evaluations", 5000, ge=1)
     episodes: int = noted("episodes per evaluation, with the mean action", 5, ge=1)
     max_steps: int | None = noted("maximum length of an episode; null: 100,000", None, ge=1)
+    seed: int | None = noted(
+        "seed of the environments; null: seed + 1000", None, before=None, ge=0, lt=2**31
+    )
     ema_decay: float = fixed("EMA decay of the evaluated weights; 0: none", 0.0, ge=0, lt=1)
     video: bool = free("record an episode after training", False)
     bias: bool = free("compare values and bound with Monte Carlo returns", False)

@@ -133,3 +133,15 @@ def test_measurements_are_built_from_options(config, tmp_path: Path) -> None:
 
 def _count(network: nn.Module, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in network.modules())
+
+
+def test_runs_of_different_seeds_can_be_evaluated_on_the_same_episodes(config) -> None:
+    def first_observation(*options: str) -> Tensor:
+        module = make_module(config(*SIZES, "evaluation.episodes=1", *options), CPU)
+        module.experience.shutdown()
+        return module.eval_env.reset()["observation"]
+
+    same = [first_observation("evaluation.seed=7", f"seed={seed}") for seed in (0, 1)]
+    assert torch.equal(*same)
+    assert not torch.equal(first_observation(), same[0])
+    assert torch.equal(first_observation(), first_observation("evaluation.seed=1000"))

@@ -138,8 +138,8 @@ def test_the_documentation_lists_every_option() -> None:
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)
 
 
-def test_the_options_are_read_before_pytorch_is_loaded() -> None:
-    modules = "recipes.option_help, recipes.option_checks, recipes.run_name"
+def test_the_command_line_is_read_before_pytorch_is_loaded() -> None:
+    modules = "recipes.mujoco, recipes.pixels"
     command = f"import sys, {modules}; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(

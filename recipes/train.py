@@ -95,7 +95,8 @@ def fit(config: Config, run: Run, trainer: L.Trainer, module: ALMModule) -> None
             sys.exit(f"another process of the run exited; see its output; {_kept(folder)}")
         if type(error).__module__.startswith("wandb") and not module.restored:
             run.discard()
-            sys.exit(f"run.wandb=true: {one_line(error)} (or set WANDB_MODE=offline)")
+            reason = one_line(error).rstrip(".")
+            sys.exit(f"run.wandb=true: {reason}, or set WANDB_MODE=offline")
         if start is None or module.restored:
             raise
         sys.exit(f"{start.folder} does not fit this run; nothing was changed: {one_line(error)}")

@@ -86,7 +86,7 @@ def test_a_missing_login_of_wandb_costs_one_line(config, tmp_path: Path) -> None
     trainer, module = MagicMock(), MagicMock(compiles=False, restored=False)
     trainer.fit.side_effect = error("No API key configured.\nUse `wandb login` to log in.")
     options = config(folder=tmp_path / "out")
-    says = r"^run.wandb=true: .*No API key configured.* \(or set WANDB_MODE=offline\)$"
+    says = "^run.wandb=true: .*No API key configured.*to log in, or set WANDB_MODE=offline$"
     with prepare(options) as run, pytest.raises(SystemExit, match=says) as stop:
         fit(options, run, trainer, module)
     assert "\n" not in str(stop.value)

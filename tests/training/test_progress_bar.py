@@ -74,6 +74,8 @@ def test_a_terminal_shows_the_phase_and_the_return_in_80_columns(monkeypatch, cl
     assert screen.lines()[-1].startswith("training")
     module.experience.steps = 123_456
     bar.on_validation_batch_end(module.trainer, module, torch.full((1, 5), -12345.0))
+    clock.now += 1
+    learn(bar, module, 1)
     last = screen.lines()[-1]
     assert last.startswith("return -12345 training")
     assert len(last) == 80

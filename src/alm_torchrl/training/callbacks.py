@@ -207,13 +207,13 @@ class ProgressBar(ProgressBarBase):
             phase, done, total = "warm-up updates", experience.updates, experience.warmup_updates
         elif self._begin is None and module.compiles:
             phase = "compiling"
+        label = f"{self._score} {phase}".strip()
         if self._bar is None or not self._bar.desc.endswith(phase):
             self.teardown()
-            columns, keep = min(80, shutil.get_terminal_size().columns), phase == "training"
-            self._bar = tqdm(initial=done, total=total, ncols=columns, leave=keep, smoothing=0)
-            self._bar.bar_format = self._FORMAT
-        if (label := f"{self._score} {phase}".strip()) != self._bar.desc:
-            self._bar.set_description_str(label)
+            columns = min(80, shutil.get_terminal_size().columns)
+            look = {"bar_format": self._FORMAT, "ncols": columns, "leave": phase == "training"}
+            self._bar = tqdm(desc=label, initial=done, total=total, smoothing=0, **look)
+        self._bar.desc = label
         self._bar.update(done - self._bar.n)
 
 

@@ -15,7 +15,7 @@ import nox
 
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "recipes,ray,docs,dev,bench"
+EXTRAS = "recipes,hub,export,ray,docs,dev,bench"
 LINTERS = ["ruff", "import-linter"]
 
 nox.needs_version = ">=2026.10.20"

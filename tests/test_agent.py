@@ -20,6 +20,7 @@ from alm_torchrl.modules import (
     CategoricalHead,
     ContinuationModel,
     FixedScaleHead,
+    GaussianHead,
     LatentDynamics,
     LatentModule,
     MLPEncoder,
@@ -108,6 +109,27 @@ def test_without_exploration_the_latent_is_still_drawn_and_the_action_is_the_mea
             params = agent.actor.get_dist_params(TensorDict(latent=drawn, batch_size=[6]))
             torch.testing.assert_close(action, params["action_loc"])
             assert not torch.equal(action, policy(state.clone())["action"])
+
+
+def test_with_the_mean_latent_equal_observations_have_equal_actions(agent: ALMAgent) -> None:
+    state, policy = observations(), agent.policy(latent="mean")
+    with torch.no_grad():
+        action = policy(state.clone())["action"]
+        assert torch.equal(action, policy(state.clone())["action"])
+        loc = agent.encoder.get_dist(state).mean
+        params = agent.actor.get_dist_params(TensorDict(latent=loc, batch_size=[6]))
+        torch.testing.assert_close(action, params["action_loc"])
+        with set_exploration_type(ExplorationType.RANDOM):  # the action has noise all the same
+            assert not torch.equal(action, policy(state.clone())["action"])
+    with pytest.raises(ValueError, match="latent must be 'sample' or 'mean', not 'mode'"):
+        agent.policy(latent="mode")
+
+
+def test_discrete_latents_have_a_most_likely_value_for_the_mean() -> None:
+    head = {"encoder": {"head": CategoricalHead(2)}}
+    policy = ALMAgent.from_env(Body(), **SIZES, network_kwargs=head).policy(latent="mean")
+    state = observations()
+    assert torch.equal(policy(state.clone())["action"], policy(state.clone())["action"])
 
 
 def test_the_noise_is_for_collectors_alone(agent: ALMAgent, tmp_path: Path) -> None:
@@ -253,6 +275,34 @@ def test_components_of_ones_own_are_passed_again(tmp_path: Path) -> None:
         ALMAgent.load(tmp_path / "agent.pt", encoder=MLPEncoder(3, in_keys=["position"]))
 
 
+class OwnHead(GaussianHead):
+    """A head of the user's."""
+
+
+def test_dynamics_are_rebuilt_for_the_head_of_ones_own_encoder(tmp_path: Path) -> None:
+    def own() -> LatentModule:
+        return LatentModule(nn.Linear(3, 8), in_keys=["position"], head=OwnHead(loc_bound=5.0))
+
+    given = {"encoder": own(), "network_kwargs": {"dynamics": {"activation_class": "SiLU"}}}
+    agent = ALMAgent.from_env(Body(), **given, **SIZES)
+    agent.save(tmp_path / "agent.pt")
+    with pytest.raises(ValueError, match=r"pass encoder=\.\.\. to load"):
+        ALMAgent.load(tmp_path / "agent.pt")
+    loaded = ALMAgent.load(tmp_path / "agent.pt", encoder=own())
+    assert loaded.dynamics.head == OwnHead(loc_bound=5.0)
+    assert str(loaded) == str(agent)
+    loaded.save(tmp_path / "again.pt")
+    again = ALMAgent.load(tmp_path / "again.pt", encoder=own())
+    step = TensorDict(latent=torch.randn(5, 4), action=torch.rand(5, 2), batch_size=[5])
+    expected = agent.dynamics.get_dist(step.clone()).mean
+    assert torch.equal(again.dynamics.get_dist(step).mean, expected)
+
+    dynamics = LatentDynamics(4, 2, 6, head=OwnHead(loc_bound=5.0))  # of another width
+    ALMAgent.from_env(Body(), **SIZES, encoder=own(), dynamics=dynamics).save(tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"pass dynamics=\.\.\. to load"):
+        ALMAgent.load(tmp_path / "own.pt", encoder=own())
+
+
 def test_an_encoder_is_measured_and_checked_before_anything_is_built() -> None:
     agent = ALMAgent.from_env(Body(), encoder=MLPEncoder(3, 6, 8, in_keys=["position"]))
     assert agent.config.latent_dim == agent.dynamics.latent_dim == 6
@@ -302,7 +352,7 @@ def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_other_files_are_refused(agent: ALMAgent, tmp_path: Path) -> None:
     path = tmp_path / "agent.pt"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"agent\.pt does not exist"):
         ALMAgent.load(path)
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="was not written by ALMAgent.save"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -36,11 +36,14 @@ from alm_torchrl.modules.heads import DEFAULT_HEAD
 from alm_torchrl.modules.rebuildable import describe, rebuild
 from alm_torchrl.objectives import check_encoder
 from alm_torchrl.objectives.parameters import match_compiled
+from alm_torchrl.pretrained import find_pretrained, read_folder, write_folder
 
-__all__ = ["ALMAgent", "AgentConfig"]
+__all__ = ["ALMAgent", "AgentConfig", "find_pretrained"]
 
 _FORMAT = "alm_torchrl.ALMAgent"
 _VERSION = 3
+
+Latent = Literal["sample", "mean"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class ALMAgent(nn.Module):
         self.dynamics = dynamics or LatentDynamics(
             *sizes, **config.arguments("dynamics", hidden_dim=width, head=head)
         )
+        self._default_dynamics = dynamics is None
         self.reward_model = reward_model or RewardModel(*sizes, **config.arguments("reward_model"))
         self.classifier = classifier or TransitionClassifier(
             *sizes, **config.arguments("classifier")
@@ -216,15 +220,20 @@ class ALMAgent(nn.Module):
         networks = {name: getattr(self, name) for name in COMPONENTS}
         return {name: network for name, network in networks.items() if network is not None}
 
-    def policy(self) -> TensorDictModuleBase:
+    def policy(self, latent: Latent = "sample") -> TensorDictModuleBase:
         """The policy from observation to action, for collectors, rollouts and evaluation.
 
         Under ``ExplorationType.RANDOM``, which collectors set, the action has the scheduled noise,
-        unclipped; otherwise it is the actor's mean. The latent is always sampled, as the authors
-        do. Augmentation is disabled. The policy shares the agent's parameters; it writes the action
-        and the encoder's outputs under ``"next"``.
+        unclipped; otherwise it is the actor's mean. Augmentation is disabled. The policy shares the
+        agent's parameters; it writes the action and the encoder's outputs under ``"next"``.
+
+        Args:
+            latent: ``"sample"``, as the authors do, or ``"mean"`` (the mode, if discrete), with
+                which equal observations have equal actions, except for the noise.
         """
-        encoder = _ActingEncoder(self.encoder)
+        if latent not in get_args(Latent):
+            raise ValueError(f"latent must be 'sample' or 'mean', not {latent!r}")
+        encoder = _ActingEncoder(self.encoder, sample=latent == "sample")
         actor = self.actor.acting() if hasattr(self.actor, "acting") else self.actor
         memory = [key for key in encoder.out_keys if unravel_key(key)[0] == "next"]
         sequence = TensorDictSequential(encoder, actor)
@@ -247,29 +256,23 @@ class ALMAgent(nn.Module):
             ValueError: if the state of one of your own networks cannot be read back.
             OSError: if the file cannot be written.
         """
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "config": asdict(self.config),
-            "networks": {name: _describe_or_none(net) for name, net in self.networks().items()},
-            "state_dict": self.state_dict(),
-        }
-        save_tensors(content, path)
+        save_tensors({**self._describe(), "state_dict": self.state_dict()}, path)
 
     @classmethod
     def load(
         cls, path: str | Path, *, device: torch.device | str = "cpu", **components: nn.Module
     ) -> ALMAgent:
-        """Reads a file of :meth:`save`, without running any code stored in it.
+        """Reads a file of :meth:`save` or a folder of :meth:`save_pretrained`.
 
-        ``components`` are the networks of the agent that are not of this package.
+        No code stored in it is run. ``components`` are the networks that are not of this package.
 
         Raises:
-            FileNotFoundError: if the file does not exist.
-            ValueError: if the file is damaged or not an agent, has another format version, or needs
+            FileNotFoundError: if there is no such file or folder.
+            ImportError: if a folder is read without the extra ``hub``.
+            ValueError: if it is damaged or not an agent, has another format version, or needs
                 networks that were not given or do not fit.
         """
-        content = _read_file(Path(path))
+        content = _read(Path(path))
         described = {**content["networks"], **components}
         missing = ", ".join(f"{name}=..." for name, value in described.items() if value is None)
         if missing:
@@ -285,22 +288,56 @@ class ALMAgent(nn.Module):
             raise ValueError(f"the weights in {path} do not fit the networks: {what}") from error
         return agent.to(device)
 
+    def save_pretrained(self, folder: str | Path, *, card: str = "", **metadata: Any) -> None:
+        """Writes a folder to publish: weights as safetensors, ``config.json``, a model card.
+
+        Args:
+            folder: created if it does not exist; its files are replaced.
+            card: text of the model card, ``README.md``.
+            **metadata: further entries of ``config.json``; ``recipes/enjoy.py`` reads
+                ``environment``, the arguments of :func:`~alm_torchrl.envs.make_env`.
+
+        Raises:
+            ImportError: if the extra ``hub`` is not installed.
+            ValueError: if the state of one of your own networks has other values than tensors.
+        """
+        config = {**metadata, **self._describe()}
+        write_folder(Path(folder), config, self.state_dict(), card)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, *, revision: str | None = None, **options: Any
+    ) -> ALMAgent:
+        """Loads the folder of :func:`find_pretrained`; ``options`` are those of :meth:`load`."""
+        return cls.load(find_pretrained(path_or_hub_id, revision), **options)
+
+    def _describe(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        networks = {name: _describe_or_none(net) for name, net in self.networks().items()}
+        if self._default_dynamics and networks["dynamics"] is None:
+            del networks["dynamics"]  # rebuilt for the head of the given encoder
+        config = asdict(self.config)
+        return {"format": _FORMAT, "version": _VERSION, "config": config, "networks": networks}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         match_compiled(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ActingEncoder(TensorDictModuleBase):
-    """Encodes without augmentation and always samples the latent."""
+    """Encodes without augmentation, whatever the exploration type."""
 
-    def __init__(self, encoder: TensorDictModuleBase) -> None:
+    def __init__(self, encoder: TensorDictModuleBase, sample: bool) -> None:
         super().__init__()
         self.encoder = encoder
+        self.sample = sample
         self.in_keys = encoder.in_keys
         self.out_keys = encoder.out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         with set_exploration_type(ExplorationType.DETERMINISTIC):  # which disables augmentation
+            if not self.sample:
+                return self.encoder(tensordict)
             latent = self.encoder.get_dist(tensordict).rsample()
         return tensordict.set(self.encoder.dist_sample_keys[-1], latent)
 
@@ -340,17 +377,21 @@ def _describe_or_none(network: nn.Module) -> Any:
         return None
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """Reads the file or folder of an agent and checks the kinds of its entries."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    read, writer = (read_folder, "save_pretrained") if path.is_dir() else (load_tensors, "save")
     try:
-        content = load_tensors(path)
-    except FileNotFoundError:
+        content = read(path)
+    except ImportError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
-            f"{path} is damaged or was not written by ALMAgent.save: {one_line(error)}"
+            f"{path} is damaged or was not written by ALMAgent.{writer}: {one_line(error)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} was not written by ALMAgent.save")
+        raise ValueError(f"{path} was not written by ALMAgent.{writer}")
     version = content.get("version")
     if isinstance(version, int) and version != _VERSION:
         raise ValueError(

@@ -13,13 +13,14 @@ from torch import Tensor
 from alm_torchrl.files import atomic_write, one_line
 
 _FILES = ("config.json", "agent.safetensors", "README.md")
+_FOLDERS_NEED = "folders of an agent need"
 
 
 def write_folder(
     folder: Path, config: dict[str, Any], weights: dict[str, Tensor], card: str
 ) -> None:
     """Writes the files of :meth:`alm_torchrl.agent.ALMAgent.save_pretrained`."""
-    save = _require("safetensors.torch").save
+    save = _require("safetensors.torch", _FOLDERS_NEED).save
     if other := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"safetensors cannot hold {other[0]}, not a tensor: use ALMAgent.save")
     # Safetensors refuses tensors that share memory.
@@ -33,7 +34,7 @@ def write_folder(
 
 def read_folder(folder: Path) -> dict[str, Any]:
     """Reads the configuration, and the weights as ``state_dict``."""
-    load_file = _require("safetensors.torch").load_file
+    load_file = _require("safetensors.torch", _FOLDERS_NEED).load_file
     content = read_config(folder)
     return {**content, "state_dict": load_file(folder / _FILES[1])}
 
@@ -62,7 +63,7 @@ def find_pretrained(path_or_hub_id: str | Path, revision: str | None = None) -> 
         raise FileNotFoundError(
             f"{name} is neither a folder nor a repository OWNER/NAME of the Hugging Face Hub"
         )
-    hub = _require("huggingface_hub")
+    hub = _require("huggingface_hub", f"{name} is not a folder, and downloading it needs")
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[*_FILES]))
     except Exception as error:  # of the network or the hub
@@ -72,12 +73,12 @@ def find_pretrained(path_or_hub_id: str | Path, revision: str | None = None) -> 
         ) from error
 
 
-def _require(module: str) -> Any:
+def _require(module: str, need: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} is not installed: pip install 'alm-torchrl[hub]'") from error
+        raise ImportError(f"{need} {package}: pip install 'alm-torchrl[hub]'") from error
 
 
 def _to_json(value: Any) -> Any:

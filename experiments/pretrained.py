@@ -32,8 +32,8 @@ tags: [reinforcement-learning, model-based-rl, torchrl, {task}]
 
 | | |
 |---|---|
-| return | {mean:.1f} +- {std:.1f} (mean and standard deviation of {episodes} episodes, seed {seed}) |
-| frames | {frames:,}, all environment steps before this agent was saved; {total:,} in the whole run |
+| return | {mean:.1f} +- {std:.1f}: mean and deviation of {episodes} episodes, seed {seed} |
+| frames | {frames:,} environment steps until this agent; {total:,} in the whole run |
 | training seed | {training_seed} |
 | commit | {commit} |
 | license | {license} |

@@ -16,8 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-# Replace this folder by the project's root: mujoco.py would shadow the package mujoco.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # in this folder, mujoco.py would shadow the package mujoco
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 EXTRAS = ("gymnasium", "hydra", "lightning", "mujoco")
 if missing := [name for name in EXTRAS if find_spec(name) is None]:
     sys.exit(f"{', '.join(missing)} not installed: pip install 'alm-torchrl[recipes]'")

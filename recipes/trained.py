@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from alm_torchrl.objectives import check_encoder
 from alm_torchrl.pretrained import read_config
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
-#: Options that runs may lack because they are older.
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, EnvironmentFailedError, HydraException)
+#: Options that an older run lacks.
 _DEFAULTS = {"agent": {"networks": {}, "network_kwargs": {}}, "encoder": {"transforms": []}}
 
 
@@ -50,10 +52,7 @@ def main(script: Callable[[], None]) -> None:
     """Runs a script, and reports the mistakes of its user in one line."""
     try:
         script()
-    except (
-        *(ValueError, TypeError, OSError, ImportError),
-        *(EnvironmentFailedError, HydraException),
-    ) as error:
+    except _MISTAKES as error:
         cause = error.__cause__ if isinstance(error, HydraException) else ""
         sys.exit(" ".join(f"{type(error).__name__}: {error} {cause}".split()))
 
@@ -80,11 +79,10 @@ def find(name: str, task: str | None = None) -> Trained:
         raise FileNotFoundError(
             f"{name} is neither a file nor a folder, and pretrained/ has {known or 'no agents yet'}"
         )
-    env = make_env(**trained.environment)
+    agent, env = trained.agent.eval(), make_env(**trained.environment)
     observations, actions = env.observation_spec_unbatched, env.action_spec_unbatched
     env.close()
-    trained.agent.eval()
-    check_encoder(trained.agent.encoder, observations, trained.agent.dynamics, action_spec=actions)
+    check_encoder(agent.encoder, observations, agent.dynamics, action_spec=actions)
     return trained
 
 
@@ -100,21 +98,25 @@ def _from_pretrained(folder: Path, task: str | None) -> Trained:
 def _from_run(path: Path, task: str | None) -> Trained:
     """Loads the agent of a run, or an agent's file, with the run's options if they are there."""
     file = path if path.is_file() else _agent_file(path)
+    # One of several seeds has its options in the folder above.
     folders = [file.parent, file.parent.parent] if "seed" in file.parent.name else [file.parent]
-    configs = [folder / "config.yaml" for folder in folders]
-    config = next((config for config in configs if config.is_file()), None)
+    config = next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
     if config is None:
         return Trained(file, ALMAgent.load(file), _with_task({}, task, file))
-    from recipes.build_agent import make_networks  # imports Lightning
-
     environment, options = _read_run(config)
     environment = _with_task(environment, task, file)
-    env = make_env(**environment)
-    # The networks of the package too: this is simpler than to find out which ones are not.
+    return Trained(file, ALMAgent.load(file, **_own_networks(options, environment)), environment)
+
+
+def _own_networks(options: Any, environment: dict[str, Any]) -> dict[str, Any]:
+    """Builds the networks of a run again if some are not of the package."""
+    from recipes.build_agent import make_networks  # imports Lightning
+
+    targets = OmegaConf.to_yaml(OmegaConf.create([options.encoder.build, options.agent.networks]))
+    if not re.search(r"_target_: (?!alm_torchrl\.)", targets):
+        return {}
     kwargs = instantiate(options.agent.network_kwargs, _convert_="all")
-    networks = make_networks(options, env, kwargs)
-    env.close()
-    return Trained(file, ALMAgent.load(file, **networks), environment)
+    return make_networks(options, make_env(**environment), kwargs)
 
 
 def _read_run(config: Path) -> tuple[dict[str, Any], Any]:

@@ -41,10 +41,7 @@ class Trained:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of :func:`find` to a command line."""
-    parser.add_argument(
-        "agent",
-        help="a run's folder, an agent's file, a name under pretrained/, or OWNER/NAME on the hub",
-    )
+    parser.add_argument("agent", help="run folder, agent file, name under pretrained/, or hub id")
     parser.add_argument("--task", help="task, such as Hopper-v5, if it is not known from the agent")
 
 
@@ -60,8 +57,7 @@ def main(script: Callable[[], None]) -> None:
 def find(name: str, task: str | None = None) -> Trained:
     """Loads an agent, and checks that it fits its task.
 
-    The ``config.yaml`` of a run may name classes of yours (``_target_``), which are called. A
-    pretrained folder runs no code.
+    Classes that a run's ``config.yaml`` names are called. A pretrained folder runs no code.
 
     Raises:
         OSError: if there is no such agent, or it cannot be downloaded.
@@ -82,7 +78,10 @@ def find(name: str, task: str | None = None) -> Trained:
     agent, env = trained.agent.eval(), make_env(**trained.environment)
     observations, actions = env.observation_spec_unbatched, env.action_spec_unbatched
     env.close()
-    check_encoder(agent.encoder, observations, agent.dynamics, action_spec=actions)
+    try:
+        check_encoder(agent.encoder, observations, agent.dynamics, action_spec=actions)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {trained.environment['task']}: {error}") from error
     return trained
 
 
@@ -146,7 +145,6 @@ def _agent_file(folder: Path) -> Path:
 
 
 def _with_task(environment: dict[str, Any], task: str | None, path: Path) -> dict[str, Any]:
-    chosen = task or environment.get("task")
-    if not chosen:
+    if not (chosen := task or environment.get("task")):
         raise ValueError(f"the task of {path} is not known: give it, such as --task Hopper-v5")
     return {**environment, "task": chosen}

@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert "nothing is neither a file nor a folder, and pretrained/ has pendulum" in line("nothing")
     assert "the task of" in (message := line(file))
     assert "is not known: give it, such as --task Hopper-v5" in message
-    assert "reads 'observation' of shape" in line(file, "--task", "HalfCheetah-v5")
+    assert "does not fit HalfCheetah-v5: " in line(file, "--task", "HalfCheetah-v5")
     assert "did you mean Hopper" in line(file, "--task", "Hoper-v5")
     (run / "config.yaml").write_text("task: [1, 2]")
     assert "is not the config.yaml of a run" in line(run)
@@ -298,6 +298,7 @@ def test_a_missing_package_is_a_hint(
 ) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == absent else True)
     monkeypatch.setattr(export, "to_onnx", lambda *_: b"a model")
+    monkeypatch.setattr(export, "STEPS", 20)
     command(export.export, run, "--out", tmp_path / "out")
     assert says in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
@@ -307,6 +308,7 @@ def test_a_file_that_acts_otherwise_is_not_written(
     command: Callable, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export, "STEPS", 20)
     message = fails(command, export.export, run, "--out", tmp_path / "out")
     assert "differs from the agent by" in message
     assert "it was not written" in message
@@ -355,6 +357,7 @@ def test_what_is_no_finished_run_makes_no_pretrained_agent(
     assert "has encoder.transforms, which a pretrained agent cannot have" in line(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["enjoy.py", "export.py"])
 def test_a_script_starts_from_any_folder(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "recipes" / script), "nothing"]

@@ -74,7 +74,7 @@ def play() -> None:
     task, known = trained.environment["task"], trained.evaluation
     mean, std = returns.mean(), returns.std(correction=0)
     print(f"{task}: return {mean:.1f} +- {std:.1f} over {args.episodes} episodes; {trained.path}")
-    if known:
+    if known.keys() >= {"mean", "std", "episodes"}:
         print("model card: return {mean:.1f} +- {std:.1f} over {episodes} episodes".format(**known))
     if args.video is not None:
         torch.manual_seed(args.seed)

@@ -91,7 +91,7 @@ def _from_pretrained(folder: Path, task: str | None) -> Trained:
     if task is None and ":" in (asked := str(environment.get("task"))):
         raise ValueError(f"{folder} asks to import {asked}: if you trust it, give it as --task")
     environment = _with_task(environment, task, folder)
-    return Trained(folder, agent, environment, config.get("evaluation") or {})
+    return Trained(folder, agent, environment, dict(config.get("evaluation") or {}))
 
 
 def _from_run(path: Path, task: str | None) -> Trained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,10 @@ def test_another_version_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"version": 99}))
     with pytest.raises(ValueError, match="format version 99, this release reads 3"):
         ALMAgent.from_pretrained(folder)
+
+
+def test_the_agents_of_the_repository_are_in_no_distribution() -> None:
+    root = Path(__file__).resolve().parents[1]
+    build = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert build["targets"]["wheel"]["packages"] == ["src/alm_torchrl"]
+    assert "/pretrained" not in build["targets"]["sdist"]["include"]

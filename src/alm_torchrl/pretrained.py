@@ -16,9 +16,7 @@ _FILES = ("config.json", "agent.safetensors", "README.md")
 _FOLDERS_NEED = "folders of an agent need"
 
 
-def write_folder(
-    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], card: str
-) -> None:
+def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Any], card: str) -> None:
     """Writes the files of :meth:`alm_torchrl.agent.ALMAgent.save_pretrained`."""
     save = _require("safetensors.torch", _FOLDERS_NEED).save
     if other := [name for name, value in weights.items() if not isinstance(value, Tensor)]:

@@ -24,6 +24,7 @@ if missing := [name for name in EXTRAS if find_spec(name) is None]:
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen
 
+import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -138,7 +139,8 @@ def write(pixels: Tensor, path: Path, fps: float, width: int) -> None:
     if path.suffix == ".mp4":
         import imageio
 
-        imageio.mimwrite(path, frames, fps=fps, macro_block_size=2)
+        arrays: list[Any] = [np.asarray(frame) for frame in frames]
+        imageio.mimwrite(path, arrays, fps=fps, macro_block_size=2)
     else:
         duration = round(1000 / fps)
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)

@@ -13,6 +13,7 @@ import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # in this folder, mujoco.py would shadow the package mujoco
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -90,11 +91,11 @@ def to_program(policy: TensorDictModuleBase, observations: tuple[Tensor, ...]) -
 def to_onnx(policy: TensorDictModuleBase, program: ExportedProgram) -> bytes:
     """Converts an exported policy to ONNX with named inputs and outputs."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision is not needed
-    names = {"input_names": join(policy.in_keys), "output_names": join(policy.out_keys)}
+    names: Any = {"input_names": join(policy.in_keys), "output_names": join(policy.out_keys)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
         try:
-            converted = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+            converted: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         except Exception as error:
             raise ValueError(
                 f"the policy cannot be converted to ONNX: {one_line(error)}"

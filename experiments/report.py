@@ -58,8 +58,8 @@ INTRODUCTION = """# Results
   authors of ALM start to count after their warm-up of 5,000 frames; tables show their counter in
   parentheses. The column "warm-up" gives the random frames of each run.
 - **Returns** are means of five episodes with the mean action. Cells show the mean over seeds +- the
-  *sample* standard deviation (n = number of seeds) and, from 3 seeds on, the interquartile mean
-  (IQM). A number of frames that fewer than half of the seeds reached is left out.
+  *sample* standard deviation (n = number of seeds) and, with at least 3 seeds, the interquartile
+  mean (IQM). A cell is empty if fewer than half of the seeds reached its number of frames.
 - **Figures** show the mean over seeds with a band of one sample standard deviation on either side.
   Variants of a preset are dashed.
 - **Few seeds.** Deviations of 2 or 3 seeds are rough estimates. An IQM of 3 seeds gives the middle
@@ -67,13 +67,13 @@ INTRODUCTION = """# Results
 - **Published results** are drawn in gray. "ALM, authors" are the scores of the ALM paper, whose
   population deviations are converted to sample deviations. The other rows are recomputed from the
   raw data that their authors published (`results/README.md` names the sources); `~` marks values
-  interpolated between two evaluations. All ran on older versions of the environments: HalfCheetah
-  behaves the same, but Walker2d-v5 has other friction, and Ant-v5 and Humanoid-v5 pay a contact
-  cost.
+  interpolated between two evaluations. All ran on older versions of the environments. HalfCheetah
+  behaves the same, but Walker2d-v5 has a different friction, and Ant-v5 and Humanoid-v5 have a
+  contact cost.
 - **MR.Q** is not in the tables, because its data are licensed for noncommercial use. It reaches
   5,422 on HalfCheetah, 686 on Walker2d, 961 on Hopper, 1,474 on Ant and 440 on Humanoid after
   50,000 frames (means of 10 seeds).
-- **Minutes** include evaluation and compilation, and are shown for runs that were alone on their
+- **Minutes** include evaluation and compilation, and are shown for runs that ran alone on their
   machine. Compare them only between runs on the same machine. DHMBPO's logs report 20,000 frames in
   9.4 to 13.5 minutes on an RTX A4000.
 

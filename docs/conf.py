@@ -112,13 +112,20 @@ def _signature(
     return stringify_signature(inspect.Signature(parameters), show_annotation=False), returns
 
 
+def _public_bases(base: Any) -> list[Any]:
+    """Returns a base class, or the public bases of an internal one."""
+    module = getattr(base, "__module__", "")
+    internal = module.startswith("alm_torchrl.") and (
+        _public_name(f"{module}.{base.__name__}") is None
+    )
+    if not internal:
+        return [] if base is object else [base]
+    return [public for parent in base.__bases__ for public in _public_bases(parent)]
+
+
 def _documented_bases(app: Any, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
-    """Replaces internal base classes by their own bases."""
-    for base in [*bases]:
-        module = getattr(base, "__module__", "")
-        if module.startswith("alm_torchrl.") and _public_name(f"{module}.{base.__name__}") is None:
-            index = bases.index(base)
-            bases[index : index + 1] = [b for b in base.__bases__ if b is not object]
+    """Replaces internal base classes, such as `AfterUpdate`, by their public bases."""
+    bases[:] = dict.fromkeys(public for base in bases for public in _public_bases(base))
 
 
 def _no_inline_type(

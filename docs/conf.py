@@ -125,7 +125,8 @@ def _public_bases(base: Any) -> list[Any]:
 
 def _documented_bases(app: Any, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
     """Replaces internal base classes, such as `AfterUpdate`, by their public bases."""
-    bases[:] = dict.fromkeys(public for base in bases for public in _public_bases(base))
+    public = dict.fromkeys(found for base in bases for found in _public_bases(base))
+    bases[:] = public or [object]
 
 
 def _no_inline_type(

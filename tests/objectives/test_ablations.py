@@ -308,7 +308,7 @@ def test_horizons_of_the_world_model(steps: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [1.0, 0.3])
-def test_a_learnt_weight(kind: str, beta: float) -> None:
+def test_a_learned_weight(kind: str, beta: float) -> None:
     loss, reference = build(consistency=kind, consistency_level=2.0), Reference()
     with torch.no_grad():
         loss.log_multiplier.fill_(np.log(beta))

@@ -120,7 +120,7 @@ ABLATIONS = {
     "online_target": {"latent_target": "online"},
     "no_model": {"actor_objective": "value"},
     "self_prediction": {"actor_objective": "value", "reward_term": False, "value_term": False},
-    "learnt_weight": {"consistency_level": 1.0},
+    "learned_weight": {"consistency_level": 1.0},
 }
 
 
@@ -150,7 +150,7 @@ def test_an_ablation_changes_its_switch_alone_and_trains(config, name: str, tmp_
         assert value.isfinite().all()
         assert not torch.equal(value, before[key]), key
     rows = list(csv.DictReader((tmp_path / "logs/csv/metrics.csv").open()))
-    assert ("train/multiplier" in rows[0]) == (name == "learnt_weight")
+    assert ("train/multiplier" in rows[0]) == (name == "learned_weight")
 
 
 def mistake(
@@ -378,7 +378,7 @@ def test_the_plain_loop_trains_and_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_images_are_learnt_from_where_they_can_be_rendered(tmp_path: Path) -> None:
+def test_images_are_learned_from_where_they_can_be_rendered(tmp_path: Path) -> None:
     task = ["task.id=InvertedPendulum-v5", "task.name=pendulum", "task.pixels=32"]
     result = run("pixels.py", *task, *SHORT, "run.folder=out", cwd=tmp_path)
     if "cannot render" in result.stderr:

@@ -49,7 +49,10 @@ def test_every_option_says_whether_a_run_may_change_it() -> None:
             "ablation=online_target",
             "objective.latent_target=moving_average and cannot continue with",
         ),
-        ("ablation=learnt_weight", "objective.consistency_level=None and cannot continue with 1.0"),
+        (
+            "ablation=learned_weight",
+            "objective.consistency_level=None and cannot continue with 1.0",
+        ),
         ("ablation=no_reward_term", "objective.reward_term=True and cannot continue with False"),
         (
             "ablation=no_consistency_reward",

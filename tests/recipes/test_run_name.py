@@ -32,7 +32,7 @@ def test_a_folder_carries_what_was_overridden(composed, overrides: list[str], na
     assert re.fullmatch(f"runs/{re.escape(name)}{TIME}", composed(*overrides).run.folder)
 
 
-def test_a_folder_carries_every_option_that_has_a_part_in_what_is_learnt() -> None:
+def test_a_folder_carries_every_option_that_has_a_part_in_what_is_learned() -> None:
     own_place = {"seed", "task.name", "task.paper_steps", "training.total_steps"}
     for name, option in declarations(Config):
         carried = override_name([f"{name}=1"]) != override_name([f"{name}=2"])

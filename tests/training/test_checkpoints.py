@@ -162,8 +162,8 @@ def test_a_lagging_policy_resumes_with_the_restored_weights(make_module, tmp_pat
             td = TensorDict({"observation": torch.ones(7)})
             module.experience.policy(td)
             weights = module.experience.policy.policy.parameters()
-            learnt = module.agent.policy().parameters()
-            acted.append(all(torch.equal(a, b) for a, b in zip(weights, learnt, strict=True)))
+            learned = module.agent.policy().parameters()
+            acted.append(all(torch.equal(a, b) for a, b in zip(weights, learned, strict=True)))
 
     fit(module, tmp_path, Note(), resume=True)
     assert acted == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import signal
 from functools import partial
 from importlib.util import find_spec
@@ -131,8 +132,8 @@ def test_an_average_of_the_weights_is_evaluated_and_saved(
 
     plain = make_module()
     trainer(tmp_path / "plain", eval_every=12).fit(plain)
-    for learnt, same in zip(module.agent.parameters(), plain.agent.parameters(), strict=True):
-        assert torch.equal(learnt, same)
+    for learned, same in zip(module.agent.parameters(), plain.agent.parameters(), strict=True):
+        assert torch.equal(learned, same)
 
     fresh = make_module(ema_decay=0.75)
     fresh.load_state_dict(newest_state(tmp_path / "average")["state_dict"])
@@ -304,12 +305,14 @@ def test_the_error_without_wandb_names_the_package(tmp_path: Path) -> None:
         trainer(tmp_path, wandb=True)
 
 
-def test_the_bar_shows_rate_and_return(make_module, tmp_path: Path, capfd) -> None:
+def test_a_run_without_a_terminal_prints_a_line_for_each_evaluation(
+    make_module, tmp_path: Path, capfd
+) -> None:
     trainer(tmp_path, tensorboard=True).fit(make_module())
-    shown = capfd.readouterr().out + capfd.readouterr().err
-    assert "steps/s=" in shown
-    assert "return=" in shown
-    assert "v_num" not in shown
+    captured = capfd.readouterr()
+    shown = captured.out + captured.err
+    assert re.search(r"^step \d+/\d+: return ", shown, re.MULTILINE), shown
+    assert "\r" not in shown
 
 
 def test_a_video_of_the_trained_policy(make_module, tmp_path: Path) -> None:

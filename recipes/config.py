@@ -58,7 +58,7 @@ class Evaluation:
     every: int = noted("environment steps between evaluations", 5000, ge=1)
     episodes: int = noted("episodes per evaluation, with the mean action", 5, ge=1)
     max_steps: int | None = noted("maximum length of an episode; null: 100,000", None, ge=1)
-    seed: int | None = noted(
+    seed: int | None = fixed(
         "seed of the environments; null: seed + 1000", None, before=None, ge=0, lt=2**31
     )
     ema_decay: float = fixed("EMA decay of the evaluated weights; 0: none", 0.0, ge=0, lt=1)

@@ -44,6 +44,16 @@ _FORMAT = "alm_torchrl.ALMAgent"
 _VERSION = 3
 
 Latent = Literal["sample", "mean"]
+#: The networks of an agent, by the argument names of ``ALMLoss``.
+COMPONENTS = (
+    "encoder",
+    "dynamics",
+    "reward_model",
+    "classifier",
+    "qvalue_network",
+    "actor",
+    "continuation_model",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class AgentConfig:
         noise_start: initial scale of the action noise.
         noise_end: scale of the action noise after ``noise_steps``.
         noise_steps: number of steps over which the noise is annealed.
-        normalize_mean: whether the actor's output is kept from saturating.
+        normalize_mean: whether the actor normalizes its output, which avoids saturation.
         continuation: whether to build a :class:`~alm_torchrl.modules.ContinuationModel`, for tasks
             whose episodes terminate.
         network_kwargs: further arguments of the default networks, by the names of
@@ -85,10 +95,10 @@ class AgentConfig:
     network_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Converts values to plain Python, which a file can hold."""
+        """Checks network names, and converts values to plain Python, which a file can hold."""
         if unknown := self.network_kwargs.keys() - set(COMPONENTS):
             raise ValueError(
-                f"network_kwargs names no network {', '.join(sorted(map(repr, unknown)))}; "
+                f"network_kwargs has unknown networks: {', '.join(sorted(map(repr, unknown)))}; "
                 f"choose from {', '.join(COMPONENTS)}"
             )
         for entry in fields(self):
@@ -105,10 +115,10 @@ class AgentConfig:
 class ALMAgent(nn.Module):
     """The networks of Aligned Latent Models and the policy built from them.
 
-    Any network can be replaced. An agent with networks of this package is saved and loaded as a
-    whole; pass your own networks to :meth:`load`.
+    You can replace any network. A saved file can rebuild networks of this package; pass your own
+    networks to :meth:`load`.
 
-    By default the networks are :class:`~alm_torchrl.modules.MLPEncoder`,
+    The default networks are :class:`~alm_torchrl.modules.MLPEncoder`,
     :class:`~alm_torchrl.modules.LatentDynamics` with the encoder's head,
     :class:`~alm_torchrl.modules.RewardModel`, :class:`~alm_torchrl.modules.TransitionClassifier`,
     :class:`~alm_torchrl.modules.QValueEnsemble` and :class:`~alm_torchrl.modules.Actor`.
@@ -157,7 +167,18 @@ class ALMAgent(nn.Module):
         self.qvalue_network = qvalue_network or QValueEnsemble(
             *sizes, **config.arguments("qvalue_network")
         )
-        self.actor = actor or _make_actor(config)
+        self.actor = actor or Actor(
+            latent,
+            config.action_low,
+            config.action_high,
+            **config.arguments(
+                "actor",
+                noise=NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
+                noise_clip=config.noise_clip,
+                scale_to_range=config.scale_to_range,
+                normalize_mean=config.normalize_mean,
+            ),
+        )
         if config.continuation and continuation_model is None:
             continuation_model = ContinuationModel(*sizes, **config.arguments("continuation_model"))
         self.continuation_model = continuation_model
@@ -169,8 +190,8 @@ class ALMAgent(nn.Module):
         Args:
             env: a TorchRL environment with a bounded continuous action. By default the agent
                 reads its vector observations, concatenated; pass an ``encoder`` to read others.
-            **options: fields of :class:`AgentConfig`, and networks by name. With an ``encoder``,
-                the latent size and the head of the dynamics are those of the encoder.
+            **options: fields of :class:`AgentConfig`, and networks by name. An ``encoder`` also
+                sets the latent size and the head of the dynamics.
 
         Raises:
             TypeError: for an unknown option, or an action that is not bounded and continuous.
@@ -212,7 +233,7 @@ class ALMAgent(nn.Module):
 
     @property
     def noise(self) -> NoiseSchedule:
-        """The schedule of the action noise, which policy and losses share."""
+        """The schedule of the action noise, shared by policy and losses."""
         return self.actor.noise
 
     def networks(self) -> dict[str, TensorDictModuleBase]:
@@ -223,13 +244,13 @@ class ALMAgent(nn.Module):
     def policy(self, latent: Latent = "sample") -> TensorDictModuleBase:
         """The policy from observation to action, for collectors, rollouts and evaluation.
 
-        Under ``ExplorationType.RANDOM``, which collectors set, the action has the scheduled noise,
-        unclipped; otherwise it is the actor's mean. Augmentation is disabled. The policy shares the
-        agent's parameters; it writes the action and the encoder's outputs under ``"next"``.
+        Under ``ExplorationType.RANDOM``, which collectors set, the action has the scheduled noise
+        without a clip; otherwise it is the actor's mean. Augmentation is disabled. The policy
+        shares the agent's parameters. It writes the action, and the encoder's memory if any.
 
         Args:
-            latent: ``"sample"``, as the authors do, or ``"mean"`` (the mode, if discrete), with
-                which equal observations have equal actions, except for the noise.
+            latent: ``"sample"``, as the authors do, or ``"mean"`` (the mode of a discrete latent),
+                so that the action depends only on the observation and the action noise.
         """
         if latent not in get_args(Latent):
             raise ValueError(f"latent must be 'sample' or 'mean', not {latent!r}")
@@ -242,18 +263,18 @@ class ALMAgent(nn.Module):
     def update_statistics(self, data: TensorDictBase) -> None:
         """Updates the running input statistics of the encoder, if any.
 
-        Call it once on each batch of a collector; the losses do not change the statistics.
+        Call it once for each batch of a collector; the losses do not change the statistics.
         """
         if hasattr(self.encoder, "update_statistics"):
             self.encoder.update_statistics(data)
 
     def save(self, path: str | Path) -> None:
-        """Writes configuration, networks and weights to a file, without the state of a training.
+        """Writes configuration, networks and weights to a file, without any training state.
 
         An existing file is replaced only after the new one has been written and read back.
 
         Raises:
-            ValueError: if the state of one of your own networks cannot be read back.
+            ValueError: if the file cannot be read back, because of the state of your own networks.
             OSError: if the file cannot be written.
         """
         save_tensors({**self._describe(), "state_dict": self.state_dict()}, path)
@@ -262,15 +283,15 @@ class ALMAgent(nn.Module):
     def load(
         cls, path: str | Path, *, device: torch.device | str = "cpu", **components: nn.Module
     ) -> ALMAgent:
-        """Reads a file of :meth:`save` or a folder of :meth:`save_pretrained`.
+        """Loads a file of :meth:`save` or a folder of :meth:`save_pretrained`.
 
-        No code stored in it is run. ``components`` are the networks that are not of this package.
+        Loading never runs code from the file. Pass networks that are not of this package by name.
 
         Raises:
             FileNotFoundError: if there is no such file or folder.
             ImportError: if a folder is read without the extra ``hub``.
-            ValueError: if it is damaged or not an agent, has another format version, or needs
-                networks that were not given or do not fit.
+            ValueError: if it is damaged, is not an agent, has another format version, or if your
+                own networks are missing or do not fit.
         """
         content = _read(Path(path))
         described = {**content["networks"], **components}
@@ -284,22 +305,22 @@ class ALMAgent(nn.Module):
         try:
             agent.load_state_dict(content["state_dict"])
         except Exception as error:
-            what = one_line(error)
-            raise ValueError(f"the weights in {path} do not fit the networks: {what}") from error
+            reason = one_line(error)
+            raise ValueError(f"the weights in {path} do not fit the networks: {reason}") from error
         return agent.to(device)
 
     def save_pretrained(self, folder: str | Path, *, card: str = "", **metadata: Any) -> None:
-        """Writes a folder to publish: weights as safetensors, ``config.json``, a model card.
+        """Writes a folder to publish: weights as safetensors, ``config.json`` and a model card.
 
         Args:
-            folder: created if it does not exist; its files are replaced.
+            folder: created if it does not exist; existing files are replaced.
             card: text of the model card, ``README.md``.
             **metadata: further entries of ``config.json``; ``recipes/enjoy.py`` reads
                 ``environment``, the arguments of :func:`~alm_torchrl.envs.make_env`.
 
         Raises:
             ImportError: if the extra ``hub`` is not installed.
-            ValueError: if the state of one of your own networks has other values than tensors.
+            ValueError: if your own networks have state that is not a tensor.
         """
         config = {**metadata, **self._describe()}
         write_folder(Path(folder), config, self.state_dict(), card)
@@ -308,11 +329,11 @@ class ALMAgent(nn.Module):
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, revision: str | None = None, **options: Any
     ) -> ALMAgent:
-        """Loads the folder of :func:`find_pretrained`; ``options`` are those of :meth:`load`."""
+        """Loads the folder that :func:`find_pretrained` finds, with the options of :meth:`load`."""
         return cls.load(find_pretrained(path_or_hub_id, revision), **options)
 
     def _describe(self) -> dict[str, Any]:
-        """Everything but the weights."""
+        """Returns the content of a file except for the weights."""
         networks = {name: _describe_or_none(net) for name, net in self.networks().items()}
         if self._default_dynamics and networks["dynamics"] is None:
             del networks["dynamics"]  # rebuilt for the head of the given encoder
@@ -325,7 +346,7 @@ class ALMAgent(nn.Module):
 
 
 class _ActingEncoder(TensorDictModuleBase):
-    """Encodes without augmentation, whatever the exploration type."""
+    """Encodes without augmentation in every exploration type."""
 
     def __init__(self, encoder: TensorDictModuleBase, sample: bool) -> None:
         super().__init__()
@@ -342,23 +363,6 @@ class _ActingEncoder(TensorDictModuleBase):
         return tensordict.set(self.encoder.dist_sample_keys[-1], latent)
 
 
-COMPONENTS = (
-    *("encoder", "dynamics", "reward_model", "classifier", "qvalue_network", "actor"),
-    "continuation_model",
-)
-
-
-def _make_actor(config: AgentConfig) -> Actor:
-    arguments = config.arguments(
-        "actor",
-        noise=NoiseSchedule(config.noise_start, config.noise_end, config.noise_steps),
-        noise_clip=config.noise_clip,
-        scale_to_range=config.scale_to_range,
-        normalize_mean=config.normalize_mean,
-    )
-    return Actor(config.latent_dim, config.action_low, config.action_high, **arguments)
-
-
 def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
     spec = env.action_spec_unbatched
     if not isinstance(spec, Bounded) or spec.ndim != 1 or not spec.dtype.is_floating_point:
@@ -370,7 +374,7 @@ def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _describe_or_none(network: nn.Module) -> Any:
-    """The description of a network of this package; ``None`` for others."""
+    """Describes a network of this package; returns ``None`` for others."""
     try:
         return describe(network)
     except TypeError:
@@ -378,7 +382,7 @@ def _describe_or_none(network: nn.Module) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Reads the file or folder of an agent and checks the kinds of its entries."""
+    """Reads the file or folder of an agent and checks the types of its entries."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     read, writer = (read_folder, "save_pretrained") if path.is_dir() else (load_tensors, "save")
@@ -398,7 +402,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this release reads {_VERSION}; "
             "load it with the release of alm-torchrl that saved it"
         )
-    kinds = {"version": int, "config": dict, "networks": dict, "state_dict": dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+    types = {"version": int, "config": dict, "networks": dict, "state_dict": dict}
+    if wrong := [name for name, kind in types.items() if not isinstance(content.get(name), kind)]:
         raise ValueError(f"{path} is damaged: it has no {', no '.join(wrong)}")
     return content

@@ -14,9 +14,7 @@ __all__ = ["ClampedNormal", "DiagonalNormal", "OneHotGroups"]
 
 
 class DiagonalNormal(IndependentNormal):
-    """TorchRL's diagonal Normal, with samples that work under ``torch.vmap``.
-
-    Location and scale are ``[..., D]``.
+    """TorchRL's diagonal Normal ``[..., D]``, with samples that work under ``torch.vmap``.
 
     Examples:
         >>> def draw(loc):
@@ -43,8 +41,8 @@ class ClampedNormal(D.Independent):
 
     The gradient of the clamp is the identity (straight-through), so actions at a border still
     receive a gradient. This is the "truncated normal" of DrQ-v2 (Yarats et al., 2021). It has
-    probability mass at the borders and therefore no density: ``log_prob`` and ``entropy`` raise.
-    In contrast, :class:`torchrl.modules.TruncatedNormal` renormalizes the density.
+    probability mass at the borders and therefore no density: ``log_prob`` and ``entropy`` raise
+    errors. In contrast, :class:`torchrl.modules.TruncatedNormal` renormalizes the density.
 
     Args:
         loc: center of the noise, ``[..., A]``, in action units.
@@ -107,14 +105,14 @@ class ClampedNormal(D.Independent):
             noise = torch.clamp(noise, -self.noise_clip, self.noise_clip)
         return self._clamp(self.loc + noise)
 
-    sample = D.Distribution.sample  # not that of the unclipped Normal
+    sample = D.Distribution.sample  # Independent would sample the unclipped Normal
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Raises, because the clamp leaves no density."""
+        """Raises an error, because there is no density."""
         raise NotImplementedError("ClampedNormal has no density; use another actor distribution")
 
     def entropy(self) -> Tensor:
-        """Raises, because the clamp leaves no density."""
+        """Raises an error, because there is no density."""
         raise NotImplementedError("ClampedNormal has no entropy; use another actor distribution")
 
     def _clamp(self, action: Tensor) -> Tensor:
@@ -128,7 +126,7 @@ class OneHotGroups(D.Distribution):
 
     A sample ``[..., G * C]`` is one-hot in each of the ``G`` groups. Its gradient is that of the
     probabilities (straight-through: :math:`z + p - \mathrm{sg}(p)`), as in DreamerV2 (Hafner et
-    al., 2021, arXiv 2010.02193). The Gumbel-max trick draws samples, because it works with
+    al., 2021, arXiv 2010.02193). Samples use the Gumbel-max trick, which works with
     ``torch.compile``, CUDA graphs and ``torch.vmap``.
 
     Args:
@@ -176,7 +174,7 @@ class OneHotGroups(D.Distribution):
     deterministic_sample = mode  # the mean is not one-hot
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws samples ``[*sample_shape, ..., G * C]`` with the probabilities' gradient."""
+        """Draws samples ``[*sample_shape, ..., G * C]`` with the gradient of the probabilities."""
         shape = torch.Size(sample_shape) + self.log_probs.shape
         uniform = torch.rand(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)
         gumbel = -(-uniform.log()).log()
@@ -191,7 +189,7 @@ class OneHotGroups(D.Distribution):
         return -(self.probs * self.log_probs).sum((-2, -1))
 
     def _straight_through(self, scores: Tensor) -> Tensor:
-        """The class with the largest score in each group, with the probabilities' gradient."""
+        """The class with the largest score in each group, with a straight-through gradient."""
         probs = self.probs
         classes = torch.arange(scores.shape[-1], device=scores.device)
         one_hot = (scores.argmax(-1, keepdim=True) == classes).to(probs.dtype)

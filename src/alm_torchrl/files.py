@@ -40,7 +40,7 @@ def save_tensors(content: Any, path: str | Path) -> None:
     """Saves tensors, numbers and strings, in dictionaries, lists and tuples, with ``torch.save``.
 
     Raises:
-        ValueError: if :func:`load_tensors` could not load the content, such as a NumPy number.
+        ValueError: if :func:`load_tensors` cannot load the content, such as a NumPy number.
     """
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -72,20 +72,19 @@ def load_tensors(path: str | Path) -> Any:
         raise
     except Exception as error:  # an unpickler may raise anything
         reason = _reason(error) if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise ValueError(
-            f"{path} is damaged or was not written by alm_torchrl: {reason}"
-        ) from error
+        message = f"{path} is damaged or was not written by alm_torchrl: {reason}"
+        raise ValueError(message) from error
     return content
 
 
 def _check_sizes(content: Any, size: int) -> None:
-    """Raises if a tensor is larger than the file, of ``size`` bytes."""
+    """Raises if a tensor is larger than the file, which has ``size`` bytes."""
     found, seen = [content], set()
     while found:
         value = found.pop()
         if isinstance(value, torch.Tensor):
             claimed = max(value.numel() * value.element_size(), value.untyped_storage().nbytes())
-            if claimed > max(size, 1 << 20):  # a small one may be expanded
+            if claimed > max(size, 1 << 20):  # a small tensor may be expanded
                 raise ValueError(f"a tensor claims {claimed:,} bytes, and the file has {size:,}")
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
@@ -93,7 +92,7 @@ def _check_sizes(content: Any, size: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns an unpickler's message without torch's advice."""
+    """Returns the message of an unpickler without torch's advice."""
     found = re.search(r"(?:Unsupported|GLOBAL)[^\n.]*(?:\.\w+)*", str(error))
     return found[0] if found else type(error).__name__
 

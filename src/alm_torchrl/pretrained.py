@@ -1,4 +1,4 @@
-"""Folders of a published agent: safetensors, JSON and a model card; the Hugging Face Hub."""
+"""Folders with a published agent (safetensors, JSON, a model card), local or on a hub."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_pretrained(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """Returns the folder of a published agent, which is downloaded if necessary.
+    """Returns the folder of a published agent, and downloads it if necessary.
 
     Args:
         path_or_hub_id: the folder, or a repository ``OWNER/NAME`` of the Hugging Face Hub.
@@ -64,7 +64,7 @@ def find_pretrained(path_or_hub_id: str | Path, revision: str | None = None) -> 
     hub = _require("huggingface_hub", f"{name} is not a folder, and downloading it needs")
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[*_FILES]))
-    except Exception as error:  # of the network or the hub
+    except Exception as error:  # the network and the hub raise many types
         raise OSError(
             f"{name} is not a folder and cannot be downloaded from the Hugging Face Hub: check the "
             f"name and the network, or log in with 'hf auth login' ({one_line(error)})"
@@ -80,7 +80,7 @@ def _require(module: str, need: str) -> Any:
 
 
 def _to_json(value: Any) -> Any:
-    """Converts nested keys of dictionaries to text, because JSON has no other keys."""
+    """Converts nested keys of dictionaries to strings, because JSON has no other keys."""
     if isinstance(value, dict):
         text = {key if isinstance(key, str) else json.dumps(key): key for key in value}
         return {name: _to_json(value[key]) for name, key in text.items()}

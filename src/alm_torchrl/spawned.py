@@ -17,9 +17,9 @@ GUARD_HINT = (
 
 
 def leave_unguarded_script() -> None:
-    """Exits a new process that runs its parent's script because this has no main guard.
+    """Exits a new process that runs its parent's script because the script has no main guard.
 
-    The parent then raises the error, in one line.
+    The parent then raises a one-line error.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)

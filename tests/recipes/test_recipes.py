@@ -251,7 +251,7 @@ def test_a_sweep_trains_every_seed_and_goes_on_where_it_was(tmp_path: Path) -> N
         (["+agent.networks={encoder: {_target_: a.b}}"], "set encoder.build instead"),
         (
             ["+agent.network_kwargs={policy: {depth: 3}}"],
-            "network_kwargs names no network 'policy'",
+            "network_kwargs has unknown networks: 'policy'",
         ),
         (["~training.optimizer._target_"], "training.optimizer has no _target_"),
         (["+training.schedule.gamma=0.9"], "training.schedule has no _target_"),

@@ -1,4 +1,4 @@
-"""Returns of a policy, bias of its estimated values, diagnostics of its model."""
+"""Returns of a policy, bias of its values, and diagnostics of its model."""
 
 from alm_torchrl.evaluation.bias import (
     Bias,

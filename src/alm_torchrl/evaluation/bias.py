@@ -17,7 +17,7 @@ from alm_torchrl.objectives.alm import ALMLoss
 
 
 class UnknownReturnsError(ValueError):
-    """No return of a rollout is known: a time limit or the rollout's end hides all of them."""
+    """No return of a rollout is known, because of a time limit or the end of the rollout."""
 
 
 class Bias(NamedTuple):
@@ -42,9 +42,9 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
     .. math:: L^K = \sum_{t<K} \gamma^t \left(r(z_t, a_t) + c \cdot \mathrm{logratio}_t\right)
               + \gamma^K \min_i Q_i(z_K, a_K)
 
-    With learned rewards and values, and without the theorem's logarithms, it may exceed the return;
-    :func:`value_bias` measures by how much. The theorem itself is
-    :func:`~alm_torchrl.objectives.functional.log_return_bound`.
+    It may exceed the return, because rewards and values are learned and the logarithms of the
+    theorem are omitted; :func:`value_bias` measures by how much. See
+    :func:`~alm_torchrl.objectives.functional.log_return_bound` for the bound of the theorem.
 
     Args:
         loss: the objective.
@@ -56,10 +56,10 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
 
 @torch.no_grad()
 def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDictBase:
-    """Plays with the policy whose value the loss estimates: its actor, with clipped noise.
+    """Plays with the policy whose value the loss estimates: its actor with clipped noise.
 
-    Returns the entries that the loss reads, ``[N, steps]``, from one environment or a batch of
-    them. New episodes follow finished ones.
+    Returns the entries that the loss reads, ``[N, steps]``, from ``N`` environments. A finished
+    episode is followed by a new one.
     """
     policy = TensorDictSequential(loss.encoder, loss.actor)
     with set_exploration_type(ExplorationType.RANDOM):
@@ -73,12 +73,12 @@ def monte_carlo_returns(
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the discounted returns of a rollout, and for which steps they are known.
 
-    A termination ends a return. A time limit, or the end of the rollout, hides the rest of it, so
-    a return is known only if it hides at most the share ``tail`` of an infinite-horizon return:
+    A termination ends a return. A time limit or the end of the rollout hides the rest of a return,
+    which is then known only if the hidden share of an infinite-horizon return is at most ``tail``:
     :math:`\gamma^n \le` ``tail`` with :math:`n` steps left (349 at a discount of 0.99). Nothing is
     bootstrapped, because that would use the values under test.
 
-    All tensors are ``[..., T, 1]``; the flags ``done`` (any end of an episode) and ``terminated``
+    All tensors are ``[..., T, 1]``. The flags ``done`` (any end of an episode) and ``terminated``
     (a terminal state) and the second result are bool.
 
     Examples:
@@ -87,25 +87,20 @@ def monte_carlo_returns(
         >>> returns.flatten(), counted.flatten()
         (tensor([1.8750, 1.7500, 1.5000, 1.0000]), tensor([ True,  True,  True, False]))
     """
-    remaining = reward2go(torch.ones_like(reward), done, 1.0)  # also ends where the rollout does
+    remaining = reward2go(torch.ones_like(reward), done, 1.0)  # up to the end of the rollout
     ends = reward2go((terminated & done).to(reward.dtype), done, 1.0) > 0.5
     return reward2go(reward, done, gamma), ends | (gamma**remaining <= tail)
 
 
 def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation of the error over the absolute mean return.
-
-    The normalization is that of Chen et al. (2021, REDQ).
-    """
+    """Returns mean and std of ``error / |mean return|`` (Chen et al., 2021, REDQ)."""
     errors = (estimate - returns) / returns.mean().abs()
     return errors.mean(), errors.std(correction=0)
 
 
 @torch.no_grad()
 def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) -> Bias:
-    """Compares value and bound with the returns after the states of a rollout.
-
-    A positive bias is an overestimate.
+    """Compares values and bounds with the returns of a rollout; a positive bias overestimates.
 
     Args:
         loss: the objective.
@@ -124,7 +119,7 @@ def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) ->
     if not counted.any():
         raise UnknownReturnsError(
             f"no return is known to within {tail:.0%}: each of the {rollout.shape[-1]} steps is "
-            "too near a time limit or the end of the rollout: play more steps, or raise `tail`"
+            "too close to a time limit or the end of the rollout; play more steps, or raise `tail`"
         )
     rows = counted.squeeze(-1)
     visited, returns = rollout[rows], returns[rows].squeeze(-1)

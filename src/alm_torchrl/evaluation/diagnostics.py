@@ -14,9 +14,9 @@ from alm_torchrl.objectives.functional import episode_mask, log_ratio
 
 
 class Calibration(NamedTuple):
-    """Expected calibration error; and mean probability, share of label 1, and size of each bin.
+    """The calibration error, and mean probability, share of label 1 and size of each bin.
 
-    Empty bins are NaN.
+    Mean and share of an empty bin are NaN.
     """
 
     error: Tensor
@@ -26,12 +26,12 @@ class Calibration(NamedTuple):
 
 
 def effective_rank(latents: Tensor) -> Tensor:
-    r"""Returns the number of directions in which latents vary: exponential entropy of the spectrum.
+    r"""Returns the effective number of directions in which latents ``[N, D]`` vary.
 
     .. math:: \exp\Big(-\sum_d p_d \log p_d\Big), \qquad p_d = \sigma_d / \sum_k \sigma_k
 
-    over the singular values of the centered latents ``[N, D]`` (Roy and Vetterli, 2007). It is
-    ``D`` for equal variance in all directions, 1 for variance in one, and 0 without variance.
+    over the singular values of the centered latents (Roy and Vetterli, 2007). It is ``D`` for equal
+    variance in all directions, 1 for variance in one direction, and 0 without variance.
 
     Examples:
         >>> square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
@@ -53,7 +53,7 @@ def rollout_error(predicted: Tensor, encoded: Tensor, mask: Tensor) -> Tensor:
 
 
 def calibration(probability: Tensor, label: Tensor, bins: int = 10) -> Calibration:
-    """Returns the calibration of probabilities ``[N]`` of label 1, over bins of equal width."""
+    """Returns the calibration of probabilities ``[N]`` of label 1 over bins of equal width."""
     index = (probability * bins).long().clamp_max(bins - 1)
     ones = torch.ones_like(probability)
 
@@ -75,14 +75,14 @@ def split_into_windows(rollout: TensorDictBase, length: int) -> TensorDictBase:
 
 @torch.no_grad()
 def model_error(loss: ALMLoss, windows: TensorDictBase) -> Tensor:
-    r"""Returns the squared error of the latent dynamics after 1 to ``T`` steps, over the variance.
+    r"""Returns the normalized squared error of the latent dynamics after 1 to ``T`` steps, ``[T]``.
 
     .. math:: \frac{\mathbb{E} \lVert \hat z_t - z_t \rVert^2}{\sum_d \mathrm{Var}(z_{t, d})}
 
     :math:`\hat z_t` starts at the encoder's mean for the first observation of a window ``[B, T]``
     and follows the means of the dynamics along the recorded actions; :math:`z_t` are the target
-    encoder's means. The error is 1 for a model that always predicts the mean (the fraction of
-    variance unexplained), and NaN without valid steps or variance.
+    encoder's means. This fraction of unexplained variance is 1 for a model that always predicts
+    the mean, and NaN without valid steps or variance.
     """
     actions = windows.get(loss.tensor_keys.action)
     latent, predicted = loss.encoder.get_dist(windows[:, 0].select(*loss.encoder.in_keys)).mean, []
@@ -100,9 +100,9 @@ def classifier_calibration(
 ) -> Calibration:
     r"""Returns the calibration of the classifier on transitions ``[N]``.
 
-    The classifier sees every transition twice: with the next latent from the target encoder
-    (label 1) and from the latent dynamics (label 0). Its expected calibration error over bins of
-    equal width (Guo et al., 2017) is
+    The classifier reads every transition twice: with a next latent from the target encoder
+    (label 1) and with one from the latent dynamics (label 0). Its expected calibration error over
+    bins of equal width (Guo et al., 2017) is
 
     .. math:: \sum_b \frac{n_b}{N} \, | \mathrm{frequency}_b - \mathrm{confidence}_b |
     """
@@ -111,8 +111,8 @@ def classifier_calibration(
     imagined = loss.dynamics.get_dist(step).sample()
     probabilities = []
     for following in (real, imagined):
-        shown = step.copy().set(loss.dynamics.dist_sample_keys[-1], following)
-        logits = loss.classifier(shown).get(loss.classifier.out_keys[-1])
+        inputs = step.copy().set(loss.dynamics.dist_sample_keys[-1], following)
+        logits = loss.classifier(inputs).get(loss.classifier.out_keys[-1])
         probabilities.append(log_ratio(logits).squeeze(-1).sigmoid())
     label = torch.arange(2, device=real.device).repeat_interleave(len(real)) == 0
     return calibration(torch.cat(probabilities), label, bins)

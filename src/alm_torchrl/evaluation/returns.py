@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 from alm_torchrl.envs.failures import check_finite, env_name
 
 _PIECE = 100  # steps per rollout
-_LONGEST = 100_000  # default of max_steps
+_MAX_STEPS = 100_000
 
 
 @torch.no_grad()
@@ -27,15 +27,15 @@ def evaluate_policy(
     exploration_type: ExplorationType = ExplorationType.DETERMINISTIC,
     reward_key: NestedKey | None = None,
 ) -> Tensor:
-    """Returns the undiscounted returns of a policy, ``[episodes]``, by default for its mean action.
+    """Returns the undiscounted returns of a policy, ``[episodes]``.
 
     Args:
-        env: one environment, or a batch of them, each of which plays one episode at a time; not
-            those of the collector.
+        env: an environment or a batch of environments, each of which plays one episode at a time.
+            Do not pass the environment of a collector.
         policy: the policy, such as :meth:`alm_torchrl.agent.ALMAgent.policy`.
         episodes: number of episodes.
         max_steps: steps after which an episode is cut, with a warning; 100,000 by default.
-        exploration_type: how the policy draws its action.
+        exploration_type: how the policy chooses actions; the mean action by default.
         reward_key: reward under ``"next"`` to sum. By default, the return is ``"episode_reward"``
             if the environment has it, and otherwise the sum of ``"reward"``. Environments of
             :func:`~alm_torchrl.envs.make_env` have it, without the effect of ``transforms``.
@@ -53,13 +53,13 @@ def evaluate_policy(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    longest = _LONGEST if max_steps is None else max_steps
-    if longest < 1:
+    limit = _MAX_STEPS if max_steps is None else max_steps
+    if limit < 1:
         raise ValueError(f"max_steps must be at least 1, or None, got {max_steps}")
     returns: list[Tensor] = []
     with set_exploration_type(exploration_type):
         while sum(r.numel() for r in returns) < episodes:
-            played = _play(env, policy, longest, reward_key)
+            played = _play(env, policy, limit, reward_key)
             returns.append(played.reshape(-1).cpu())
     return torch.cat(returns)[:episodes]
 
@@ -67,7 +67,7 @@ def evaluate_policy(
 def _play(
     env: EnvBase, policy: TensorDictModuleBase, max_steps: int, reward_key: NestedKey | None
 ) -> Tensor:
-    """Plays an episode in each environment, in pieces to bound the memory; returns the returns."""
+    """Plays an episode in each environment, in pieces to limit memory; returns the returns."""
     batched = bool(env.batch_size)
     try:
         start = env.reset()
@@ -75,8 +75,8 @@ def _play(
         if not env.is_closed:
             raise
         raise ValueError(
-            f"the environment is closed ({type(error).__name__}), as a collector closes its own: "
-            "evaluate in another one"
+            f"the environment is closed ({type(error).__name__}): a collector closes its "
+            "environments, so evaluate in another one"
         ) from error
     keeps_return = reward_key is None and "episode_reward" in start.keys()  # noqa: SIM118
     key = "episode_reward" if keeps_return else reward_key or "reward"

@@ -24,12 +24,12 @@ from alm_torchrl.modules.rebuildable import Rebuildable
 class NoiseSchedule(Rebuildable, nn.Module):
     r"""The scale of the action noise, annealed linearly over training.
 
-    Policy and losses share the buffer ``scale``, which a state dict holds with the step count.
+    Policy and losses share the buffer ``scale``; a state dict contains it and the step count.
 
     Args:
         start: initial standard deviation, in units of half the action range.
-        end: standard deviation from step ``num_steps`` on.
-        num_steps: number of steps to anneal over; ALM counts those after the random warm-up.
+        end: standard deviation after ``num_steps`` steps.
+        num_steps: number of annealing steps; ALM counts them after the random warm-up.
 
     Examples:
         >>> noise = NoiseSchedule(start=1.0, end=0.1, num_steps=100)
@@ -74,9 +74,9 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
         noise: the noise schedule; a new :class:`NoiseSchedule` by default.
         noise_clip: largest absolute noise in the losses; ``None`` for no clip.
         scale_to_range: scales mean, noise and clip to the action range. With ``False``, the mean
-            stays in :math:`\pm 1` and the action is clamped to the range, as the authors do.
+            stays in :math:`\pm 1` and the action is clamped to the range, as in the authors' code.
         normalize_mean: divides the network output by its mean absolute value before the ``tanh``
-            where this exceeds one, so that the policy does not saturate (Wang et al. 2020,
+            if this value exceeds one, so that the policy does not saturate (Wang et al. 2020,
             "Striving for Simplicity and Performance in Off-Policy DRL").
         **mlp_kwargs: further arguments of :func:`mlp`.
 
@@ -135,10 +135,10 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
         return self[0].module.noise
 
     def acting(self) -> ProbabilisticTensorDictSequential:
-        """The same networks and schedule with unclipped noise, for data collection.
+        """Returns the policy with unclipped noise for data collection; it shares the networks.
 
-        The action has noise under ``ExplorationType.RANDOM``, which collectors set, and is the mean
-        otherwise.
+        The action has noise under ``ExplorationType.RANDOM``, which collectors set; otherwise it is
+        the mean.
         """
         limits = {**self[-1].distribution_kwargs, "noise_clip": None}
         head = _ActionHead(self.action_key, limits, "deterministic")
@@ -187,7 +187,7 @@ class _ActionHead(ProbabilisticTensorDictModule):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> _ActionHead:
-        # The limits move to the device as well, so that no draw copies them from the host.
+        # Moves the limits to the device, so that sampling does not copy them from the host.
         super()._apply(fn, recurse)
         for name, value in self.distribution_kwargs.items():
             if isinstance(value, Tensor):
@@ -202,14 +202,12 @@ def _check_range(low: Tensor, high: Tensor) -> None:
             f"{tuple(low.shape)} and {tuple(high.shape)}"
         )
     if not bool((low < high).all() and low.isfinite().all() and high.isfinite().all()):
-        raise ValueError(
-            f"the action range must be finite with low < high, got {low.tolist()} to "
-            f"{high.tolist()}"
-        )
+        found = f"{low.tolist()} to {high.tolist()}"
+        raise ValueError(f"the action range must be finite with low < high, got {found}")
 
 
 def _check_reach(low: Tensor, high: Tensor) -> None:
-    """Raises if means in +-1 reach no part of the range, and warns if they miss one of its ends."""
+    """Raises if no mean in +-1 is in the range, and warns if the range extends beyond +-1."""
     message = (
         "with scale_to_range=False the mean action stays in +-1 and {} of the range "
         f"{low.tolist()} to {high.tolist()}; set scale_to_range=True (agent.scale_to_range=true in "
@@ -222,5 +220,5 @@ def _check_reach(low: Tensor, high: Tensor) -> None:
 
 
 def _uniform_or_tensor(values: Tensor) -> Tensor | float:
-    """One number if all entries are equal, so that the usual case needs no copy to a GPU."""
+    """Returns one number if all entries are equal: the usual case then needs no copy to a GPU."""
     return values[0].item() if bool((values == values[0]).all()) else values

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class RandomShift(nn.Module):
     """Shifts each image by a few random pixels and repeats the border.
 
-    The augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645). All channels of an image,
-    and so all frames of a stack, have the same shift.
+    This is the augmentation of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645). All channels of an
+    image, and so all frames of a stack, have the same shift.
 
     Args:
         pad: largest shift in each direction, in pixels (DrQ-v2: 4 at 84x84).
@@ -36,7 +36,7 @@ class RandomShift(nn.Module):
         flat = images.reshape(-1, *images.shape[-3:])
         count, channels, height, width = flat.shape
         shift = torch.randint(-self.pad, self.pad + 1, (2, count, 1), device=images.device)
-        # Clamping the index repeats the border, as padding before the crop would.
+        # Clamping the index repeats the border, like padding before a crop.
         rows = (torch.arange(height, device=images.device) + shift[0]).clamp(0, height - 1)
         columns = (torch.arange(width, device=images.device) + shift[1]).clamp(0, width - 1)
         image = torch.arange(count, device=images.device).view(-1, 1, 1, 1)
@@ -52,7 +52,7 @@ class Augmented(nn.Module):
     policy of :class:`~alm_torchrl.agent.ALMAgent`.
 
     Args:
-        network: the network that reads the inputs.
+        network: a network on the inputs.
         augmentations: one module for each input; ``None`` leaves an input unchanged.
     """
 

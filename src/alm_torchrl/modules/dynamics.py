@@ -52,7 +52,7 @@ class LatentDynamics(LatentModule):
 
 
 class _TransitionModel(Rebuildable, TensorDictModule):
-    """A network that reads latent and action, and the next latent where ``_reads_next``."""
+    """A network that reads latent and action, and also the next latent with ``_reads_next``."""
 
     _out_key: ClassVar[str]
     _out_features: ClassVar[int] = 1
@@ -171,5 +171,5 @@ class _Ensemble(nn.ModuleList):
     """Runs its modules on the same inputs and concatenates their outputs."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        # A loop, because batched matrix products are slower.
+        # Batched matrix products are slower than this loop.
         return cat([network(*inputs) for network in self], dim=-1)

@@ -15,13 +15,10 @@ from alm_torchrl.modules.rebuildable import Rebuildable
 
 
 class LatentHead(Rebuildable):
-    """Maps the output of a network to the parameters of the latent distribution.
-
-    The defaults are those of a diagonal Normal.
-    """
+    """Maps the output of a network to the parameters of a distribution: by default, a Normal."""
 
     parameter_names: ClassVar[tuple[str, ...]] = ("loc", "scale")
-    """Arguments of the distribution; their entries are named ``<latent>_<name>``."""
+    """Parameters of the distribution; their entries are named ``<latent>_<name>``."""
     distribution_class: ClassVar[type[D.Distribution]] = DiagonalNormal
     """A class with ``rsample``, ``deterministic_sample``, ``entropy`` and a KL divergence."""
 
@@ -31,7 +28,7 @@ class LatentHead(Rebuildable):
         return {}
 
     def network_size(self, latent_dim: int) -> int:
-        """Number of network outputs for a latent of size ``latent_dim``."""
+        """Returns the number of network outputs for a latent of size ``latent_dim``."""
         classes = getattr(self, "classes", 1)
         if latent_dim % classes:
             below = max(classes, latent_dim // classes * classes)
@@ -55,8 +52,8 @@ class GaussianHead(LatentHead):
         \sigma' &= \sigma_{max} - \mathrm{softplus}(\sigma_{max} - x_\sigma) \\
         \sigma &= \sigma_{min} + \mathrm{softplus}(\sigma' - \sigma_{min})
 
-    The bounds keep the KL divergence between encoder and latent dynamics finite, and the gradient
-    never vanishes entirely.
+    The bounds keep the KL divergence between encoder and latent dynamics finite. Being soft, they
+    never stop the gradient.
 
     Args:
         loc_bound: bound :math:`b` of the location.
@@ -78,11 +75,11 @@ class GaussianHead(LatentHead):
             raise ValueError(f"expected loc_bound > 0 and 0 < scale_min < scale_max, got {self}")
 
     def network_size(self, latent_dim: int) -> int:
-        """A location and a scale for each entry of the latent."""
+        """Returns the outputs for a location and a scale of each entry of the latent."""
         return 2 * latent_dim
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale, each ``[..., D]``, from ``[..., 2 * D]``."""
+        """Returns location and scale, each ``[..., D]``, from ``[..., 2 * D]``."""
         if raw.shape[-1] % 2:
             raise ValueError(f"the size of the output must be even, got shape {tuple(raw.shape)}")
         loc, scale = full_precision(raw).chunk(2, dim=-1)
@@ -112,7 +109,7 @@ class FixedScaleHead(LatentHead):
             raise ValueError(f"expected scale > 0, got {self}")
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale, each ``[..., D]``."""
+        """Returns location and scale, each ``[..., D]``."""
         loc = self._location(full_precision(raw))
         return loc, torch.full_like(loc, self.scale)
 
@@ -147,7 +144,7 @@ class SimplicialHead(FixedScaleHead):
 
     Args:
         scale: standard deviation of every entry.
-        classes: size of a group; the latent size must be a multiple of it.
+        classes: size of a group, a divisor of the latent size.
         temperature: divisor of the network output before the softmax.
 
     Examples:
@@ -177,7 +174,7 @@ class CategoricalHead(LatentHead):
     See :class:`~alm_torchrl.distributions.OneHotGroups`. DreamerV2 uses 32 groups of 32 classes.
 
     Args:
-        classes: classes in a group; the latent size must be a multiple of it.
+        classes: number of classes in a group, a divisor of the latent size.
         unimix: weight of a uniform categorical in the mixture.
 
     Examples:
@@ -201,9 +198,9 @@ class CategoricalHead(LatentHead):
         return {"unimix": self.unimix}
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Logits ``[..., G, C]`` from ``[..., G * C]``."""
+        """Returns logits ``[..., G, C]`` from ``[..., G * C]``."""
         return full_precision(raw).unflatten(-1, (-1, self.classes))
 
 
 DEFAULT_HEAD = GaussianHead()
-"""The head of the paper; a frozen dataclass, so that one instance serves every network."""
+"""The head of the paper; it is immutable, so all networks can share it."""

@@ -28,12 +28,12 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
     r"""Turns any torch module into a distribution over a latent.
 
     It writes the parameters of the distribution (``<latent>_loc`` and ``<latent>_scale`` of a
-    Normal) and a sample ``<latent>`` with a gradient, each ``[..., D]``. Under a deterministic
+    Normal) and a differentiable sample ``<latent>``, each ``[..., D]``. Under a deterministic
     exploration type, the sample is the mean or the mode.
 
     Args:
-        network: a module from the tensors at ``in_keys`` to ``[..., head.network_size(D)]``, which
-            is ``[..., 2 * D]`` for the default head, followed by the tensors at ``memory_keys``.
+        network: maps the entries ``in_keys`` to ``[..., head.network_size(D)]`` (``[..., 2 * D]``
+            for the default head) and to the entries ``memory_keys``, if any.
         in_keys: inputs of the network.
         head: the distribution of the latent.
         latent_key: entry of the latent.
@@ -73,7 +73,7 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
 
     @property
     def network(self) -> nn.Module:
-        """The module from the inputs to the input of the head."""
+        """The module before the head."""
         return self[0].module
 
     def update_statistics(self, tensordict: TensorDictBase) -> None:
@@ -84,5 +84,5 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
 
 
 def keeps_statistics(encoder: nn.Module) -> bool:
-    """Whether a layer of the encoder keeps running statistics of its inputs."""
+    """Returns whether a layer of the encoder keeps running statistics of its inputs."""
     return any(hasattr(layer, "update_statistics") for layer in list(encoder.modules())[1:])

@@ -11,7 +11,7 @@ from alm_torchrl.distributions import full_precision
 
 
 class MLPKwargs(TypedDict, total=False):
-    """Keyword arguments of every network for :func:`mlp` or :class:`LayerNormMLP`."""
+    """Keyword arguments that every network passes to :func:`mlp` or :class:`LayerNormMLP`."""
 
     depth: int
     activation_class: type[nn.Module] | str
@@ -25,7 +25,7 @@ def concatenate(*inputs: Tensor) -> Tensor:
 
 
 class ConcatSequential(nn.Sequential):
-    """A sequence of layers that takes several inputs and concatenates them first."""
+    """A sequence of layers that first concatenates its inputs."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[..., D_i]`` to the output of the last layer."""
@@ -33,15 +33,15 @@ class ConcatSequential(nn.Sequential):
 
 
 class FullPrecisionLinear(nn.Linear):
-    """A linear layer that autocast keeps in the precision of its weights, at least float32.
+    """A linear layer that ignores autocast and returns float32 or higher precision.
 
-    bfloat16 is too coarse for returns: between 256 and 512 its step is 2.
+    bfloat16 is too coarse for returns: between 256 and 512, its step is 2.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., D]`` to ``[..., out_features]``."""
         x = x.to(self.weight.dtype)
-        if not torch.amp.is_autocast_available(x.device.type):  # such as the meta device
+        if not torch.amp.is_autocast_available(x.device.type):  # the meta device, for example
             return full_precision(super().forward(x))
         with torch.autocast(x.device.type, enabled=False):
             return full_precision(super().forward(x))
@@ -96,8 +96,8 @@ def mlp(
 class LayerNormMLP(ConcatSequential):
     """The network of reward, classifier and values: Linear-LayerNorm-Tanh-Linear-ELU-Linear.
 
-    Arguments are those of :func:`mlp`, but ``norm_class`` applies only to the first hidden layer,
-    and ``activation_class`` only to the others.
+    See :func:`mlp` for the arguments. The first hidden layer has ``norm_class`` and Tanh; the
+    others have ``activation_class``.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ def _hidden_layer(
 
 
 def _class(layer: type[nn.Module] | str) -> Any:
-    """A layer class, given itself or by its name in ``torch.nn``."""
+    """Returns a layer class, given as a class or by its name in ``torch.nn``."""
     found = getattr(nn, layer, None) if isinstance(layer, str) else layer
     if found is None:
         raise ValueError(f"torch.nn has no layer {layer!r}; pass the class or a name in torch.nn")

@@ -26,7 +26,7 @@ class Rebuildable:
             Rebuildable._classes[cls.__name__] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Records the arguments."""
+        """Records the arguments of the constructor."""
         instance = super().__new__(cls)
         # Frozen dataclasses, and torch modules before __init__, refuse a plain assignment.
         object.__setattr__(instance, "_arguments", (args, kwargs))
@@ -34,7 +34,7 @@ class Rebuildable:
 
 
 def plain_numbers(value: Any) -> Any:
-    """Replaces NumPy numbers by Python numbers, and arrays and tensors by tuples.
+    """Converts NumPy numbers to Python numbers, and arrays and tensors to tuples.
 
     Examples:
         >>> import numpy as np

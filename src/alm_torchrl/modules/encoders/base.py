@@ -19,11 +19,11 @@ from alm_torchrl.modules.latent import LatentModule
 class Encoder(LatentModule):
     """A :class:`LatentModule` on observations, with a latent of size ``latent_dim``."""
 
-    #: Number of dimensions of the observations that ``from_spec`` reads by default.
+    #: Dimensions of the observations that ``from_spec`` reads by default.
     _ranks: ClassVar[tuple[int, ...]] = (1,)
-    #: The same of observations that ``in_keys`` names, if different.
+    #: Dimensions of the observations that it can read by name (``in_keys``), if different.
     _ranks_by_name: ClassVar[tuple[int, ...]] = ()
-    #: Entries that another observation includes.
+    #: Observations that are part of another one.
     _ignored: ClassVar[tuple[NestedKey, ...]] = ()
 
     def __init__(
@@ -53,7 +53,7 @@ class Encoder(LatentModule):
             spec: ``env.observation_spec_unbatched``.
             latent_dim: size of the latent; ignored by :class:`IdentityEncoder`.
             hidden_dim: width of the hidden layers, if any.
-            in_keys: observations to read; by default all that the encoder can read.
+            in_keys: observations to read; by default, all that the encoder can read.
             **options: further arguments of the class.
         """
         ranks = cls._ranks if in_keys is None else cls._ranks_by_name or cls._ranks
@@ -73,10 +73,10 @@ def observation_shapes(
     *,
     ignore: Iterable[NestedKey] = (),
 ) -> dict[NestedKey, tuple[int, ...]]:
-    """The shapes of the observations at ``in_keys``, or of all with one of the given ranks.
+    """Returns the shapes of the observations ``in_keys``; by default, of all with these ranks.
 
-    A warning names observations that are not read, except for ``ignore`` and the bookkeeping of
-    TorchRL's transforms.
+    It warns of observations that are not read, except for ``ignore`` and the bookkeeping entries
+    of TorchRL's transforms.
     """
     leaves = {unravel_key(key): leaf for key, leaf in spec.items(True, True)}
     found = {key: tuple(leaf.shape) for key, leaf in leaves.items()}
@@ -105,7 +105,7 @@ def observation_shapes(
 
 
 def _is_readable(leaf: TensorSpec) -> bool:
-    """Whether the entry holds real numbers; images hold floating-point numbers or bytes."""
+    """Returns whether the dtype is real and, for an image, floating-point or uint8."""
     if not isinstance(leaf.dtype, torch.dtype) or leaf.dtype.is_complex:
         return False
     return leaf.ndim < 3 or leaf.dtype.is_floating_point or leaf.dtype == torch.uint8

@@ -19,10 +19,10 @@ class FrozenEncoder(Encoder):
     """A frozen pretrained module with a trained MLP on its features.
 
     The module stays in ``eval()`` mode and gets no gradient; encoder and target encoder share its
-    weights. A saved agent does not hold it: pass the encoder to :meth:`ALMAgent.load`.
+    weights. A saved agent does not describe it: pass the encoder to :meth:`ALMAgent.load`.
 
     Args:
-        module: from observations ``[N, ...]`` to features ``[N, ...]``, which are flattened.
+        module: maps observations ``[N, ...]`` to features ``[N, ...]``, which are flattened.
         shape: shape of one observation, such as ``(3, 64, 64)``. Integers are scaled to [0, 1].
         in_keys: the observation to read, exactly one.
         **mlp_kwargs: further arguments of :func:`mlp`.
@@ -71,7 +71,7 @@ class FrozenEncoder(Encoder):
 
 
 class _Frozen(nn.Module):
-    """Features ``[..., F]`` of observations, without a gradient."""
+    """Maps observations to features ``[..., F]`` without a gradient."""
 
     def __init__(self, module: nn.Module, observation_ndim: int) -> None:
         super().__init__()

@@ -22,8 +22,8 @@ class WindowEncoder(Encoder):
     """A GRU over the last ``L`` observations, followed by an MLP.
 
     The environment writes the window ``[..., L, O]`` as an observation (``history=8`` in
-    :func:`alm_torchrl.envs.make_env`). Gradients pass the whole window, and no encoding depends on
-    an older encoder.
+    :func:`alm_torchrl.envs.make_env`). Gradients flow through the whole window, and no stored state
+    becomes stale.
 
     Args:
         observation_dim: total size of the observations of one step.
@@ -60,15 +60,15 @@ class WindowEncoder(Encoder):
 
 
 class RecurrentEncoder(Encoder):
-    """A GRU that steps with the environment, and whose state is stored with each transition.
+    """A GRU that steps with the environment; each transition stores its state.
 
     The encoder reads the state ``[..., 1, H]`` at ``state_key`` and writes the next one under
-    ``"next"``, like :class:`torchrl.modules.GRUModule`, but without its ``is_init`` entry, which
-    neither a compiled graph nor ``torch.vmap`` supports. The environment needs a
+    ``"next"``. It is like :class:`torchrl.modules.GRUModule` without the entry ``is_init``, which
+    compiled graphs and ``torch.vmap`` do not support. The environment needs a
     :func:`state_primer`.
 
     Limits, compared with :class:`WindowEncoder`: gradients are truncated after one step; stored
-    states become stale as the encoder learns, and stay zero during random collection.
+    states become stale as the encoder learns, and are zero during random collection.
 
     Args:
         observation_dim: total size of the observations.
@@ -119,7 +119,7 @@ class RecurrentEncoder(Encoder):
     ) -> Self:
         """Builds an encoder for the vectors of an environment that has a :func:`state_primer`.
 
-        Arguments are those of :meth:`Encoder.from_spec`; the primer sets ``hidden_dim``.
+        See :meth:`Encoder.from_spec` for the arguments; the primer sets ``hidden_dim``.
         """
         state_key = unravel_key(state_key)
         if state_key not in spec.keys(True, True):
@@ -151,7 +151,7 @@ def _readout(hidden_dim: int, out_features: int, mlp_kwargs: MLPKwargs) -> nn.Mo
 
 
 class _WindowGRU(nn.Module):
-    """Maps windows ``[..., L, O_i]`` to the output of the readout."""
+    """Maps windows ``[..., L, O_i]`` to an output ``[..., out_features]``."""
 
     def __init__(self, gru: GRU, readout: nn.Module) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _WindowGRU(nn.Module):
 
 
 class _StatefulGRU(nn.Module):
-    """Maps observations ``[..., O_i]`` and a state ``[..., 1, H]`` to output and next state."""
+    """Maps observations ``[..., O_i]`` and a state ``[..., 1, H]`` to an output and a state."""
 
     def __init__(self, cell: GRUCell, readout: nn.Module) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from alm_torchrl.modules.networks import concatenate
 
 
 def centered_bytes(images: Tensor) -> Tensor:
-    """Maps bytes to [-0.5, 0.5], as float32, and leaves floating-point images unchanged."""
+    """Maps bytes to float32 in [-0.5, 0.5], and leaves floating-point images unchanged."""
     return images if images.is_floating_point() else images.to(torch.float32) / 255 - 0.5
 
 
@@ -22,8 +22,8 @@ class RunningNorm(nn.Module):
 
     .. math:: x' = \mathrm{clip}((x - \mu) / \sqrt{\sigma^2 + \epsilon}, -c, c)
 
-    The statistics are buffers, which the target encoder shares. Only :meth:`update` changes them;
-    :meth:`ALMAgent.update_statistics` calls it.
+    The statistics are buffers shared with the target encoder. Only :meth:`update` changes them,
+    which :meth:`ALMAgent.update_statistics` calls.
 
     Args:
         *shape: shape of an observation. A vector ``(O,)`` has a mean and a variance for each entry.
@@ -82,8 +82,8 @@ class NormalizedInputs(nn.Module):
     """A network that reads its inputs through :class:`RunningNorm`.
 
     Args:
-        network: the network that reads the normalized inputs.
-        norms: one for each input; a single one reads all inputs, concatenated.
+        network: a network on the normalized inputs.
+        norms: one for each input, or a single one for the concatenation of all inputs.
 
     Examples:
         >>> network = NormalizedInputs(nn.Linear(3, 8), [RunningNorm(3)])

@@ -18,9 +18,9 @@ from alm_torchrl.modules.networks import MLPKwargs, mlp, orthogonal_init
 class ConvNet(nn.Module):
     """The convolutions of DrQ-v2 (Yarats et al., 2022, arXiv 2107.09645).
 
-    Four 3x3 convolutions with ReLU and strides 2, 1, 1, 1, then a linear layer. DrQ-v2 adds
-    LayerNorm and Tanh; with ALM, they would make the features of all images of a task nearly equal,
-    and the consistency term would then collapse them.
+    Four 3x3 convolutions with ReLU and strides 2, 1, 1, 1, then a linear layer. LayerNorm and Tanh
+    of DrQ-v2 are omitted: they make the features of all images of a task nearly equal, and ALM's
+    consistency term then collapses them.
 
     Args:
         shape: ``(C, H, W)`` of an image; frames are stacked along the channels.
@@ -63,7 +63,7 @@ class ConvNet(nn.Module):
 class MultiInputEncoder(Encoder):
     """Images and vectors: convolutions for each image, then an MLP on all features.
 
-    A :class:`RandomShift` augments images in the losses, and never in the policy.
+    A :class:`RandomShift` augments images in the losses, but never in the policy.
 
     Args:
         shapes: shape of each observation by key: ``(C, H, W)`` for an image of bytes, or of
@@ -72,8 +72,8 @@ class MultiInputEncoder(Encoder):
         channels: channels of the convolutions.
         pad: largest random shift in pixels; 0 disables it.
         normalize: whether a :class:`RunningNorm` normalizes the observations; call
-            :meth:`ALMAgent.update_statistics` on new data. Without it, images with one background
-            have latents so similar that the consistency term makes them equal.
+            :meth:`ALMAgent.update_statistics` on new data. Without it, images with the same
+            background have similar latents, and the consistency term collapses them.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Examples:
@@ -112,7 +112,7 @@ class MultiInputEncoder(Encoder):
             features += feature_dim if image else shape[0]
         joint = mlp(features, head.network_size(latent_dim), hidden_dim, **mlp_kwargs)
         network: nn.Module = _Branches(branches, joint)
-        if normalize:  # before the shift, which would move the background relative to its mean
+        if normalize:  # before the shift, because the mean of a pixel depends on its position
             network = NormalizedInputs(network, [RunningNorm(*shape) for shape in shapes.values()])
         super().__init__(network, latent_dim, list(shapes), head, latent_key=latent_key)
 
@@ -152,7 +152,7 @@ class PixelEncoder(MultiInputEncoder):
     @classmethod
     def _from_shapes(cls, shapes: dict[NestedKey, tuple[int, ...]], **options: Any) -> Self:
         if len(set(shapes.values())) > 1:
-            raise ValueError(f"images differ in shape: {shapes}; use MultiInputEncoder")
+            raise ValueError(f"images have different shapes: {shapes}; use MultiInputEncoder")
         shape = next(iter(shapes.values()))
         return cls(shape, in_keys=list(shapes), **options)
 

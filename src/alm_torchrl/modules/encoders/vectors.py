@@ -66,8 +66,8 @@ class LinearEncoder(MLPEncoder):
 class IdentityEncoder(Encoder):
     """The observations themselves as the latent, with a fixed scale and no parameters.
 
-    The divergence to the dynamics is ``|difference| ** 2 / (2 * scale ** 2)``; ``normalize`` gives
-    all entries the same weight in it.
+    The KL divergence from the dynamics is ``|difference| ** 2 / (2 * scale ** 2)``; ``normalize``
+    gives all entries the same weight in it.
 
     Args:
         observation_dim: total size of the observations, and size of the latent.

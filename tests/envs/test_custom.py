@@ -217,7 +217,7 @@ def test_reused_arrays_and_tensors_are_copied(task, num_envs, frames, history):
         ("my_tasks.absent:make", "there is no module 'my_tasks.absent'"),
         (f"{MODULE}:absent", f"the module '{MODULE}' has no 'absent'"),
         (f"{MODULE}:Mine.absent", "has no 'Mine.absent'"),
-        (f"{MODULE}:drift", "is a Drift: name a class or a function"),
+        (f"{MODULE}:drift", "is a Drift: give the path of a class or a function"),
         (dict, "dict creates a dict, which is neither a torchrl.envs.EnvBase nor a gymnasium.Env"),
         (lambda: SerialEnv(2, CountingEnv), r"creates a batch of environments \[2\].*num_envs"),
         (partial(Drift, bound=np.inf), "has an unbounded 'action': give its space finite bounds"),

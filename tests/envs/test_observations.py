@@ -333,7 +333,7 @@ def test_invalid_options(options, message):
 
 @pytest.mark.parametrize("task", ["Reacher-v5", "Pendulum-v1"])
 def test_unknown_velocities_are_refused(task):
-    with pytest.raises(ValueError, match=f"velocities in the observation of {task} are not known"):
+    with pytest.raises(ValueError, match=f"velocities in the observation of {task} are unknown"):
         make_env(task, mask_velocities=True)
 
 

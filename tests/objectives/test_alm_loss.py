@@ -895,7 +895,7 @@ def test_networks_that_no_longer_share_are_refused(
     loss = ALMLoss(**networks)
     SoftUpdate(loss, tau=0.005)
     change(networks)
-    with pytest.raises(RuntimeError, match="move the loss .*, or build the loss after"):
+    with pytest.raises(RuntimeError, match="move networks with .*, or build the loss later"):
         forward(loss, make_windows(dtype=torch.float32))
     forward(loss.double(), make_windows())
 

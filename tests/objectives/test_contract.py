@@ -182,7 +182,7 @@ WRONG = {
     ),
     "wrong_latent": (
         lambda: MLPEncoder(3, 6, 8),
-        ["size 6, but the other components have latent_dim=4: build it with 4"],
+        ["size 6, but the other networks have latent_dim=4: build it with 4"],
     ),
     "wrong_latent_key": (
         lambda: MLPEncoder(3, 4, 8, latent_key="state"),
@@ -211,7 +211,7 @@ WRONG = {
     ),
     "spectral_norm": (
         lambda: gaussian(nn.utils.spectral_norm(nn.Linear(3, 8))),
-        ["changes the buffer .*weight_u: .*weight_norm in place of spectral_norm"],
+        ["changes the buffer .*weight_u: .*weight_norm instead of spectral_norm"],
     ),
     "float64_latent": (
         lambda: gaussian(nn.Sequential(nn.Linear(3, 8), ToDouble())),
@@ -251,7 +251,7 @@ def test_all_findings_come_at_once() -> None:
     lines = str(error.value).splitlines()
     assert lines[0] == "LatentModule does not satisfy the encoder contract:"
     assert [line.startswith("- ") for line in lines[1:]] == [True] * 3
-    assert error.match("size 6, but the other components have latent_dim=5")
+    assert error.match("size 6, but the other networks have latent_dim=5")
 
 
 def test_without_dynamics_the_divergence_to_its_like_is_checked() -> None:

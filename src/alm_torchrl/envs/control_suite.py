@@ -38,16 +38,13 @@ def make_control_suite(task: str, kwargs: dict[str, Any], **wrapper: Any) -> DMC
 
 
 def join_observations(env: DMControlWrapper, mask_velocities: bool) -> list[Transform]:
-    """Returns transforms that join the observations, without velocities if asked."""
+    """Returns transforms that join the observations, optionally without velocities."""
     specs = dict(env.observation_spec.items())
     velocities = [key for key in specs if "vel" in key] if mask_velocities else []
     if mask_velocities and not velocities:
         raise ValueError(f"mask_velocities: no velocity among the observations {list(specs)}")
     kept = [key for key in specs if key not in velocities]
     drop = [ExcludeTransform(*velocities)] if velocities else []
-    flat = [
-        FlattenObservation(-specs[key].ndim, -1, in_keys=[key])
-        for key in kept
-        if specs[key].ndim > 1
-    ]
+    matrices = [key for key in kept if specs[key].ndim > 1]
+    flat = [FlattenObservation(-specs[key].ndim, -1, in_keys=[key]) for key in matrices]
     return [*drop, *flat, CatTensors(kept, "observation", sort=False)]

@@ -24,18 +24,17 @@ def import_factory(path: str) -> Callable[..., Any]:
         module = import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but imports one that does not
-        raise ValueError(
-            f"{path}: there is no module {error.name!r}; add its folder to PYTHONPATH"
-        ) from None
+            raise  # the module exists, but one of its imports does not
+        message = f"{path}: there is no module {error.name!r}; add its folder to PYTHONPATH"
+        raise ValueError(message) from None
     try:
         factory = reduce(getattr, attribute.split("."), module)
     except AttributeError:
         raise ValueError(f"{path}: the module {name!r} has no {attribute!r}") from None
     if not callable(factory):
         raise ValueError(
-            f"{path} is a {type(factory).__name__}: name a class or a function that creates the "
-            "environment"
+            f"{path} is a {type(factory).__name__}: give the path of a class or a function that "
+            "creates the environment"
         )
     return factory
 
@@ -48,7 +47,7 @@ def make_custom(
     if isinstance(env, EnvBase):
         if env.batch_size:
             raise ValueError(
-                f"{name} creates a batch of environments {list(env.batch_size)}: let it create one "
+                f"{name} creates a batch of environments {list(env.batch_size)}: create only one "
                 "and use num_envs"
             )
         if wrapper["frame_skip"] > 1:

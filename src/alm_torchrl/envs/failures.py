@@ -12,12 +12,12 @@ from alm_torchrl.files import one_line
 
 
 class EnvironmentFailedError(RuntimeError):
-    """An environment raised an exception or returned non-finite values, which are not stored."""
+    """An environment raised an exception, or returned non-finite values (which are not stored)."""
 
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Converts exceptions to an :class:`EnvironmentFailedError` whose message starts with this."""
+    """Converts exceptions to an :class:`EnvironmentFailedError` that starts with ``what``."""
     try:
         yield
     except EnvironmentFailedError:
@@ -29,7 +29,7 @@ def failing_as(what: str) -> Iterator[None]:
 def check_finite(
     data: TensorDictBase, where: str, kind: type[Exception] = FloatingPointError
 ) -> None:
-    """Raises an error of this kind if an entry has a non-finite number."""
+    """Raises an error of type ``kind`` if an entry has a non-finite number."""
     for key, leaf in data.items(include_nested=True, leaves_only=True):
         if leaf.is_floating_point() and not leaf.isfinite().all():
             raise kind(

@@ -19,9 +19,9 @@ Generator = np.random.Generator | np.random.RandomState
 def random_states(env: EnvBase) -> list[str]:
     """Returns the states of the random generators of an environment, as JSON.
 
-    They are those of the Gymnasium and DeepMind Control environments in this process, and of their
-    :class:`Distractors`. Vector environments of Gymnasium, closed environments and collectors with
-    workers have none.
+    It knows the generators of Gymnasium and DeepMind Control environments in this process, and of
+    their :class:`Distractors`. The result is empty for vector environments of Gymnasium, closed
+    environments and collectors with workers.
     """
     known = [generator for generator in _generators(env) if generator is not None]
     return [json.dumps(_state(generator), default=np.ndarray.tolist) for generator in known]
@@ -30,8 +30,8 @@ def random_states(env: EnvBase) -> list[str]:
 def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
     """Restores the random generators of an environment; raises if the number of states is wrong.
 
-    Environments with unknown generators, such as a custom :class:`~torchrl.envs.EnvBase`, are
-    seeded from torch's generator, and so is any environment if there are no states.
+    If there are no states, or generators are unknown (as in a custom
+    :class:`~torchrl.envs.EnvBase`), it seeds the environment from torch's generator.
     """
     if states and isinstance(env, EnvBase) and env.is_closed:
         env.reset()  # creates the environments of a SerialEnv
@@ -47,11 +47,11 @@ def set_random_states(env: EnvBase, states: Sequence[str]) -> None:
 
 
 def _generators(env: EnvBase) -> list[Generator | None]:
-    """Returns the generators, with None for an environment whose generators are unknown."""
+    """Returns the generators, and None for each environment with unknown generators."""
     if isinstance(env, TransformedEnv):
         noises = [t.np_random for t in transforms_of(env) if isinstance(t, Distractors)]
         return [*_generators(env.base_env), *noises]
-    if isinstance(env, SerialEnv):  # which forwards attributes to its environments, if it has any
+    if isinstance(env, SerialEnv):  # not env._envs: it would forward a missing attribute
         return [one for part in vars(env).get("_envs", []) for one in _generators(part)]
     if not isinstance(env, (GymWrapper, DMControlWrapper)) or env.batch_size:
         return [None]

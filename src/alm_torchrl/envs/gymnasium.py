@@ -22,10 +22,7 @@ INSTALL = "pip install 'alm-torchrl[recipes]'"
 
 
 class GymnasiumEnv(GymWrapper):
-    """TorchRL's wrapper, without shared memory.
-
-    An environment may reuse the arrays that it returned and change its action in place.
-    """
+    """TorchRL's wrapper with copies, because environments may change arrays in place."""
 
     def read_obs(self, observations: Any) -> dict[str, Any]:
         """Reads a copy of the observation."""
@@ -52,9 +49,9 @@ def make_gymnasium(
 ) -> GymnasiumEnv:
     """Creates one environment, without transforms."""
     _check_task(task)
-    # GymEnv would remove arguments such as frame_skip.
+    # Unlike GymEnv, this passes arguments such as frame_skip to the task.
     options = {**kwargs, "render_mode": "rgb_array"} if render else kwargs
-    if size is not None:  # only MuJoCo tasks accept a size; the frames of others are resized later
+    if size is not None:  # only MuJoCo tasks accept a size; other frames are resized later
         try:
             env = _gym_make(task, {**options, "height": size[0], "width": size[1]})
             return wrap(env, **wrapper)
@@ -65,7 +62,7 @@ def make_gymnasium(
 
 
 def _gym_make(task: str, kwargs: dict[str, Any]) -> Any:
-    """``gymnasium.make`` with errors of one line."""
+    """Calls ``gymnasium.make``, with one-line errors."""
     import gymnasium
 
     try:
@@ -101,7 +98,7 @@ def _check_task(task: str) -> None:
 
 
 def is_registered(task: str) -> bool:
-    """Returns whether ``module:Task``, whose module has been imported, is a Gymnasium id."""
+    """Returns whether ``module:Task`` is a Gymnasium id, after an import of the module."""
     gymnasium = sys.modules.get("gymnasium")
     return gymnasium is not None and task.rpartition(":")[2] in gymnasium.registry
 
@@ -109,8 +106,8 @@ def is_registered(task: str) -> bool:
 def _with_own_context(env: Any) -> Any:
     """Renders a MuJoCo task in its own OpenGL context, and with its tracking camera.
 
-    Gymnasium renders in the context that was used last, so with several environments in a process
-    frames may be black or of another environment. The default camera is free and loses the robot.
+    Gymnasium renders in the context that was used last, so with several environments in a process,
+    frames may be black or show another environment. The default camera does not follow the robot.
     """
     import gymnasium
 
@@ -136,7 +133,7 @@ def _with_own_context(env: Any) -> Any:
 
         def close(self) -> None:
             if (viewer := self._activate()) is not None:
-                # The garbage collector would free objects of another context.
+                # The garbage collector could free objects of another context.
                 viewer.con.free()
             super().close()
 
@@ -146,9 +143,9 @@ def _with_own_context(env: Any) -> Any:
 def _with_supported_spaces(env: Any) -> Any:
     """Converts observations that TorchRL does not support, and actions that are not a vector.
 
-    Discrete observations that do not start at 0 are shifted, binary and discrete matrices become
-    vectors, float16 becomes float32, and the parts of a Tuple are named "0", "1" and so on. Scalar
-    and matrix actions, and a Dict or Tuple of boxes, become one float32 vector.
+    Discrete observations are shifted to start at 0, binary and discrete matrices become vectors,
+    float16 becomes float32, and the parts of a Tuple get the names "0", "1" and so on. Scalar and
+    matrix actions, and a Dict or Tuple of boxes, become one float32 vector.
     """
     from gymnasium import spaces, wrappers
 
@@ -191,7 +188,7 @@ def _supported(space: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _is_continuous(space: Any) -> bool:
-    """Returns whether a space consists of floating-point boxes only."""
+    """Returns whether a space consists only of floating-point boxes."""
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):
@@ -218,7 +215,7 @@ def velocities(env: Any) -> list[int]:
 
 @contextmanager
 def _quiet_mujoco() -> Iterator[None]:
-    """Turns MuJoCo's messages into warnings, except for deprecations in Gymnasium's models."""
+    """Converts MuJoCo's messages to warnings, except for deprecations in Gymnasium's models."""
     try:
         import mujoco
     except ImportError:

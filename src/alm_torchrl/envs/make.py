@@ -69,8 +69,8 @@ def make_env(
 ) -> EnvBase:
     """Creates an environment with float32 observations and the return of the running episode.
 
-    A time limit sets ``truncated`` and ``done``, never ``terminated``. Actions have the task's own
-    range (``env.action_spec``). Options that change the observation apply in this order:
+    A time limit sets ``truncated`` and ``done``, but never ``terminated``. Actions have the range
+    of the task (``env.action_spec``). Options that change the observation apply in this order:
     ``mask_velocities``, ``distractors``, ``history``.
 
     Args:
@@ -78,21 +78,20 @@ def make_env(
             (``"dm_control/cheetah-run"``), whose observations are joined; or a class or function
             that creates a ``gymnasium.Env`` or an :class:`~torchrl.envs.EnvBase`, or its import
             path (``"package.module:attribute"``).
-        seed: seed of the environment, from which several environments derive their own, or one
-            seed for each.
+        seed: seed of the environment or of all environments, or a sequence with one seed for each.
         num_envs: number of environments; the batch size is ``[num_envs]`` if more than 1.
         parallel: step them in processes; the script needs an ``if __name__ == "__main__":`` guard.
-        pixels: observe rendered frames instead of the vector: their size, one number or height and
-            width, or True for 84 by 84.
+        pixels: observe rendered frames instead of the vector: their size (one number, or height
+            and width), or True for 84 by 84.
         frame_stack: number of frames in ``"pixels"``, the newest last; a reset repeats the first.
         proprioception: keep ``"observation"`` in addition to ``"pixels"``.
         action_repeat: simulator steps with each action; their rewards are summed.
         mask_velocities: remove the velocities of a MuJoCo or Control Suite task.
         distractors: dimensions of standard Gaussian noise appended to ``"observation"``.
         history: length of ``"history"``, the newest observation last; a reset repeats the first.
-        history_actions: append to each the action before it, which is zero at a reset.
-        from_pixels: for videos, add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"``;
-            without a renderer, give a warning. Ignored with ``pixels``.
+        history_actions: append to each observation the previous action, which is zero at a reset.
+        from_pixels: for videos, add rendered frames, uint8 ``[height, width, 3]``, as ``"pixels"``,
+            or warn if there is no renderer. Ignored with ``pixels``.
         transforms: transforms to apply last, without running statistics (normalize in the encoder).
         device: device of the tensors.
         **task_kwargs: arguments of ``gymnasium.make``, ``suite.load``, or your class or function.
@@ -107,7 +106,7 @@ def make_env(
         ValueError: if the task is unknown, is not an environment or has an unbounded action, or if
             an option is out of range or does not apply to the task.
         OSError: if ``pixels`` cannot be rendered, or a process of ``parallel`` does not start.
-        EnvironmentFailedError: if the environment raises another exception when it is created.
+        EnvironmentFailedError: if creating the environment raises another exception.
 
     Examples:
         >>> env = make_env("HalfCheetah-v5", mask_velocities=True, history=8, history_actions=True)
@@ -166,8 +165,8 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
     """Returns the number of frames of each stacked observation of an environment.
 
     It finds observations that TorchRL's :class:`~torchrl.envs.CatFrames` stacks along their first
-    dimension. Pass the result to :func:`alm_torchrl.data.make_replay_buffer`. For environments in
-    other processes, it creates another one here.
+    dimension. Pass the result to :func:`alm_torchrl.data.make_replay_buffer`. If the environments
+    are in other processes, it creates another one in this process.
 
     Examples:
         >>> frame_stacks(make_env("HalfCheetah-v5", history=8))
@@ -246,7 +245,7 @@ class _Observed:
 def _make_one(
     task: Task,
     name: str,
-    task_kwargs: dict[str, Any],
+    kwargs: dict[str, Any],
     observed: _Observed,
     device: torch.device | str,
     *,
@@ -254,8 +253,15 @@ def _make_one(
     seed: int | None = None,
 ) -> EnvBase:
     """Creates one environment with the transforms of its observations."""
-    wrapper = {"frame_skip": observed.action_repeat, "device": device}
-    env = _create(task, name, task_kwargs, observed.size, video, **wrapper)
+    wrapper: dict[str, Any] = {"frame_skip": observed.action_repeat, "device": device}
+    factory = _factory(task)
+    if factory is not None:
+        env = custom.make_custom(factory, name, kwargs, **wrapper)
+    elif name.startswith(control_suite.PREFIX):
+        env = control_suite.make_control_suite(name, kwargs, **wrapper)
+    else:
+        wrapper |= {"render": video or observed.size is not None, "size": observed.size}
+        env = gymnasium.make_gymnasium(name, kwargs, **wrapper)
     chain = observed.transforms(env, name)
     if video:
         chain.append(_render_frames(env, name, None))
@@ -268,32 +274,22 @@ def _make_one(
     return env
 
 
-def _create(
-    task: Task,
-    name: str,
-    kwargs: dict[str, Any],
-    size: tuple[int, int] | None,
-    video: bool,
-    **wrapper: Any,
-) -> EnvBase:
-    """Creates one environment without transforms; raises if the task is unknown."""
-    factory = None if isinstance(task, str) else task
-    if factory is None and custom.IMPORT_PATH.fullmatch(name):
-        try:
-            factory = custom.import_factory(name)
-        except ValueError:
-            if not gymnasium.is_registered(name):
-                raise
-    if factory is not None:
-        return custom.make_custom(factory, name, kwargs, **wrapper)
-    if name.startswith(control_suite.PREFIX):
-        return control_suite.make_control_suite(name, kwargs, **wrapper)
-    render = video or size is not None
-    return gymnasium.make_gymnasium(name, kwargs, render=render, size=size, **wrapper)
+def _factory(task: Task) -> Callable[..., Any] | None:
+    """Returns the class or function of a custom task, or None for an id."""
+    if not isinstance(task, str):
+        return task
+    if not custom.IMPORT_PATH.fullmatch(task):
+        return None
+    try:
+        return custom.import_factory(task)
+    except ValueError:
+        if gymnasium.is_registered(task):
+            return None
+        raise
 
 
 def _seeds(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
-    """Returns the seed of each environment, or None if it derives from ``seed``."""
+    """Returns the seed of each environment, or None for those derived from a single seed."""
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, not {num_envs}")
     if seed is None or isinstance(seed, int):
@@ -346,7 +342,7 @@ def _mask_velocities(env: EnvBase, name: str) -> UnaryTransform:
     velocities = gymnasium.velocities(env._env) if isinstance(env, GymWrapper) else []
     if not velocities:
         raise ValueError(
-            f"mask_velocities: the velocities in the observation of {name} are not known; for a "
+            f"mask_velocities: the velocities in the observation of {name} are unknown; for a "
             "custom task, remove them in the environment"
         )
     size = env.observation_spec["observation"].shape[-1]
@@ -355,7 +351,7 @@ def _mask_velocities(env: EnvBase, name: str) -> UnaryTransform:
 
 
 def _render_frames(env: EnvBase, name: str, size: tuple[int, int] | None) -> RenderFrames:
-    """Returns the transform that renders frames: of this size, or for a video."""
+    """Returns the transform that renders frames of a size, or for a video without one."""
     if isinstance(env, GymWrapper):
         render: Callable[[], Any] = env._env.render
     elif isinstance(env, DMControlWrapper):
@@ -367,14 +363,14 @@ def _render_frames(env: EnvBase, name: str, size: tuple[int, int] | None) -> Ren
         )
     states = random_states(env)
     try:
-        env.set_seed(0)  # a camera without a fixed position takes it from the first state
+        env.set_seed(0)  # a free camera takes its position from the first state
         frames = RenderFrames(render, size, channels_first=size is not None)
         set_random_states(env, states)
         return frames
     except (TypeError, ValueError):
         raise
-    except Exception as error:  # every driver fails in its own way
+    except Exception as error:  # drivers raise many types
         raise OSError(
-            f"cannot render {name} ({' '.join(str(error).split())}): on a machine without a "
-            "display, set the environment variable MUJOCO_GL to egl or osmesa before Python starts"
+            f"cannot render {name} ({one_line(error)}): on a machine without a display, set the "
+            "environment variable MUJOCO_GL to egl or osmesa before Python starts"
         ) from error

@@ -99,7 +99,7 @@ class RenderFrames(_AtResetToo):
         return next_tensordict.set("pixels", frame)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the frame's spec."""
+        """Adds the spec of the frames."""
         observation_spec["pixels"] = Bounded(
             0, 255, self.shape, dtype=torch.uint8, device=observation_spec.device
         )
@@ -125,7 +125,7 @@ class Distractors(_AtResetToo):
 
     def set_seed(self, seed: int | None) -> None:
         """Seeds the generator; ``None`` uses the entropy of the system."""
-        # The seed alone would give the random numbers of the environment.
+        # With the seed alone, the noise would repeat the random numbers of the environment.
         self.np_random = np.random.default_rng(None if seed is None else [seed, self.size])
 
     def _apply_transform(self, obs: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Distractors(_AtResetToo):
         return torch.cat([obs, noise.to(obs)], -1)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        """Adds the dimensions."""
+        """Adds the noise dimensions."""
         spec = observation_spec["observation"]
         observation_spec["observation"] = _unbounded(spec, spec.shape[-1] + self.size)
         return observation_spec

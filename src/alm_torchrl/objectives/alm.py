@@ -35,8 +35,8 @@ LossAndMetrics: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 class ALMLoss(LatentModelLoss):
     r"""The objective of Aligned Latent Models (Ghugare et al., ICLR 2023, arXiv 2209.08466).
 
-    One call returns all losses. Each loss trains only its own networks, so one backward pass of
-    their sum and one optimizer suffice:
+    One call returns all losses. Each loss trains only its own networks, so one backward pass
+    through their sum and one optimizer are enough:
 
     ================== =========================== ===============================================
     loss               trains                      passes gradients through
@@ -51,31 +51,31 @@ class ALMLoss(LatentModelLoss):
     ================== =========================== ===============================================
 
     The input is a batch of windows ``[B, T]`` (see :func:`alm_torchrl.data.make_replay_buffer`).
-    The world-model loss reads whole windows, the others the first transitions, which must be drawn
-    uniformly. Transitions ``[B]`` count as windows of one step. Steps after an episode's end, or
-    where ``"validity_mask"`` is false, have no effect.
+    The world-model loss reads whole windows. The other losses read the first transitions, which
+    must be sampled uniformly. Transitions ``[B]`` are windows of one step. Steps after the end of
+    an episode, or where ``"validity_mask"`` is false, have no effect.
 
-    The authors' implementation corresponds to ``bootstrap_terminated=True``,
-    ``short_windows="drop"``, and one optimizer step after each loss (call its method) on a batch of
-    its own. ``alm_torchrl.modules`` has all of these networks.
+    For the authors' implementation, use ``bootstrap_terminated=True``, ``short_windows="drop"``,
+    and one optimizer step after each loss (call its method) on its own batch.
+    ``alm_torchrl.modules`` has all of these networks.
 
     Args:
-        encoder: observations to a distribution over the latent.
-        dynamics: latent and action to a distribution over the next latent.
-        reward_model: latent and action to a reward ``[..., 1]``.
-        classifier: latent, action and next latent to two logits ``[..., 2]``; class 1 is the next
+        encoder: maps observations to a distribution over the latent.
+        dynamics: maps latent and action to a distribution over the next latent.
+        reward_model: maps latent and action to a reward ``[..., 1]``.
+        classifier: maps latent, action and next latent to logits ``[..., 2]``; class 1 is the next
             latent of a real observation.
-        qvalue_network: latent and action to ``N`` action values ``[..., N]``; the losses use the
-            minimum.
-        actor: latent to a distribution over the action, including the exploration noise.
-        continuation_model: latent and action to the logit ``[..., 1]`` of the probability that the
-            step does not terminate. By default, imagined episodes do not terminate.
+        qvalue_network: maps latent and action to ``N`` action values ``[..., N]``; the losses use
+            the minimum.
+        actor: maps the latent to a distribution over the action, with the exploration noise.
+        continuation_model: maps latent and action to the logit ``[..., 1]`` of the probability that
+            the step does not terminate. By default, imagined episodes do not terminate.
 
     Keyword Args:
-        horizon (int): imagined steps ``K`` of the actor, and length of the windows.
+        horizon (int): number ``K`` of imagined steps, and length of the windows.
         consistency_coeff (float): weight ``c`` of the log-ratio in the actor's reward; assignable.
         reduction (str): ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for losses ``[B]``.
-        bootstrap_terminated (bool): keeps the value term after a terminal state.
+        bootstrap_terminated (bool): keeps the value of the last latent after a terminal state.
         short_windows (str): ``"mask"`` uses the valid steps of windows cut short by an episode's
             end; ``"drop"`` excludes these windows from the world-model loss.
         reward_term (bool): includes the rewards in the world-model loss.
@@ -83,18 +83,18 @@ class ALMLoss(LatentModelLoss):
         consistency (str): distance between dynamics :math:`m` and encoder :math:`e`:
             ``"reverse_kl"`` :math:`KL(m \| e)`, ``"forward_kl"`` :math:`KL(e \| m)`,
             ``"squared_distance"`` of the means, or ``"classifier"``, the negated log-ratio of
-            latents drawn from :math:`m`.
-        consistency_level (float): learns the weight of this distance as a Lagrange multiplier, to
-            keep its mean over steps at this level (nats, or squared latent units). Adds
+            latents sampled from :math:`m`.
+        consistency_level (float): learns the weight of this distance as a Lagrange multiplier that
+            keeps its mean over steps at this level (nats, or squared latent units). Adds
             ``loss_multiplier`` and a parameter group ``multiplier``. By default, the weight is 1.
         latent_target (str): encoder of the dynamics' targets and of the other losses' latents:
             ``"moving_average"`` of its weights, ``"stop_gradient"`` for the encoder itself, or
-            ``"online"``, where the distance also trains the targets.
+            ``"online"``, with which the distance also trains the targets.
         actor_objective (str): ``"lambda_returns"`` of all imagined steps, the K-step ``"bound"``,
             or the model-free ``"value"`` of the first latent and action.
-        value_expansion (bool): replaces the value of the next latent in the value targets by its
-            imagined return over ``horizon`` steps.
-        start_steps (int): largest number of imagined steps before the actor's rollout starts; see
+        value_expansion (bool): uses the imagined return of the next latent over ``horizon`` steps
+            in the value targets, instead of its value.
+        start_steps (int): largest number of imagined steps before the actor's rollout; see
             :meth:`roll_on`.
         auxiliary_losses (dict): further losses by name. Each module reads the windows ``[B, T]``
             with ``"validity_mask"`` and the latents of encoder (first step) and dynamics (later
@@ -135,7 +135,7 @@ class ALMLoss(LatentModelLoss):
     class _AcceptedKeys:
         """The entries of the batch; ``truncated`` and ``validity_mask`` ``[B, T]`` are optional.
 
-        ``reward`` and the flags are read under ``"next"``; each flag ends an episode.
+        ``reward`` and the flags are under ``"next"``. Each of the flags ends an episode.
         """
 
         action: NestedKey = "action"
@@ -219,7 +219,7 @@ class ALMLoss(LatentModelLoss):
 
     @property
     def out_keys(self) -> list[str]:
-        """The five losses, and those of the optional parts; ``x_loss`` computes ``loss_x``."""
+        """The five losses and those of optional parts; the method ``x_loss`` returns ``loss_x``."""
         keys = list(LOSS_KEYS)
         if self.continuation_model is not None:
             keys.append("loss_continuation")
@@ -228,9 +228,9 @@ class ALMLoss(LatentModelLoss):
         return keys + [f"loss_{name}" for name in self.auxiliary_losses]
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
-        """Renames the entries of the batch, see :class:`ALMLoss._AcceptedKeys`.
+        """Renames the entries of the batch, but not the keys of the networks.
 
-        ``None`` restores a default. The keys of the networks do not change.
+        See :class:`ALMLoss._AcceptedKeys` for the names. ``None`` restores a default.
         """
         if kwargs.get("action", self._action_key) is None:
             kwargs["action"] = self._action_key
@@ -238,7 +238,7 @@ class ALMLoss(LatentModelLoss):
         self.loss_mask_key = self.tensor_keys.validity_mask
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Returns the trainable parameters in groups, to clip gradients and set learning rates.
+        """Returns the trained parameters in groups for gradient clipping and learning rates.
 
         The groups are ``world_model`` (encoder, dynamics and auxiliary losses), ``reward`` (reward
         model and classifier), ``value`` and ``actor``; optionally ``continuation`` and
@@ -286,8 +286,8 @@ class ALMLoss(LatentModelLoss):
     def world_model_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The loss of encoder and dynamics.
 
-        Like the other losses, it reads windows or a batch from :meth:`prepare` and returns a loss
-        and metrics. Subclasses may override each of them.
+        Like the other losses, it takes windows or a batch of :meth:`prepare`, and returns a loss
+        and metrics. Subclasses may override it.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         rollout = self.world_model_rollout(batch)
@@ -310,7 +310,7 @@ class ALMLoss(LatentModelLoss):
         return self._reduce(loss, self._counted(batch)), detached(metrics)
 
     def multiplier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        r"""The loss of the multiplier :math:`\beta`, which grows while the term is above its level.
+        r"""The loss of the multiplier :math:`\beta`, which grows while the distance is too large.
 
         .. math:: -\log \beta \sum_t (\mathrm{sg}[\mathrm{consistency}_t] - \mathrm{level})
         """
@@ -323,7 +323,7 @@ class ALMLoss(LatentModelLoss):
         return self._reduce(loss, self._counted(batch)), detached(metrics)
 
     def auxiliary_loss(self, tensordict: TensorDictBase | Batch, name: str) -> LossAndMetrics:
-        """The loss of the auxiliary module ``name``, without metrics."""
+        """The loss of the auxiliary module ``name``."""
         batch = self.prepare(tensordict, steps=self.horizon)
         module, windows = self.auxiliary_losses[name], batch.windows.copy()
         windows.set(self._latent_key, self.world_model_rollout(batch)["latent"])
@@ -360,7 +360,7 @@ class ALMLoss(LatentModelLoss):
     def classifier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The cross-entropy of the classifier, on the first transition of each window.
 
-        The rows of :meth:`generated_rows` get a next latent drawn from the dynamics (class 0).
+        The rows of :meth:`generated_rows` get a next latent from the dynamics (class 0).
         """
         batch = self.prepare(tensordict)
         latent, action = self._first_transition(batch)
@@ -377,9 +377,10 @@ class ALMLoss(LatentModelLoss):
         return self._reduce(loss, batch.mask[:, 0]), metrics
 
     def generated_rows(self, tensordict: TensorDictBase) -> Tensor:
-        """The rows with an imagined next latent for the classifier, bool ``[B]``: a random half.
+        """Selects the rows with an imagined next latent for the classifier: a random half.
 
-        Its input holds latents and actions of the first transitions. Subclasses may override it.
+        It maps latents and actions of the first transitions to a mask ``[B]``. Subclasses may
+        override it.
         """
         rows = tensordict.shape[0]
         return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
@@ -433,7 +434,7 @@ class ALMLoss(LatentModelLoss):
         return self._reduce(loss, mask), detached(metrics)
 
     def _first_transition(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A latent drawn for the first observation, and its recorded action."""
+        """A latent sampled for the first observation, and the recorded action."""
         latent = self._draw(self.encoder.build_dist_from_params(batch.current))
         return latent, batch.windows.get(self.tensor_keys.action)[:, 0]
 

@@ -26,8 +26,7 @@ def read_windows(
 ) -> TensorDictBase:
     """Reads and checks windows ``[B, T]``, or transitions ``[B]`` as windows of one step.
 
-    Converts flags of zeros and ones to bool and numbers to ``dtype``, and adds a missing last
-    dimension of size 1.
+    Converts flags to bool and numbers to ``dtype``, and adds missing last dimensions of size 1.
     """
     reward_key = next_key(keys.reward)
     reward = as_column(_read(tensordict, reward_key), tensordict.batch_size)
@@ -46,7 +45,7 @@ def read_windows(
         _check_shape(key, now, (*shape, "..."))
         _check_shape(next_key(key), following, now.shape)
         for name, value in ((key, now), (next_key(key), following)):
-            # The encoder handles other dtypes than float64.
+            # The encoder converts dtypes other than float64.
             entries[name] = value.to(dtype) if value.dtype == torch.float64 else value
     ended = torch.zeros_like(reward, dtype=torch.bool)
     for key in map(next_key, (keys.terminated, keys.truncated, keys.done)):
@@ -83,7 +82,7 @@ def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
 
 
 def _check_shape(key: NestedKey, value: Tensor, expected: Sequence[int | str]) -> None:
-    """Raises if an entry has another shape; a final ``"..."`` allows further dimensions."""
+    """Raises if an entry has another shape; ``"..."`` at the end allows further dimensions."""
     found: Sequence[int | str] = value.shape
     if expected[-1] == "..." and value.ndim >= len(expected):
         found = (*value.shape[: len(expected) - 1], "...")
@@ -102,7 +101,7 @@ def mask_invalid(value: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_whole(name: str, value: object, *, at_least: int) -> int:
-    """Converts a number to ``int``; raises if it is not whole or is too small."""
+    """Converts a number to ``int``; raises if it is not whole or too small."""
     if not isinstance(value, SupportsIndex) or index(value) < at_least:
         raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
     return index(value)
@@ -115,7 +114,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_networks(networks: dict[str, Any]) -> None:
-    """Raises if a module has the wrong kind, or reads an entry that no module writes."""
+    """Raises if a module has the wrong type, or reads an entry that no module writes."""
     for name, module in networks.items():
         kind: type = TensorDictModuleBase
         remedy = "read and write a TensorDict: wrap it in a TensorDictModule"
@@ -143,7 +142,7 @@ def check_networks(networks: dict[str, Any]) -> None:
 def explain_sizes(
     error: RuntimeError, name: str, network: TensorDictModuleBase, inputs: TensorDictBase
 ) -> None:
-    """Raises an error with the input shapes if they do not fit the first linear layer."""
+    """Raises a clearer error if the inputs do not fit the first linear layer."""
     first = next(layer for layer in network.modules() if not any(layer.children()))
     entries = {key: inputs.get(key) for key in network.in_keys}
     sizes = sum(value.shape[-1] for value in entries.values())

@@ -1,4 +1,4 @@
-"""A check of encoders that reports every problem."""
+"""A check of encoders that reports all problems."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.data.transitions import tuple_key
+from alm_torchrl.files import one_line
 from alm_torchrl.objectives.functional import kl_divergence
 
 __all__ = ["check_encoder"]
 
 #: Batch sizes to try: transitions, one environment, windows.
 _BATCHES = ((4,), (), (4, 3))
-#: Bounds of an observation beyond this are not values that a task observes.
+#: Larger bounds of an observation are not realistic values.
 _FAR = 1e6
-#: Exceptions of a network that does not fit.
+#: Exceptions that a wrong network may raise.
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
@@ -37,7 +38,7 @@ def check_encoder(
     action_spec: TensorSpec | None = None,
     latent_dim: int | None = None,
 ) -> int:
-    """Checks that a module can be the encoder, and reports all problems in one error.
+    """Checks whether a module can be the encoder, and reports all problems in one error.
 
     An encoder is a ``ProbabilisticTensorDictSequential``, such as a ``LatentModule``, that reads
     observations and writes a latent. Its distribution has
@@ -48,20 +49,20 @@ def check_encoder(
     * a KL divergence from the dynamics: built in for two diagonal Normals or two ``OneHotGroups``,
       registered with ``torch.distributions.register_kl`` for other pairs.
 
-    Its tensors are parameters or buffers, and an evaluation changes neither them nor the
-    observations. Under ``ExplorationType.DETERMINISTIC`` it is deterministic. An entry written
+    All its tensors are parameters or buffers. A forward pass changes neither them nor the
+    observations, and is deterministic under ``ExplorationType.DETERMINISTIC``. An entry written
     under ``"next"`` is memory: the next step reads it without ``"next"``, if the environment has
     the transform that ``make_tensordict_primer()`` returns. A method
     ``update_statistics(tensordict)`` updates running statistics.
 
-    The check runs a copy of the encoder on random observations and keeps the random state.
+    The check runs a copy of the encoder on random observations and restores the random state.
 
     Args:
         encoder: the encoder.
         observation_spec: ``env.observation_spec``; its batch dimensions are ignored.
         dynamics: the latent dynamics to train with the encoder.
         action_spec: spec of the action, for dynamics without an attribute ``action_dim``.
-        latent_dim: the latent size of the other components.
+        latent_dim: the latent size of the other networks.
 
     Returns:
         The size ``D`` of the latent.
@@ -97,7 +98,7 @@ def check_encoder(
                 built = getattr(dynamics, "latent_dim", size) if latent_dim is None else latent_dim
                 if built != size:
                     findings.append(
-                        f"its latent has size {size}, but the other components have latent_dim="
+                        f"its latent has size {size}, but the other networks have latent_dim="
                         f"{built}: build it with {built}, or pass latent_dim={size}"
                     )
                 else:
@@ -109,7 +110,7 @@ def check_encoder(
 
 
 def _interface(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks the kind of module, its keys, and that it can be copied."""
+    """Checks the type of the module, its keys, and that it can be copied."""
     if not isinstance(encoder, ProbabilisticTensorDictSequential):
         yield (
             f"it does not end in a distribution ({type(encoder).__name__}): wrap a network with "
@@ -138,7 +139,7 @@ def _interface(encoder: Any, spec: Composite) -> Iterator[str]:
     try:
         copy.deepcopy(encoder)
     except _FAILURES as error:
-        yield f"it cannot be copied ({_line(error)}): detach the tensors that it stores"
+        yield f"it cannot be copied ({one_line(error)}): detach the tensors that it stores"
 
 
 def _observations(encoder: Any, spec: Composite, *batch: int) -> TensorDictBase:
@@ -149,7 +150,7 @@ def _observations(encoder: Any, spec: Composite, *batch: int) -> TensorDictBase:
         leaf = spec[key]
         drawn[key] = value = leaf.rand(batch)
         if isinstance(leaf, Bounded) and leaf.dtype.is_floating_point:
-            # No task observes 1e300, and no network has finite gradients there.
+            # Networks have no finite gradients at a bound such as 1e300.
             low, high = leaf.space.low, leaf.space.high
             near = (low.abs() < _FAR) & (high.abs() < _FAR)
             drawn[key] = torch.where(near, value, torch.randn_like(value).clamp(low, high))
@@ -164,8 +165,7 @@ def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
             with torch.no_grad():
                 dist = encoder.get_dist(_observations(encoder, spec, *batch))
         except _FAILURES as error:
-            remedy = _remedy(encoder, spec, batch, error)
-            yield f"it fails on {where} ({type(error).__name__}: {_line(error)}): {remedy}"
+            yield f"it fails on {where} ({one_line(error)}): {_remedy(encoder, spec, batch, error)}"
             return
         if len(dist.event_shape) != 1:
             yield (
@@ -182,15 +182,15 @@ def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
 
 
 def _remedy(encoder: Any, spec: Composite, batch: tuple[int, ...], error: Exception) -> str:
-    """Says how to make a network accept the observations."""
+    """Returns how to make a network accept the observations."""
     if any(isinstance(layer, _BatchNorm) and layer.training for layer in encoder.modules()):
         return (
-            "use nn.LayerNorm or RunningNorm in place of BatchNorm; for a pretrained one, call its "
+            "use nn.LayerNorm or RunningNorm instead of BatchNorm; if it is pretrained, call its "
             "eval() in __init__ and in train()"
         )
     if batch != _BATCHES[0]:
         return (
-            "accept any leading dimensions (convolutions: flatten them before, restore them after)"
+            "accept any leading dimensions (flatten them before convolutions, restore them after)"
         )
     if "type" in str(error):
         return "convert the observations to the dtype of the weights in forward()"
@@ -243,12 +243,12 @@ def _encode(encoder: Any, observations: TensorDictBase) -> Tensor:
 
 
 def _evaluation(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that an evaluation is deterministic and changes neither input nor buffers."""
+    """Checks that a forward pass is deterministic and changes neither inputs nor buffers."""
     observations = _observations(encoder, spec, 4, 3)
     if not torch.equal(_encode(encoder, observations), _encode(encoder, observations)):
         yield (
-            "two evaluations under ExplorationType.DETERMINISTIC differ: remove dropout, and put "
-            "augmentations into Augmented(network, [...])"
+            "two forward passes under ExplorationType.DETERMINISTIC differ: remove dropout, and "
+            "put augmentations into Augmented(network, [...])"
         )
     before = observations.clone()
     buffers = {name: value.clone() for name, value in encoder.named_buffers()}
@@ -260,15 +260,15 @@ def _evaluation(encoder: Any, spec: Composite) -> Iterator[str]:
     for name, value in encoder.named_buffers():
         if not torch.equal(buffers[name], value):
             yield (
-                f"its evaluation changes the buffer {name}: use nn.LayerNorm in place of BatchNorm "
-                "and weight_norm in place of spectral_norm, or update the buffer in "
+                f"its forward pass changes the buffer {name}: use nn.LayerNorm instead of "
+                "BatchNorm and weight_norm instead of spectral_norm, or update the buffer in "
                 "update_statistics(), as RunningNorm does"
             )
 
 
 def _state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that the state dict holds and restores all tensors."""
-    encoder.eval()  # noise, which _evaluation reports, would look like a difference
+    """Checks that the state dict contains and restores all tensors."""
+    encoder.eval()  # noise, which _evaluation reports, would look like a difference here
     for name, module in encoder.named_modules():
         for attribute in vars(module):
             if isinstance(getattr(module, attribute), Tensor):
@@ -287,7 +287,7 @@ def _state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
         encoder.load_state_dict(state)
         same = torch.equal(before, _encode(encoder, observations))
     except _FAILURES as error:
-        yield f"its state_dict cannot be loaded ({_line(error)}): keep all names in state_dict()"
+        yield f"its state_dict cannot be loaded ({one_line(error)}): keep all names in it"
         return
     if not same:
         yield (
@@ -327,14 +327,14 @@ def _dynamics(
         same = "dtype" if "type" in str(error) else "latent_dim"
         yield (
             f"the dynamics cannot read its latent, {shape}, with an action of size {size} "
-            f"({_line(error)}): build both with the same {same}"
+            f"({one_line(error)}): build both with the same {same}"
         )
         return
     other = tuple(prior.batch_shape + prior.event_shape)
     if shape == other:
         yield from _divergence(prior, posterior)
     else:
-        yield f"its latents have shape {shape}, those of the dynamics {other}: use one latent_dim"
+        yield f"its latents have shape {shape}, but the dynamics has {other}: use one latent_dim"
 
 
 def _divergence(prior: D.Distribution, posterior: D.Distribution) -> Iterator[str]:
@@ -358,7 +358,3 @@ def _divergence(prior: D.Distribution, posterior: D.Distribution) -> Iterator[st
             f"the KL divergence of ({names}) is not finite: bound the parameters, as "
             "GaussianHead does"
         )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -87,7 +87,7 @@ def squared_distance(p: D.Distribution, q: D.Distribution) -> Tensor:
 def log_ratio(logits: Tensor) -> Tensor:
     r"""The classifier's estimate of :math:`\log e(z' \mid s') - \log m(z' \mid z, a)`.
 
-    It is ``[..., 1]``, in nats. In the ``logits`` ``[..., 2]``, class 1 is an encoded next latent.
+    It is ``[..., 1]``, in nats. Class 1 of the ``logits`` ``[..., 2]`` is an encoded next latent.
 
     Examples:
         >>> log_ratio(torch.tensor([[0.5, 2.0]]))
@@ -111,9 +111,7 @@ def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: Ten
 
 
 def discounts(gamma: Tensor, steps: int) -> Tensor:
-    r"""The weights :math:`1, \gamma, \gamma^2, \dots` of a rollout.
-
-    The shape is ``[steps, 1]``.
+    r"""The weights :math:`1, \gamma, \gamma^2, \dots` of a rollout, ``[steps, 1]``.
 
     Examples:
         >>> discounts(torch.tensor(0.5), 3).flatten()
@@ -169,7 +167,7 @@ def lambda_returns(
 def k_step_bound(
     reward: Tensor, value: Tensor, gamma: Tensor, continuation: Tensor | None = None
 ) -> Tensor:
-    r"""The K-step lower bound ``[..., 1]`` of a rollout, in the form that ALM maximizes.
+    r"""The K-step lower bound of a rollout in the form that ALM maximizes, ``[..., 1]``.
 
     .. math:: L^K = \sum_{t<K} \gamma^t \big(\textstyle\prod_{i<t} d_i\big) \tilde r_t
               + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) Q(z_K, a_K)
@@ -207,15 +205,15 @@ def log_return_bound(
               + \gamma^K \big(\textstyle\prod_{i<K} d_i\big) \log Q_K,
               \qquad \rho_t = \log e(z_{t+1} \mid s_{t+1}) - \log m(z_{t+1} \mid z_t, a_t)
 
-    Its mean over trajectories with latents of the model is at most
+    Its mean over imagined trajectories is at most
     :math:`\log \mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_t]` over real trajectories, if rewards
-    and values are those of the states. After a termination, both count :math:`r_t = 1`. See
+    and values are exact. Both sides use :math:`r_t = 1` after a termination. See
     :func:`k_step_bound` for the form used in practice.
 
     Args:
         reward: positive rewards, ``[..., K, 1]``.
-        log_ratio: log-ratio of encoder and model in nats, or the negated KL divergence of the
-            model from the encoder, ``[..., K, 1]``.
+        log_ratio: log-ratio of encoder and model in nats, or the negated divergence
+            :math:`KL(m \| e)`, ``[..., K, 1]``.
         value: normalized value :math:`\mathbb{E}[(1 - \gamma) \sum_t \gamma^t r_{K+t}]` of the last
             state and action, ``[..., 1]``.
         gamma: discount, a scalar.
@@ -236,8 +234,8 @@ def episode_mask(done: Tensor, valid: Tensor | None = None) -> Tensor:
 
     Args:
         done: true for the last step of an episode, bool ``[B, T]``.
-        valid: true for steps with data, bool ``[B, T]``; all by default. The mask ends before the
-            first invalid step.
+        valid: true for steps with data, bool ``[B, T]``. The mask ends before the first invalid
+            step. By default, all steps are valid.
 
     Examples:
         >>> episode_mask(torch.tensor([[False, True, False]]))

@@ -1,4 +1,4 @@
-"""The networks of ALMLoss, methods that call them, and rollouts in the latent space."""
+"""The networks of ALMLoss, methods that run them, and rollouts in the latent space."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from alm_torchrl.objectives.parameters import check_shared, match_compiled, para
 
 __all__ = ["Batch", "LatentModelLoss"]
 
-#: Parameters for one run of a network; by default its own, without a gradient.
+#: Parameters to run a network with; by default its own, without a gradient.
 Params: TypeAlias = TensorDictBase | None
 
 _OUTPUT_SIZES = {"reward_model": 1, "classifier": 2, "continuation_model": 1}
@@ -59,8 +59,8 @@ class LatentModelLoss(LossModule):
     """The networks and rollouts of :class:`ALMLoss`, without its losses.
 
     The loss shares all parameters and buffers with the networks, and ``to`` moves both. It unwraps
-    networks wrapped by ``torch.compile`` and loads state dicts of compiled and plain networks.
-    Networks named in ``averaged`` have a moving average as target.
+    compiled networks, and loads state dicts of compiled and plain networks. Networks named in
+    ``averaged`` have a moving average as target.
     """
 
     deterministic_sampling_mode = ExplorationType.RANDOM
@@ -126,7 +126,8 @@ class LatentModelLoss(LossModule):
             # Attribute access would warn that no target updater is registered yet.
             target: Any = self._modules.get(f"target_{name}_params")
             if target is not None:
-                # SoftUpdate follows only trained parameters, and no running statistics.
+                # SoftUpdate averages only trained parameters; the rest, such as running statistics,
+                # is shared.
                 for key, value in params.items(True, True):
                     if not value.requires_grad:
                         target.get(key).data = value.data
@@ -142,7 +143,7 @@ class LatentModelLoss(LossModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """Moves the networks too, with their buffers."""
+        """Also moves the networks, with their buffers."""
         super()._apply(fn)
         for name in self._names:
             getattr(self, name)._apply(fn)
@@ -181,7 +182,7 @@ class LatentModelLoss(LossModule):
         return TensorDict(entries, batch_size=latent.shape[:-1])
 
     def _draw(self, dist: D.Distribution) -> Tensor:
-        """Draws a sample in any exploration type, or the mean in deterministic mode."""
+        """Samples in every exploration type; returns the mean in deterministic mode."""
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
             return dist.rsample()
         return dist.deterministic_sample  # type: ignore[attr-defined]
@@ -190,7 +191,7 @@ class LatentModelLoss(LossModule):
 
     @torch.no_grad()
     def _encode(self, observations: TensorDictBase) -> TensorDictBase:
-        """Distribution parameters of the target encoder."""
+        """Returns the distribution parameters of the target encoder."""
         averaged = self.latent_target == "moving_average"
         return self._run("encoder", observations, self.target_encoder_params if averaged else None)
 
@@ -200,15 +201,15 @@ class LatentModelLoss(LossModule):
         return self.encoder.build_dist_from_params(parameters)
 
     def encode(self, observations: TensorDictBase) -> Tensor:
-        """A latent drawn from :meth:`encoding`, ``[..., D]``."""
+        """A latent sampled from :meth:`encoding`, ``[..., D]``."""
         return self._draw(self.encoding(observations))
 
     def next(
         self, latent: Tensor, action: Tensor, params: Params = None
     ) -> tuple[Tensor, TensorDictBase]:
-        """A next latent ``[..., D]`` drawn from the dynamics, and its distribution parameters.
+        """A next latent ``[..., D]`` sampled from the dynamics, and its distribution parameters.
 
-        As in the following methods, only given ``params`` receive a gradient.
+        In this and the following methods, only ``params`` receive a gradient.
         """
         prior = self._run("dynamics", self._step(latent, action), params)
         return self._draw(self.dynamics.build_dist_from_params(prior)), prior
@@ -236,11 +237,10 @@ class LatentModelLoss(LossModule):
 
     def value(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The smallest of the action values, ``[..., 1]``."""
-        values = self._run("qvalue_network", self._step(latent, action), params)
-        return values.amin(-1, keepdim=True)
+        return self.action_values(latent, action, params).amin(-1, keepdim=True)
 
     def act(self, latent: Tensor, params: Params = None) -> Tensor:
-        """An action drawn from the actor, ``[..., A]``."""
+        """An action sampled from the actor, ``[..., A]``."""
         state = TensorDict({self._latent_key: latent}, batch_size=latent.shape[:-1])
         parameters = self._run("actor", state, params)
         return self._draw(self.actor.build_dist_from_params(parameters))
@@ -263,7 +263,7 @@ class LatentModelLoss(LossModule):
         windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
         done = windows.get(next_key(self.tensor_keys.done)).squeeze(-1)
         mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
-        # Entries after the episode may be NaN; masking the loss would not remove their gradient.
+        # Entries after the episode may be NaN; masking only the loss would give NaN gradients.
         windows = windows.apply(lambda value: mask_invalid(value, mask))
         entries = (windows[:, :1], windows.get("next"))
         encoded = self._encode(torch.cat([e.select(*self.encoder.in_keys) for e in entries], 1))
@@ -274,13 +274,13 @@ class LatentModelLoss(LossModule):
     def world_model_rollout(self, tensordict: TensorDictBase | Batch) -> TensorDictBase:
         r"""Runs the latent dynamics along the recorded actions of each window.
 
-        From :math:`z_0 \sim e(s_0)`, every step draws :math:`z_{t+1} \sim m(z_t, a_t)` and
+        From :math:`z_0 \sim e(s_0)`, every step samples :math:`z_{t+1} \sim m(z_t, a_t)` and
         compares the dynamics with the target encoder's distribution.
 
         Returns:
-            ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the term in the loss) and ``reward``,
-            each ``[B, T, 1]`` and not yet masked; ``latent`` ``[B, T, D]``; ``value`` ``[B, 1]``
-            of the last latent; and entropies.
+            ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the distance in the loss) and ``reward``,
+            each ``[B, T, 1]`` without a mask; ``latent`` ``[B, T, D]``; ``value`` ``[B, 1]`` of the
+            last latent; and entropies.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         if batch.rollout is not None:
@@ -357,16 +357,16 @@ class LatentModelLoss(LossModule):
         values: TensorDictBase | None = None,
         with_log_ratio: bool = True,
     ) -> TensorDictBase:
-        r"""Rolls the actor out in the latent dynamics.
+        r"""Rolls out the actor in the latent dynamics.
 
-        Actions depend on detached latents, and the values on detached actions. The gradient reaches
+        The actor reads detached latents, and the values read detached actions. The gradient reaches
         the actor through the dynamics, the rewards and the log-ratios.
 
         Args:
             latent: first latents, ``[B, D]``.
-            action: the first action ``[B, A]``; drawn from the actor by default.
-            values: parameters of the action values; those in training by default.
-            with_log_ratio: evaluates the classifier.
+            action: the first action ``[B, A]``; sampled from the actor by default.
+            values: parameters of the action values; by default those that are trained.
+            with_log_ratio: whether to run the classifier.
 
         Returns:
             ``latent``, ``action``, ``reward``, ``log_ratio`` and, under ``"next"``, ``latent``,
@@ -416,7 +416,7 @@ class LatentModelLoss(LossModule):
         reward = self._augmented_reward(rollout)
         value, estimator = rollout["next", "value"], self.value_estimator
         if self.continuation_model is not None:
-            lmbda = getattr(estimator, "lmbda", 0.0)  # TD0 has none
+            lmbda = getattr(estimator, "lmbda", 0.0)  # TD0 has no lmbda
             return lambda_returns(reward, value, rollout["continuation"], estimator.gamma, lmbda)
         never = torch.zeros_like(reward, dtype=torch.bool)
         outcome = {"reward": reward, "done": never, "terminated": never}
@@ -433,7 +433,7 @@ class LatentModelLoss(LossModule):
         return k_step_bound(self._augmented_reward(rollout), value, gamma, continuation)
 
     def _augmented_reward(self, rollout: TensorDictBase) -> Tensor:
-        """Reward plus weighted log-ratio of every step, ``[B, K, 1]``."""
+        """Returns reward plus weighted log-ratio of every step, ``[B, K, 1]``."""
         if "log_ratio" not in rollout:
             return rollout["reward"]
         return rollout["reward"] + self.consistency_coeff * rollout["log_ratio"]
@@ -447,10 +447,10 @@ class LatentModelLoss(LossModule):
         value estimator of TorchRL; its options are ``gamma`` and ``lmbda``.
         """
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
-        if value_type is None:  # an estimator of the user
+        if value_type is None:  # the user passed an estimator
             return self
         if "lmbda" in hyperparams:
-            # TorchRL's vectorized form is silently wrong under torch.compile.
+            # TorchRL's vectorized form returns wrong values under torch.compile.
             hyperparams.setdefault("vectorized", False)
         dispatch_value_estimator(
             self,

@@ -1,4 +1,4 @@
-"""Running networks with other parameters, and sharing and loading their weights."""
+"""Running networks with other parameters, and checking and loading shared weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_shared", "match_compiled", "parametrized"]
 def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Renames entries in place, so that compiled and plain modules load each other's weights.
 
-    ``torch.compile`` puts ``_orig_mod.`` before the names in the module that it wraps.
+    ``torch.compile`` adds ``_orig_mod.`` to the names in the module that it wraps.
     """
     names = {name.replace("_orig_mod.", ""): prefix + name for name in module.state_dict()}
     for name in [name for name in state_dict if name.startswith(prefix)]:
@@ -25,15 +25,14 @@ def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
 
 
 def check_shared(shared: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
-    """Raises if the entry of a module's parameters or buffers is no longer the given tensor."""
+    """Raises if a module's parameter or buffer is no longer the given tensor."""
     for tensors, key, tensor in shared:
         own = tensors.get(key)
         if own is tensor or (own is not None and own.data_ptr() == tensor.data_ptr()):
             continue
         raise RuntimeError(
             "a network no longer shares its tensors with the loss, because it was moved or changed "
-            "after the loss was built; move the loss (and so its networks) with "
-            "loss.to(device), or build the loss after the move"
+            "after the loss was built; move networks with loss.to(device), or build the loss later"
         )
 
 

@@ -75,7 +75,7 @@ def test_a_long_episode_is_played_to_its_end() -> None:
 
 
 def test_an_episode_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alm_torchrl.evaluation.returns._LONGEST", 250)
+    monkeypatch.setattr("alm_torchrl.evaluation.returns._MAX_STEPS", 250)
     env = SerialEnv(2, [lambda: Countdown(10**9), lambda: Countdown(3)])
     with pytest.warns(UserWarning, match="cut after 250 steps"):
         assert evaluate_policy(env, POLICY, episodes=2).tolist() == [250 * 251 / 2, 6]

@@ -38,38 +38,38 @@ def make_collector(
     The first ``init_random_frames`` actions are uniform in the action spec; then the policy acts
     with ``ExplorationType.RANDOM``. A frame is one step of one environment.
 
-    A process that dies or does not answer raises :class:`WorkersLostError`. A Ray actor is replaced
-    with a warning, and ``collector.restarts`` increases: then call
-    :meth:`WindowReplayBuffer.truncate_open_episodes`, as ``ExperienceStream`` does. An exception of
-    an environment in a worker is raised here.
+    If a process dies or does not answer, the collector raises a :class:`WorkersLostError`. A Ray
+    actor is replaced with a warning, and ``collector.restarts`` increases; then call
+    :meth:`WindowReplayBuffer.truncate_open_episodes`, as ``ExperienceStream`` does. The collector
+    also raises the exceptions of environments in workers.
 
     Args:
         create_env: a function that creates the environment (picklable unless ``kind="sync"``), or,
             for ``kind="sync"``, an environment.
         policy: the policy; ``None`` for random actions. ``kind="sync"`` shares its parameters;
-            workers use those that ``collector.update_policy_weights_()`` sent last.
+            workers use the weights of the last call of ``collector.update_policy_weights_()``.
         frames_per_batch: frames in a batch, over all its environments.
         total_frames: frames after which iteration stops; -1 for no limit.
         init_random_frames: random frames at the start.
-        kind: ``"sync"`` collects in this process; ``"multi"`` in ``num_workers`` processes, and the
-            script needs an ``if __name__ == "__main__":`` guard; ``"ray"`` in ``num_workers``
-            actors of the Ray cluster at ``RAY_ADDRESS``, or of a new local one, unless
-            ``ray.init`` was called before.
+        kind: ``"sync"`` collects in this process. ``"multi"`` collects in ``num_workers``
+            processes, for which the script needs an ``if __name__ == "__main__":`` guard. ``"ray"``
+            collects in ``num_workers`` actors: of the cluster that ``ray.init`` connected to, of
+            the cluster at ``RAY_ADDRESS``, or of a new local cluster.
         num_workers: number of processes or actors; 1 for ``"sync"``.
         overlap: collect while the learner updates; workers do not wait for each other.
         device: device of the policy, the environment and the data; unchanged by default.
         seed: seed of the environments and workers; drawn from torch's generator by default.
         timeout: seconds to wait for an answer of a worker.
         start_timeout: seconds to wait for the workers to start.
-        max_restarts: Ray actors that may be replaced within an hour.
+        max_restarts: number of Ray actors that may be replaced within an hour.
         **collector_kwargs: arguments of TorchRL's collector, such as ``policy_device``; for
             ``"ray"`` also ``remote_configs``, the resources of each actor (``{"num_cpus": 1}``).
 
     Returns:
         The collector. A batch is ``[T]`` for one environment and ``[num_envs, T]`` for several,
         with a leading ``[num_workers]`` for workers. With ``overlap``, a batch has data of one
-        worker and its last step is marked ``truncated``: choose ``frames_per_batch`` much larger
-        than a window.
+        worker and its last step is truncated, so ``frames_per_batch`` should be much larger than
+        a window.
 
     Raises:
         ValueError: if the kind is unknown, or the numbers of frames do not fit each other.
@@ -95,7 +95,7 @@ def make_collector(
         "auto_register_policy_transforms": False,
         "device": device,
     }
-    if kind == "sync":  # trajectory ids cost time and are not used
+    if kind == "sync":  # unused trajectory ids would cost time
         options |= {"track_traj_ids": False, "exploration_type": ExplorationType.RANDOM}
         collector = Collector(create_env, policy, **{**options, **collector_kwargs})
         if seed is not None:

@@ -12,12 +12,12 @@ from alm_torchrl.data.transitions import equal
 
 
 class FrameStore:
-    """Stores the frames of a stacked observation, each frame once.
+    """Stores each frame of a stacked observation once.
 
     A ring holds one frame per time step: the newest frame of the step's next observation. The
-    observation of step ``k`` is a stack of the frames of steps ``k - n`` to ``k - 1``. The frames
-    that an episode starts with belong to no step, so a pool holds them. A second ring holds the
-    places of the ``n`` frames of each step: an index into the pool, or -1 for the frame of a step.
+    observation of step ``k`` is a stack of the frames of steps ``k - n`` to ``k - 1``. The first
+    frames of an episode belong to no step, so a pool holds them. A second ring holds the places of
+    the ``n`` frames of each step: an index into the pool, or -1 for a frame in the first ring.
     ``empty`` allocates the first ring, like :func:`torch.empty`.
     """
 
@@ -44,13 +44,10 @@ class FrameStore:
         self._newest = torch.full(shape[1:], -1, dtype=torch.int32)  # the newest places
 
     def append(self, observations: Tensor, following: Tensor, starts: Tensor, step: int) -> None:
-        """Stores the new frames of consecutive time steps.
+        """Stores the new frames of consecutive time steps, beginning with number ``step``.
 
-        Args:
-            observations: stacks ``[N, T, n * C, ...]``.
-            following: the next observations, of the same shape.
-            starts: which transitions start an episode, bool ``[N, T]``.
-            step: index of the first time step.
+        Observations and next observations are ``[N, T, n * C, ...]``; ``starts`` marks the
+        transitions that start an episode, bool ``[N, T]``.
         """
         is_stack = observations.ndim > 2 and observations.shape[2] % self.stack == 0
         if is_stack:
@@ -91,8 +88,8 @@ class FrameStore:
         """Copies the frames of the time steps ``start`` to ``stop - 1`` to the CPU.
 
         Returns:
-            ``places`` ``[stop - start, N, n]``; ``newest``, the frames of the ring, also of at most
-            ``n`` earlier steps; ``first``, frames of the pool ``[P, ...]``, and their ``indices``.
+            ``places`` ``[stop - start, N, n]``; ``newest``, the frames of these and up to ``n``
+            earlier steps; ``first``, frames of the pool ``[P, ...]``, and their ``indices``.
         """
         steps = torch.arange(max(0, start - self.stack), stop, device=self.device)
         places = self._places[steps[steps >= start] % self.max_steps]
@@ -103,10 +100,10 @@ class FrameStore:
         return {name: tensor.cpu() for name, tensor in copies.items()}
 
     def write(self, start: int, stop: int, frames: dict[str, Tensor], end: int) -> None:
-        """Restores the time steps ``start`` to ``stop - 1`` from a result of ``read(..., end)``."""
+        """Restores the steps ``start`` to ``stop - 1`` from the result of ``read(..., end)``."""
         newest, offset = frames["newest"], end - len(frames["newest"])
         self._allocate(newest[0, 0])
-        first = max(offset, start - self.stack)  # earlier frames would overwrite newer ones
+        first = max(offset, start - self.stack)  # earlier frames could overwrite newer ones
         _write(self._ring, first, newest[first - offset : stop - offset])
         offset = end - len(frames["places"])
         places = frames["places"][start - offset : stop - offset]
@@ -132,7 +129,7 @@ class FrameStore:
             self._free = []
 
     def _allocate(self, frame: Tensor) -> None:
-        """Allocates the ring for frames like this one, unless it has been allocated."""
+        """Allocates the ring for frames like this one, if it is not allocated yet."""
         if len(self._ring):
             return
         shape = (self.max_steps + self.stack, self.num_envs, *frame.shape)
@@ -141,7 +138,7 @@ class FrameStore:
         self._pool = torch.empty(0, *frame.shape, dtype=frame.dtype, device=self.device)
 
     def _look_up(self, rows: Tensor, envs: Tensor, places: Tensor) -> Tensor:
-        """Frames ``[M, n]`` of the ring, or of the pool where ``places`` is not -1."""
+        """Returns frames ``[M, n]`` of the ring, or of the pool where ``places`` is not -1."""
         frames = self._ring[rows, envs]
         if len(self._pool):
             pooled = (places >= 0).reshape(*places.shape, *[1] * (frames.ndim - 2))
@@ -149,7 +146,7 @@ class FrameStore:
         return frames.flatten(1, 2)
 
     def _store_first(self, frames: Tensor, pending: Tensor) -> Tensor:
-        """Stores the first frames of an episode in the pool, a repeated frame once."""
+        """Stores the first frames of an episode in the pool, repeated frames only once."""
         new = [True] + [not equal(a, b) for a, b in zip(frames[1:], frames[:-1], strict=True)]
         if len(self._free) < sum(new):
             self._find_free(pending)
@@ -158,7 +155,7 @@ class FrameStore:
         return places[torch.tensor(new).cumsum(0) - 1].int()
 
     def _find_free(self, pending: Tensor) -> None:
-        """Finds the unused indices of the pool; doubles the pool if they are few."""
+        """Finds the unused indices of the pool; doubles the pool if there are few."""
         free = torch.ones(len(self._pool) + 1, dtype=torch.bool)
         for places in (self._places.cpu(), pending, self._newest):
             free[places.flatten().long() + 1] = False

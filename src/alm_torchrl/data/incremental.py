@@ -33,8 +33,8 @@ class IncrementalReplay:
     """Saves a replay buffer in files of a folder, each with the time steps since the last save.
 
     Files never change after they are written, so older checkpoints stay valid. File names end with
-    a random id of the run. A chunk starts with the last time step of the chunk before it, because
-    its episode may have been truncated since.
+    a random id of the run. A chunk repeats the last time step of the previous chunk, because its
+    episode may have been truncated after that save.
     """
 
     def __init__(self, replay: WindowReplayBuffer, folder: str | Path) -> None:
@@ -55,7 +55,7 @@ class IncrementalReplay:
         return list(self.chunks)
 
     def load(self, chunks: Iterable[ReplayChunk]) -> None:
-        """Fills the empty buffer from a result of :meth:`save`; truncates the open episodes.
+        """Fills the empty buffer from the result of :meth:`save`; truncates the open episodes.
 
         Raises:
             ValueError: if the buffer has other sizes or entries, or a chunk is damaged.
@@ -68,7 +68,7 @@ class IncrementalReplay:
             self.replay.restore(self._read(), self.chunks[-1].stop)
 
     def remove_all_but(self, chunks: Iterable[ReplayChunk]) -> None:
-        """Removes the other chunks of this run; other files in the folder are kept."""
+        """Removes all other chunks of this run, and keeps other files in the folder."""
         kept = {chunk.file for chunk in chunks}
         written = {path.name for path in self.folder.glob(f"*-{self._run_id}.pt*")}
         for name in (written | self._loaded) - kept:

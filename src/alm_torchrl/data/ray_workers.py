@@ -26,11 +26,11 @@ _Pending = dict[Any, tuple[int, bool]]  # a future batch: index of the actor, an
 
 
 class RayWorkers(BaseCollector):
-    """A collector with Ray actors; an actor that dies is replaced.
+    """A collector with Ray actors that replaces actors that die.
 
     Weights are sent through Ray's object store, with the request for the next batch. TorchRL's
-    ``RayCollector`` sends them through a process group, which a new actor could not join. The
-    cluster is left running until this process ends.
+    ``RayCollector`` sends them through a process group, which a new actor cannot join. The cluster
+    runs until this process ends.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class RayWorkers(BaseCollector):
         pending[self.actors[index].collect.remote(weights, random)] = index, random
 
     def _next_answer(self, pending: _Pending) -> tuple[int, TensorDictBase]:
-        """Returns the next batch and the index of its actor; replaces actors that are lost."""
+        """Returns the next batch and the index of its actor; replaces lost actors."""
         while True:
             ready, _ = ray.wait(list(pending), timeout=self._timeout)
             future = ready[0] if ready else next(iter(pending))
@@ -174,8 +174,8 @@ class RayWorkers(BaseCollector):
             times.append(time.monotonic())
             if len(times) == limit and times[-1] - times[0] < _HOUR:
                 raise WorkersLostError(
-                    f"Ray worker {index} {reason}, loss {limit} within an hour: check the memory "
-                    "of the machines, and whether the simulator crashes"
+                    f"Ray worker {index} {reason}; this is loss {limit} within an hour: check the "
+                    "memory of the machines, and whether the simulator crashes"
                 )
             warnings.warn(
                 f"Ray worker {index} {reason}; it is replaced, and its episodes are truncated",
@@ -185,7 +185,7 @@ class RayWorkers(BaseCollector):
                 ray.kill(self.actors[index])
             self.actors[index] = self._start_actor()
             self._outdated.add(index)
-            seed = self._seed + 1009 * self.restarts + index  # not used before
+            seed = self._seed + 1009 * self.restarts + index  # a new seed
             try:
                 self._get(self.actors[index].set_seed.remote(seed), self._start_timeout)
                 return
@@ -199,8 +199,8 @@ class RayWorkers(BaseCollector):
         except ray.exceptions.GetTimeoutError:
             self.shutdown()
             raise WorkersLostError(
-                f"no answer of a Ray worker within {timeout:.0f} s: each of {self.num_workers} "
-                f"asks for {self._resources}; check that the cluster has room for them"
+                f"a Ray worker did not answer within {timeout:.0f} s: check that the cluster has "
+                f"room for {self.num_workers} workers with {self._resources} each"
             ) from None
 
 
@@ -222,5 +222,5 @@ class RayWorker(Collector):
         try:
             return self.next()
         except Exception as error:  # noqa: BLE001 - raised by RayWorkers
-            # Raised here, it would kill the actor: Ray would call len() of an endless collector.
+            # Raising here would kill the actor, because Ray calls len() on an endless collector.
             return one_line(error)

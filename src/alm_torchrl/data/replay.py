@@ -66,17 +66,15 @@ class WindowReplayBuffer(ReplayBuffer):
         return self.storage.max_size // self.num_envs
 
     def extend(self, data: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
-        """Stores a batch of transitions in order of time.
+        """Stores the batch of a collector, in time order.
 
-        An episode ends where ``"done"``, ``"terminated"`` or ``"truncated"`` is True. Where an
-        observation differs from the next observation stored before it and no episode ends, the
-        earlier transition is marked truncated, with a warning. Call :meth:`truncate_open_episodes`
-        before the first batch of a new rollout.
+        The batch is ``[T]`` or ``[1, T]`` for one environment, and ``[num_envs, T]``,
+        ``[workers, envs, T]`` or ``[num_envs]`` (one step of each) for several environments.
 
-        Args:
-            data: a collector's batch: ``[T]`` or ``[1, T]`` for one environment; ``[num_envs, T]``,
-                ``[workers, envs, T]`` or ``[num_envs]`` (one step of each) for several.
-            update_priority: ignored.
+        An episode ends where ``"done"``, ``"terminated"`` or ``"truncated"`` is True. If an
+        observation differs from the next observation of the previous transition, that transition
+        is truncated, with a warning. Call :meth:`truncate_open_episodes` before the first batch of
+        a new rollout.
 
         Raises:
             ValueError: if the shape, a flag, or an observation in ``frame_stacks`` is invalid.
@@ -100,10 +98,10 @@ class WindowReplayBuffer(ReplayBuffer):
         """Samples windows whose first transitions are uniform over all stored transitions.
 
         Returns:
-            The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``: False after
-            the end of the episode and after the newest transition, where the last valid transition
-            is repeated. With ``per_env``, the shape is ``[num_envs, B, T]``. With ``return_info``,
-            also TorchRL's information about the sample, flat ``[B * T]``.
+            The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``. The mask is
+            False after the end of the episode and after the newest transition; these steps repeat
+            the last valid transition. With ``per_env``, the shape is ``[num_envs, B, T]``. With
+            ``return_info``, also TorchRL's information about the sample, flat ``[B * T]``.
         """
         if not len(self):
             raise RuntimeError("cannot sample from an empty replay buffer: call extend() first")
@@ -117,9 +115,9 @@ class WindowReplayBuffer(ReplayBuffer):
         return (windows, info) if return_info else windows
 
     def truncate_open_episodes(self) -> None:
-        """Marks the newest transition of each environment as truncated, but not as terminated.
+        """Marks the newest transition of each environment as truncated.
 
-        Call it when the next transition does not continue the last one, such as after a reset.
+        Call it if the next transition does not continue the last one, for example after a reset.
         """
         self._discontinuities.forget()
         self._truncate_newest(torch.ones(self.num_envs, dtype=torch.bool))
@@ -130,9 +128,9 @@ class WindowReplayBuffer(ReplayBuffer):
         self._discontinuities.forget()
 
     def read(self, start: int, stop: int) -> ReplaySlice:
-        """Copies the time steps ``start`` to ``stop - 1``, counted as in ``write_count``.
+        """Copies the time steps ``start`` to ``stop - 1`` to the CPU, ``[steps(, num_envs)]``.
 
-        The entries are on the CPU, ``[stop - start]`` or ``[stop - start, num_envs]``.
+        The first step ever stored is 0; ``write_count`` is the number of the next step.
         """
         oldest = max(0, self.write_count - self.max_steps)
         if not oldest <= start <= stop <= self.write_count:
@@ -145,8 +143,8 @@ class WindowReplayBuffer(ReplayBuffer):
     def restore(self, slices: Iterable[ReplaySlice], written: int) -> None:
         """Fills an empty buffer from slices, newest first, and truncates the open episodes.
 
-        ``written`` is the ``write_count`` of the buffer that was read. Where slices overlap, the
-        newer one is used.
+        ``written`` is the ``write_count`` of the buffer that was read. Where slices overlap, it
+        uses the newer one.
         """
         if len(self):
             raise ValueError("cannot restore a replay buffer that is not empty")
@@ -184,7 +182,7 @@ class WindowReplayBuffer(ReplayBuffer):
         return {**super().state_dict(), "frames": frames}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a ``state_dict`` and truncates the open episodes."""
+        """Loads a state and truncates the open episodes."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "frames"})
         self._restore(state_dict["frames"])
 
@@ -289,27 +287,27 @@ def make_replay_buffer(
     """Creates a replay buffer of masked windows.
 
     Sampling is uniform over all stored transitions. A window never crosses the end of an episode
-    (termination or time limit), a discontinuity in the data, or the newest transition; entries
-    after these are padding, False in ``"validity_mask"``. The first batch allocates memory for the
+    (termination or time limit), a discontinuity in the data, or the newest transition; later
+    entries are padding, False in ``"validity_mask"``. The first batch allocates memory for the
     whole capacity (see :func:`bytes_per_transition`).
 
     Args:
         capacity: maximum number of transitions, over all environments.
-        batch_size: windows in a sample, ``B``.
-        window_length: transitions in a window, ``T``.
+        batch_size: number ``B`` of windows in a sample.
+        window_length: number ``T`` of transitions in a window.
         num_envs: number of environments, over all workers.
         storage: ``"memory"``, or ``"memmap"`` for files.
         scratch_dir: folder of these files; a temporary folder by default.
         device: device of the samples, and of a memory storage.
-        seed: seed of the sampling; by default TorchRL's global generator is used.
-        keys: entries to store, including ``("next", "done")``; by default the observations, the
+        seed: seed of the sampling; by default, TorchRL's global generator is used.
+        keys: entries to store, including ``("next", "done")``; by default, the observations, the
             action, the reward and the flags.
-        action_key: the action's key.
+        action_key: key of the action.
         per_env: sample ``batch_size`` windows from each environment, for
             :class:`~alm_torchrl.training.StackedLoss`.
         frame_stacks: number of frames of each observation that is stacked along its first
             dimension, as returned by :func:`alm_torchrl.envs.frame_stacks`; each frame is then
-            stored once, and samples do not change.
+            stored once. Samples do not change.
 
     Raises:
         ValueError: if the sizes do not fit each other, or the storage is unknown.
@@ -370,9 +368,9 @@ def bytes_per_transition(
     action_key: NestedKey = "action",
     frame_stacks: Mapping[NestedKey, int] | None = None,
 ) -> int:
-    """Returns the bytes that one transition of a collector's batch takes in a replay buffer.
+    """Returns the bytes of one transition of a collector's batch in a replay buffer.
 
-    The options are those of :func:`make_replay_buffer`. First frames of episodes are not counted.
+    See :func:`make_replay_buffer` for the options. First frames of episodes are not counted.
 
     Examples:
         >>> from alm_torchrl.envs import make_env

@@ -1,4 +1,4 @@
-"""The entries of a transition: which are stored, in what form, and where an episode ends."""
+"""The entries of transitions: their keys and shapes, and the ends of episodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 
-#: Entries of the next state that every transition needs in addition to its observations.
+#: Entries of a transition under ``"next"`` that are not observations.
 OUTCOME_KEYS = ("reward", "done", "terminated", "truncated")
-#: Entries that an environment writes before and after a step but that are not observations.
+#: Entries that an environment may also write before a step, but that are not observations.
 BOOKKEEPING_KEYS = (*OUTCOME_KEYS, "episode_reward", "step_count", "is_init")
 
 Key = tuple[str, ...]
@@ -58,7 +58,7 @@ def as_column(value: Tensor, batch_shape: torch.Size) -> Tensor:
 
 
 def as_flag(key: NestedKey, value: Tensor, batch_shape: torch.Size) -> Tensor:
-    """Converts a flag of zeros and ones, with or without last dimension, to bool ``[..., 1]``."""
+    """Converts a flag (bool, or zeros and ones) to bool ``[..., 1]``."""
     column = as_column(value, batch_shape)
     if column.shape != (*batch_shape, 1):
         raise ValueError(
@@ -74,7 +74,7 @@ def as_flag(key: NestedKey, value: Tensor, batch_shape: torch.Size) -> Tensor:
 
 
 def normalize_(data: TensorDictBase, action_key: NestedKey) -> None:
-    """Gives flags, reward and action their usual form in place; ``"done"`` is any of the flags."""
+    """Gives flags, reward and action a last dimension, in place; ``"done"`` is any of the flags."""
     outcome, ended = data.get("next"), None
     for name in OUTCOME_KEYS[1:]:
         value = outcome.get(name, None)
@@ -102,9 +102,9 @@ def truncated_flags(outcome: TensorDictBase, last: Tensor) -> dict[str, Tensor]:
 
 
 class DiscontinuityFinder:
-    """Finds transitions that do not continue the one before them although no episode ended.
+    """Finds transitions that do not continue the previous one although no episode ended.
 
-    It compares each observation with the next observation of the transition before. NaN equals NaN.
+    It compares each observation with the previous next observation. NaN equals NaN.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class DiscontinuityFinder:
         return torch.cat([first.to(ended.device), ended[..., :-1]], -1)
 
     def remember(self, data: TensorDictBase) -> None:
-        """Keeps the newest transitions, to compare the next batch with."""
+        """Remembers the newest transitions, to compare them with the next batch."""
         time, newest = data.ndim - 1, data.shape[-1] - 1
         outcome = data.get("next")
         self._last = {k: outcome.get(k).narrow(time, newest, 1).clone() for k in self.keys}
@@ -150,13 +150,13 @@ class DiscontinuityFinder:
         self._last, self._ended = {}, None
 
     def _previous(self, key: Key, data: TensorDictBase) -> Tensor:
-        """Returns the next observations of the steps before those of the batch."""
+        """Returns the next observations one step before those of the batch."""
         time, new = data.ndim - 1, data.get(key)
         last = self._last.get(key, new.narrow(time, 0, 1))
         if last.shape[time + 1 :] != new.shape[time + 1 :]:
             raise ValueError(
                 f"entry {key!r} has shape {list(new.shape[time + 1 :])}; expected "
-                f"{list(last.shape[time + 1 :])} as in the batches before"
+                f"{list(last.shape[time + 1 :])} as in earlier batches"
             )
         last = last.to(new.device)
         if data.shape[-1] > 1:

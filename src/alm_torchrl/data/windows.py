@@ -1,4 +1,4 @@
-"""Sampling of windows: which transitions start them, and which follow."""
+"""Sampling of windows: their first transitions, and the transitions that follow."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class EpisodeWindows(SampleUnit):
 
 
 class PerEnvSampler(RandomSampler):
-    """Samples the same number of transitions from each environment, in their order."""
+    """Samples the same number of transitions from each environment, in environment order."""
 
     def sample(self, storage: TensorStorage, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """Returns rows and environments, each ``[num_envs * batch_size]``."""

@@ -33,8 +33,8 @@ class WorkersLostError(ChildProcessError):
 class _Workers(MultiCollector):
     """A TorchRL collector with processes, whose calls raise an error instead of blocking forever.
 
-    An exception of an environment is raised as a ``RuntimeError`` with its message. The processes
-    end with the collector and with their parent process.
+    An exception in an environment becomes a ``RuntimeError`` with its message. The processes end
+    with the collector and with their parent process.
     """
 
     procs: list[Any] = []  # noqa: RUF012 - set by TorchRL
@@ -113,7 +113,7 @@ class _Workers(MultiCollector):
         self.init_random_frames = frames + max(left, 0)
 
     def _call(self, call: Callable[[], Any], *, starting: bool = False) -> Any:
-        """Runs a call of TorchRL's, which may block, in a thread; raises an error if it fails."""
+        """Runs a call that may block in a thread; raises an error if it fails or blocks."""
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -170,8 +170,8 @@ class Worker(Collector):
     """The collector of one process, which sends its exceptions to the parent process."""
 
     def __init__(self, *args: Any, reports: Connection, **options: Any) -> None:
-        # Ctrl-C and a cluster's SIGTERM reach all processes of a group. The parent finishes its
-        # update, saves a checkpoint and ends the workers itself.
+        # Ctrl-C and the SIGTERM of a cluster reach all processes of a group. The parent finishes
+        # its update, saves a checkpoint and ends the workers.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         exit_with_parent()

@@ -46,10 +46,7 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
     theorem are omitted; :func:`value_bias` measures by how much. See
     :func:`~alm_torchrl.objectives.functional.log_return_bound` for the bound of the theorem.
 
-    Args:
-        loss: the objective.
-        latent: start of the rollout, ``[B, D]``.
-        action: first action, ``[B, A]``; by default, the actor draws it.
+    The rollout starts with latents ``[B, D]`` and actions ``[B, A]``, by default the actor's.
     """
     return loss.bound(loss.imagine(latent, action))
 
@@ -102,10 +99,8 @@ def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
 def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) -> Bias:
     """Compares values and bounds with the returns of a rollout; a positive bias overestimates.
 
-    Args:
-        loss: the objective.
-        rollout: see :func:`rollout_for_bias`, ``[N, T]``.
-        tail: see :func:`monte_carlo_returns`.
+    See :func:`rollout_for_bias` for the rollout ``[N, T]``, and :func:`monte_carlo_returns` for
+    ``tail``.
 
     Raises:
         UnknownReturnsError: if no return is known.

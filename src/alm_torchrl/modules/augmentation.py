@@ -48,12 +48,9 @@ class RandomShift(nn.Module):
 class Augmented(nn.Module):
     """A network whose inputs are augmented in training.
 
-    Augmentation is off in ``eval()`` mode and under deterministic exploration types, as in the
-    policy of :class:`~alm_torchrl.agent.ALMAgent`.
-
-    Args:
-        network: a network on the inputs.
-        augmentations: one module for each input; ``None`` leaves an input unchanged.
+    There is one augmentation for each input; ``None`` leaves an input unchanged. Augmentation is
+    off in ``eval()`` mode and under deterministic exploration types, as in the policy of
+    :class:`~alm_torchrl.agent.ALMAgent`.
     """
 
     def __init__(self, network: nn.Module, augmentations: Sequence[nn.Module | None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alm_torchrl.data.transitions import next_key
-from alm_torchrl.objectives import options
-from alm_torchrl.objectives.checks import check_positive, check_whole
+from alm_torchrl.objectives.checks import check_choices, check_positive, check_whole
 from alm_torchrl.objectives.functional import (
     detached,
     discounts,
@@ -30,6 +29,20 @@ __all__ = ["ALMLoss"]
 
 LOSS_KEYS = ("loss_world_model", "loss_reward", "loss_classifier", "loss_value", "loss_actor")
 LossAndMetrics: TypeAlias = tuple[Tensor, dict[str, Tensor]]
+
+Reduction = Literal["none", "mean", "sum"]
+ShortWindows = Literal["mask", "drop"]
+Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifier"]
+LatentTarget = Literal["moving_average", "stop_gradient", "online"]
+ActorObjective = Literal["lambda_returns", "bound", "value"]
+
+_CHOICES: dict[str, Any] = {
+    "reduction": Reduction,
+    "short_windows": ShortWindows,
+    "consistency": Consistency,
+    "latent_target": LatentTarget,
+    "actor_objective": ActorObjective,
+}
 
 
 class ALMLoss(LatentModelLoss):
@@ -163,15 +176,15 @@ class ALMLoss(LatentModelLoss):
         *,
         horizon: int = 3,
         consistency_coeff: float = 0.1,
-        reduction: options.Reduction = "mean",
+        reduction: Reduction = "mean",
         bootstrap_terminated: bool = False,
-        short_windows: options.ShortWindows = "mask",
+        short_windows: ShortWindows = "mask",
         reward_term: bool = True,
         value_term: bool = True,
-        consistency: options.Consistency = "reverse_kl",
+        consistency: Consistency = "reverse_kl",
         consistency_level: float | None = None,
-        latent_target: options.LatentTarget = "moving_average",
-        actor_objective: options.ActorObjective = "lambda_returns",
+        latent_target: LatentTarget = "moving_average",
+        actor_objective: ActorObjective = "lambda_returns",
         value_expansion: bool = False,
         start_steps: int = 0,
         auxiliary_losses: Mapping[str, nn.Module] | None = None,
@@ -204,7 +217,7 @@ class ALMLoss(LatentModelLoss):
             check_positive("consistency_level", consistency_level)
             self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))
         self.auxiliary_losses = nn.ModuleDict(auxiliary_losses or {})
-        options.check_choices(self)
+        check_choices({name: getattr(self, name) for name in _CHOICES}, _CHOICES)
         if len(set(self.out_keys)) < len(self.out_keys):
             raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
         self.set_keys(action=self._action_key)

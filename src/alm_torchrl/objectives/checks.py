@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -111,6 +111,14 @@ def check_positive(name: str, value: float) -> None:
     """Raises if a number is not positive and finite."""
     if not 0 < value < inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def check_choices(options: dict[str, str], literals: dict[str, Any]) -> None:
+    """Raises if an option is not one of the choices of its ``Literal``."""
+    for name, value in options.items():
+        choices = get_args(literals[name])
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
 def check_networks(networks: dict[str, Any]) -> None:

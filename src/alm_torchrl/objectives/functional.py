@@ -125,8 +125,7 @@ def survival(continuation: Tensor) -> Tensor:
 
     .. math:: \textstyle\prod_{i<t} d_i, \qquad t = 0, \dots, K
 
-    Args:
-        continuation: probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``.
+    ``continuation`` is the probability :math:`d_t` that a step does not terminate, ``[..., K, 1]``.
 
     Examples:
         >>> survival(torch.tensor([[0.5], [0.5]])).flatten()

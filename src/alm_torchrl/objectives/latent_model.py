@@ -250,10 +250,8 @@ class LatentModelLoss(LossModule):
     def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
         """Checks a batch and encodes its observations with the target encoder.
 
-        Args:
-            tensordict: windows ``[B, T]`` or transitions ``[B]`` with the entries ``in_keys``; a
-                prepared batch is returned unchanged.
-            steps: number of steps to read.
+        It reads ``steps`` steps of windows ``[B, T]``, or transitions ``[B]``, with the entries
+        ``in_keys``, and returns a prepared batch unchanged.
         """
         if isinstance(tensordict, Batch):
             return tensordict

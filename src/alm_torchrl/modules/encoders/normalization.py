@@ -79,11 +79,9 @@ class RunningNorm(nn.Module):
 
 
 class NormalizedInputs(nn.Module):
-    """A network that reads its inputs through :class:`RunningNorm`.
+    """A network with normalized inputs.
 
-    Args:
-        network: a network on the normalized inputs.
-        norms: one for each input, or a single one for the concatenation of all inputs.
+    There is one norm for each input, or a single norm for the concatenation of all inputs.
 
     Examples:
         >>> network = NormalizedInputs(nn.Linear(3, 8), [RunningNorm(3)])

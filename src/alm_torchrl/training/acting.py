@@ -13,7 +13,7 @@ from torchrl.collectors import BaseCollector
 
 
 class VersionedPolicy(TensorDictModuleBase):
-    """Writes with every action the number of updates that produced the policy's weights.
+    """A policy that also writes the number of updates that its weights have received.
 
     The number is the buffer ``update``, so workers receive it with the weights.
 
@@ -37,7 +37,7 @@ class VersionedPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Acts, and writes ``"policy_update"``, int64 of the batch's shape."""
         tensordict = self.policy(tensordict)
-        # Cloned, because the buffer may change before the steps of a batch are stacked.
+        # A copy, because the buffer may change before the steps of a batch are stacked.
         return tensordict.set("policy_update", self.update.expand(tensordict.shape).clone())
 
 
@@ -73,13 +73,13 @@ class PolicyPublisher:
 class CPUPolicy(TensorDictModuleBase):
     """Acts on the CPU with a copy of the trained weights.
 
-    A small network with a single observation is faster on the CPU than on a GPU. From a GPU, the
+    For a small network and a single observation, a CPU is faster than a GPU. From a GPU, the
     weights are copied after the running update, without waiting for it.
 
     Args:
         policy: the trained policy, on any device.
         lag: 0 or 1. With 0, acting waits for the last update, as in the authors' code. With 1, it
-            uses the weights before that update, and so overlaps with it on a GPU.
+            uses the weights before that update, and so can run during it on a GPU.
     """
 
     def __init__(self, policy: TensorDictModuleBase, lag: int = 0) -> None:
@@ -103,7 +103,7 @@ class CPUPolicy(TensorDictModuleBase):
 
     @torch.no_grad()
     def publish(self, update: int) -> None:
-        """Copies the weights of update number ``update``, which may still run on a GPU."""
+        """Copies the weights of update number ``update``, which may still be running on a GPU."""
         self._update.fill_(update)
         if self._shares:
             return
@@ -112,7 +112,7 @@ class CPUPolicy(TensorDictModuleBase):
             slot, _ = self._slots.popleft()
         else:  # pinned memory, for asynchronous copies
             slot = [torch.empty_like(t, device="cpu", pin_memory=on_cuda) for t in self._source]
-        # Copies from CUDA end with an event; from other devices, the copy itself waits.
+        # An event marks the end of copies from CUDA; copies from other devices wait.
         torch._foreach_copy_(slot, self._source, non_blocking=on_cuda)
         event = torch.cuda.Event() if on_cuda else None
         if event is not None:
@@ -120,7 +120,7 @@ class CPUPolicy(TensorDictModuleBase):
         self._slots.append((slot, event))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Acts with the weights published last, or ``lag`` publications before."""
+        """Acts with the weights of the last publication, or of ``lag`` publications before."""
         if not self._shares:
             slot, event = self._slots[0]
             if event is not None:
@@ -131,5 +131,5 @@ class CPUPolicy(TensorDictModuleBase):
 
 
 def _tensors(policy: TensorDictModuleBase) -> list[Tensor]:
-    """Returns parameters and buffers; one buffer is the noise scale."""
+    """Returns parameters and buffers, such as the noise scale."""
     return [*policy.parameters(), *policy.buffers()]

@@ -27,7 +27,7 @@ from alm_torchrl.training.module import ALMModule
 
 
 class EvaluationSchedule(L.Callback):
-    """Evaluates after the warm-up's updates and then every ``every`` updates."""
+    """Evaluates after the warm-up updates, and then every ``every`` updates."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -38,12 +38,12 @@ class EvaluationSchedule(L.Callback):
         """Schedules an evaluation after this update if it is due."""
         updates = batch_idx + 1 - pl_module.experience.warmup_updates
         due = updates >= 0 and updates % self.every == 0
-        # Lightning evaluates when the number of updates is a multiple of this.
+        # Lightning evaluates if the number of updates is a multiple of this.
         trainer.val_check_batch = 1 if due else batch_idx + 2
 
 
 class SaveAgent(L.Callback):
-    """Saves the agent as ``agent_last.pt``, and the one of the best return as ``agent_best.pt``.
+    """Saves the newest agent as ``agent_last.pt``, and the best as ``agent_best.pt``.
 
     Args:
         folder: folder of the files; see :meth:`alm_torchrl.agent.ALMAgent.load`.
@@ -82,7 +82,7 @@ class SaveAgent(L.Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: ALMModule, *_: Any) -> None:
-        """Saves the agent of an interrupted run after its first update."""
+        """Saves the agent of an interrupted run, unless the first update is missing."""
         if pl_module.restored and pl_module.experience.updates:
             pl_module.evaluated_agents[self.seed_index].save(self.folder / "agent_last.pt")
 
@@ -92,8 +92,8 @@ class StopOnSignal(AfterUpdate):
 
     Before the first update, a run of one process ends after the current collection batch, without
     a checkpoint. A second signal aborts without a checkpoint. Several processes end after the same
-    update: they agree before every update on a CPU, and every ``log_every`` updates on a GPU,
-    because agreeing waits for the device.
+    update: they communicate before every update on a CPU, and every ``log_every`` updates on a GPU,
+    because communication waits for the device.
     """
 
     def __init__(self) -> None:
@@ -101,20 +101,20 @@ class StopOnSignal(AfterUpdate):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Installs the handlers, which only the main thread can do."""
+        """Installs the handlers."""
         experience = pl_module.experience
         experience.stopping = False
-        # Lightning's handler of SIGTERM makes processes wait for each other during an update.
-        if threading.current_thread() is threading.main_thread():
+        # Lightning's handler of SIGTERM would make processes wait for each other in an update.
+        if threading.current_thread() is threading.main_thread():  # others cannot install any
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, partial(self._request, experience))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: ALMModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lets all processes agree whether this update is the last."""
-        asks = pl_module.device.type == "cpu" or batch_idx % pl_module.log_every == 0
-        if trainer.world_size > 1 and asks:
+        """Lets all processes agree on whether this update is the last."""
+        due = pl_module.device.type == "cpu" or batch_idx % pl_module.log_every == 0
+        if trainer.world_size > 1 and due:
             signaled = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
             pl_module.experience.stopping = signaled
 
@@ -129,9 +129,7 @@ class StopOnSignal(AfterUpdate):
             signal.signal(number, previous)
         self._previous.clear()
 
-    def on_exception(self, *_: Any, **__: Any) -> None:
-        """Restores the previous handlers."""
-        self.teardown()
+    on_exception = teardown
 
     def _request(self, experience: ExperienceStream, number: int, _: Any) -> None:
         if self.signal is not None:
@@ -142,7 +140,7 @@ class StopOnSignal(AfterUpdate):
 
 
 class ProgressBar(ProgressBarBase):
-    """Shows return, steps and time left: a bar on a terminal, else a line for each evaluation."""
+    """Shows return, steps and time left: as a bar on a terminal, or one line per evaluation."""
 
     _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
@@ -159,7 +157,7 @@ class ProgressBar(ProgressBarBase):
         self._enabled = True
 
     def disable(self) -> None:
-        """Shows nothing, which Lightning asks for in all processes but the first."""
+        """Hides the progress; Lightning calls it in all processes but the first."""
         self._enabled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
@@ -168,7 +166,7 @@ class ProgressBar(ProgressBarBase):
         pl_module.experience.on_collected = lambda: self._show(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ALMModule, *_: Any) -> None:
-        """Moves the bar; the first update, which may compile, is not part of the time."""
+        """Moves the bar; the clock starts after the first update, which may compile."""
         experience = pl_module.experience
         if self._begin is None and experience.updates > experience.warmup_updates:
             self._begin = experience.steps, time.monotonic()
@@ -222,10 +220,10 @@ class Video(L.Callback):
 
     Args:
         folder: folder of the file.
-        env: an environment with uint8 ``"pixels"``, either frames ``[H, W, 3]`` as of
-            ``make_env(..., from_pixels=True)``, or stacks ``[3 n, H, W]`` as of
-            ``make_env(..., pixels=84)``; without ``"pixels"`` nothing is recorded.
-        steps: environment steps recorded, from the start of an episode.
+        env: an environment with uint8 ``"pixels"``: frames ``[H, W, 3]``, as from
+            ``make_env(..., from_pixels=True)``, or stacks ``[3 * n, H, W]``, as from
+            ``make_env(..., pixels=84)``. Without ``"pixels"``, nothing is recorded.
+        steps: largest number of steps to record of the episode.
     """
 
     def __init__(self, folder: str | Path, env: EnvBase, *, steps: int = 200) -> None:
@@ -246,7 +244,7 @@ class Video(L.Callback):
                 self.steps, pl_module.evaluated_agents[0].policy(), auto_cast_to_device=True
             )
         pixels = rollout["pixels"][::2]
-        if pixels.shape[-1] != 3:  # stacks, the newest frame last
+        if pixels.shape[-1] != 3:  # stacks, with the newest frame last
             pixels = pixels[:, -3:].movedim(1, -1)
         frames = [Image.fromarray(frame.contiguous().cpu().numpy()) for frame in pixels]
         frames[0].save(

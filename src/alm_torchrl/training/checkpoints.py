@@ -1,4 +1,4 @@
-"""Checkpoints of everything a run needs to resume, including the replay buffer."""
+"""Checkpoints that a run can resume from, including the replay buffer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PACKAGES = ("alm-torchrl", "torch", "torchrl", "tensordict", "lightning", "gymn
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its counters, package versions, and replay files of each process."""
+    """A checkpoint on disk: counters, package versions, and the replay files of each process."""
 
     folder: Path
     update: int
@@ -48,14 +48,14 @@ class Checkpoint:
 
     @property
     def state(self) -> Path:
-        """Lightning's file: networks, targets, optimizer, counters, callbacks, generators."""
+        """Lightning's file, with networks, optimizer, counters, callbacks and generators."""
         return self.folder / _STATE
 
 
 def find_checkpoint(folder: str | Path) -> Checkpoint | None:
-    """Finds the newest intact checkpoint in a run's folder ``checkpoints``.
+    """Finds the newest intact checkpoint in the folder ``checkpoints`` of a run.
 
-    It warns of damaged checkpoints and of changed package versions.
+    It warns of damaged checkpoints and changed package versions.
 
     Raises:
         OSError: if all checkpoints are damaged, or the folder cannot be read.
@@ -108,7 +108,7 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _chunk(entry: dict[str, Any]) -> ReplayChunk:
-    """Reads an entry of a manifest, which may be manipulated."""
+    """Reads and checks an entry of a manifest."""
     chunk = ReplayChunk(**entry)
     if not re.fullmatch(r"[\w-]+\.pt", chunk.file) or not 0 <= chunk.start < chunk.stop:
         raise ValueError
@@ -116,7 +116,7 @@ def _chunk(entry: dict[str, Any]) -> ReplayChunk:
 
 
 def _check_file(path: Path, checksum: str | None) -> None:
-    """Raises unless the file has this checksum and is an uncompressed archive, as torch's are."""
+    """Raises unless a file has the checksum and is an uncompressed archive, like all of torch's."""
     if not path.is_file():
         raise OSError(f"{path} is missing")
     intact = sha256(path) == checksum
@@ -150,7 +150,7 @@ class AfterUpdate(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Acts, unless an evaluation follows, which a run resumed from here would skip."""
+        """Acts, unless an evaluation follows: a checkpoint before it would skip it on resuming."""
         every = trainer.val_check_batch
         if not (trainer.enable_validation and every and (batch_idx + 1) % every == 0):
             self.after_update(trainer, pl_module)
@@ -161,15 +161,15 @@ class AfterUpdate(L.Callback):
 
 
 class Checkpoints(AfterUpdate):
-    """Saves the newest checkpoints of a run, and restores the one that it resumes from.
+    """Saves the newest checkpoints of a run, and restores the checkpoint ``start``.
 
     A checkpoint is a folder ``update-<n>`` with Lightning's state and a manifest of checksums and
     versions; the replay buffer is written incrementally to ``replay-<rank>`` next to it. A folder
-    gets its final name once all its files are on disk, so a run can be killed at any moment. All
+    gets its final name after all its files are on disk, so a run can be killed at any time. All
     processes must see the folder. Use the callback through :func:`make_trainer`.
 
     It saves every ``every`` updates, and when training ends or is interrupted. A resumed run resets
-    the environments, so their running episodes are truncated.
+    the environments, which truncates their episodes.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Checkpoints(AfterUpdate):
         return {"generators": self._generators}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the states until training starts, because setup draws random numbers."""
+        """Keeps the states until training starts, because the setup uses random numbers."""
         self._restored = state_dict["generators"]
 
     @staticmethod
@@ -214,7 +214,7 @@ class Checkpoints(AfterUpdate):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: ALMModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lets a finished run continue if it has more steps now."""
+        """Lets a finished run continue if its number of steps has increased."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if progress["current"]["ready"] < len(pl_module.experience):
             progress["is_last_batch"] = False
@@ -237,7 +237,7 @@ class Checkpoints(AfterUpdate):
             try:
                 set_random_states(pl_module.eval_env, evaluating)
             except ValueError:
-                rank_zero_warn("the evaluation environments have changed: they get new seeds")
+                rank_zero_warn("the evaluation environments have changed, so they get new seeds")
                 set_random_states(pl_module.eval_env, [])
             pl_module.experience.restart()
 
@@ -252,13 +252,13 @@ class Checkpoints(AfterUpdate):
     def on_exception(
         self, trainer: L.Trainer, pl_module: ALMModule, exception: BaseException
     ) -> None:
-        """Saves if an environment failed in a run of one process; others could not take part."""
+        """Saves if an environment failed; several processes cannot, because all must take part."""
         failed = isinstance(exception, EnvironmentFailedError) and pl_module.restored
         if failed and trainer.world_size == 1 and pl_module.experience.updates:
             self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
-        """Writes a checkpoint, between two updates; if this fails, earlier ones stay."""
+        """Writes a checkpoint between two updates; if this fails, earlier checkpoints stay."""
         experience = pl_module.experience
         name = f"update-{experience.updates:010d}"
         if self.kept and self.kept[-1].folder.name == name:
@@ -285,7 +285,7 @@ class Checkpoints(AfterUpdate):
                 sync(partial / _STATE)
                 with atomic_write(partial / _MANIFEST) as file:
                     file.write(_manifest(checkpoint, sha256(partial / _STATE)))
-                _remove(checkpoint.folder)  # damaged, or newer than the one resumed from
+                _remove(checkpoint.folder)  # if damaged, or newer than the resumed checkpoint
                 partial.rename(checkpoint.folder)
                 sync(self.folder)
         except BaseException:
@@ -295,7 +295,7 @@ class Checkpoints(AfterUpdate):
         trainer.strategy.barrier()
 
     def _remove_others(self, trainer: L.Trainer) -> None:
-        """Removes all files that belong to no kept checkpoint."""
+        """Removes all files that no kept checkpoint needs."""
         kept = {checkpoint.folder.name for checkpoint in self.kept}
         if trainer.is_global_zero:
             for found in self.folder.glob("update-*"):
@@ -310,16 +310,16 @@ class TensorFiles(TorchCheckpointIO):
     """Makes Lightning write and read its state through :mod:`alm_torchrl.files`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
-        """Saves; raises if the file could not be loaded again."""
+        """Saves a file; raises if it cannot be loaded."""
         save_tensors(checkpoint, path)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        """Loads without running code from the file."""
+        """Loads a file without running code from it."""
         return load_tensors(path)
 
 
 def _check_visible(checkpoint: Checkpoint) -> None:
-    """Raises if this process does not see the replay files of the others."""
+    """Raises if this process does not see the replay files of other processes."""
     for rank, chunks in enumerate(checkpoint.replay):
         folder = _replay_folder(checkpoint.folder.parent, rank)
         if any(not (folder / chunk.file).is_file() for chunk in chunks):
@@ -330,7 +330,7 @@ def _check_visible(checkpoint: Checkpoint) -> None:
 
 
 def _gather(trainer: L.Trainer, value: Any) -> list[Any]:
-    """Returns the values of all processes in the order of their ranks; all must call."""
+    """Returns the values of all processes in order of rank; all processes must call it."""
     values: list[Any] = [value] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(values, value)
@@ -338,7 +338,7 @@ def _gather(trainer: L.Trainer, value: Any) -> list[Any]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint; renames its folder if it has other files."""
+    """Removes a checkpoint; renames its folder if it contains other files."""
     if not os.path.lexists(folder):
         return
     if not folder.is_symlink() and folder.is_dir():

@@ -1,4 +1,4 @@
-"""Tables with one row per evaluation: a CSV file, its plot, and a copy in checkpoints."""
+"""Tables with one row per evaluation, as CSV files and plots."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Row = Mapping[str, float]
 class CurveFile(L.Callback):
     """Writes rows of numbers to ``<name>.csv`` and plots them as ``<name>.png``.
 
-    Checkpoints hold the rows as well. When a run resumes, a file that does not start with these
+    Checkpoints also contain the rows. When a run resumes, a file that does not start with these
     rows is renamed to ``<name>.csv.kept``, with a warning, and written again.
 
     Args:
         folder: folder of the files.
-        seed: seed in each row.
+        seed: value of the column ``seed``.
         seed_index: position of this seed among the seeds trained together.
     """
 
@@ -40,7 +40,7 @@ class CurveFile(L.Callback):
 
     def __init__(self, folder: str | Path, *, seed: int, seed_index: int = 0) -> None:
         self.folder = Path(folder)
-        self.seed = int(seed)  # checkpoints cannot hold NumPy numbers
+        self.seed = int(seed)  # checkpoints cannot contain NumPy numbers
         self.seed_index = seed_index
         self.rows: list[dict[str, float]] = []
         self._resumed = False
@@ -108,8 +108,8 @@ class LearningCurve(CurveFile):
     """The learning curve, as ``curve.csv`` and ``curve.png``.
 
     A row contains the environment steps after the warm-up, the seed, mean and standard deviation of
-    the return over episodes, all frames, and the seconds of training. In addition to the arguments
-    of :class:`CurveFile`, ``title`` is the title of the plot.
+    the return over episodes, all frames, and the seconds of training. The plot has the given
+    ``title``; see :class:`CurveFile` for the other arguments.
     """
 
     name = "curve"
@@ -175,11 +175,8 @@ def significant(value: float) -> float:
 def check_table(path: Path, rows: Sequence[Row], seed: int, *, resumed: bool) -> bool:
     """Compares a CSV file with the rows of a checkpoint, and renames the file of another run.
 
-    The file may have further rows, written after the checkpoint; the run will repeat them. ``rows``
-    is empty for a new run.
-
-    Returns:
-        Whether the file must be written again.
+    The file may have further rows, written after the checkpoint; the run will repeat them. A new
+    run has no ``rows``. Returns whether the file must be written again.
     """
     plot = path.with_suffix(".png")
     if plot.is_dir():
@@ -195,12 +192,12 @@ def check_table(path: Path, rows: Sequence[Row], seed: int, *, resumed: bool) ->
 
 
 def _is_of_run(path: Path, rows: Sequence[Row], seed: int, *, resumed: bool) -> bool:
-    """Returns whether this run wrote the file, up to the checkpoint or beyond it."""
+    """Returns whether this run wrote the file: the rows of the checkpoint, and maybe more."""
     try:
         content = path.read_bytes()
         lines = list(csv.DictReader(io.StringIO(content.decode())))
         numbers = [{name: float(value) for name, value in line.items()} for line in lines]
-    except (TypeError, ValueError, csv.Error):  # no text, a line too short or long, or no number
+    except (TypeError, ValueError, csv.Error):  # not text, wrong columns, or not numbers
         return False
     if not resumed:
         return not numbers

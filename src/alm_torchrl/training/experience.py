@@ -24,24 +24,24 @@ from alm_torchrl.training.seeds import StackedNoise
 class ExperienceStream:
     """Steps the environment, stores the steps, and yields training batches.
 
-    The warm-up stores frames, and then yields ``warmup_updates`` batches. After that, each
-    collected batch is stored, ``updates_per_step`` batches are yielded per environment step, and
-    the noise advances, so acting and the updates after it have the same noise scale. When a Ray
-    actor was replaced, the running episodes are truncated in the replay buffer.
+    The warm-up stores frames, and then yields ``warmup_updates`` batches. After the warm-up, the
+    stream stores each collected batch, yields ``updates_per_step`` batches per environment step,
+    and advances the noise, so acting and the updates after it use the same noise scale. If a Ray
+    actor was replaced, it truncates the running episodes in the replay buffer.
 
     Args:
-        collector: a TorchRL collector without an end.
+        collector: an endless TorchRL collector.
         replay: see :func:`alm_torchrl.data.make_replay_buffer`.
         total_steps: environment steps after the warm-up.
         warmup_steps: frames collected before the first update.
-        warmup_updates: updates on the warm-up's frames, before the policy first acts.
+        warmup_updates: updates on the warm-up frames, before the policy acts.
         updates_per_step: updates per environment step; may be a fraction.
         noise: the noise schedule of the agent.
-        policy: receives new weights: the collector's policy, or the publisher to its workers.
+        policy: gets the new weights: the policy of the collector, or the publisher for workers.
         on_batch: called with every stored batch, such as :meth:`ALMAgent.update_statistics`.
-        num_seeds: seeds with equal shares of the environments; steps, frames and updates are those
-            of one seed.
-        num_processes: processes that train one agent; steps and frames are those of all.
+        num_seeds: seeds with equal shares of the environments. Steps, frames and updates are
+            counted for one seed.
+        num_processes: processes that train one agent. Steps and frames are counted for all.
     """
 
     collector: BaseCollector
@@ -58,29 +58,28 @@ class ExperienceStream:
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        total_steps, warmup_steps, warmup_updates, updates_per_step = plain_numbers(
-            (self.total_steps, self.warmup_steps, self.warmup_updates, self.updates_per_step)
-        )
-        if total_steps < 1 or warmup_steps < 0 or updates_per_step <= 0:
+        for name in ("total_steps", "warmup_steps", "warmup_updates", "updates_per_step"):
+            setattr(self, name, plain_numbers(getattr(self, name)))
+        if self.total_steps < 1 or self.warmup_steps < 0 or self.updates_per_step <= 0:
             raise ValueError(
                 "expected total_steps >= 1, warmup_steps >= 0 and updates_per_step > 0, got "
-                f"{total_steps}, {warmup_steps} and {updates_per_step}"
+                f"{self.total_steps}, {self.warmup_steps} and {self.updates_per_step}"
             )
-        if warmup_updates < 0 or (warmup_updates and not warmup_steps):
+        if self.warmup_updates < 0 or (self.warmup_updates and not self.warmup_steps):
             raise ValueError(
-                f"warmup_updates={warmup_updates} must not be negative, and needs warmup_steps > 0"
+                f"warmup_updates={self.warmup_updates} must not be negative, and needs "
+                "warmup_steps > 0"
             )
-        self.total_steps, self.warmup_steps = total_steps, warmup_steps
-        self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
         self.frames = self.updates = 0
         self.stopping = False  # set to end the run after this update or, in the warm-up, batch
         self._batches = self._last_frames = self._restarts = 0
         self.on_collected: Callable[[], None] = lambda: None
         self.episode_returns: deque[float] = deque(maxlen=100)
         self._ages: deque[float] = deque(maxlen=100)
-        if len(self) == warmup_updates:
+        if len(self) == self.warmup_updates:
             raise ValueError(
-                f"{total_steps=} with {updates_per_step=} give no update: raise one of them"
+                f"total_steps={self.total_steps} with updates_per_step={self.updates_per_step} "
+                "give no update: raise one of them"
             )
 
     @property
@@ -90,23 +89,23 @@ class ExperienceStream:
 
     @property
     def env(self) -> EnvBase | BaseCollector:
-        """The environments, or the collector if they run in its workers."""
+        """The environments, or the collector if its workers run them."""
         return getattr(self.collector, "env", self.collector)
 
     @property
     def policy_staleness(self) -> float | None:
-        """Updates that the acting weights are behind, as a mean over the last 100 batches.
+        """Updates by which the acting weights are behind, as a mean over the last 100 batches.
 
         It is None before the first batch of a :class:`VersionedPolicy`.
         """
         return sum(self._ages) / len(self._ages) if self._ages else None
 
     def __len__(self) -> int:
-        """Number of updates; without it, Lightning would collect one step ahead."""
+        """Returns the number of updates; without it, Lightning would collect one step ahead."""
         return self._due(self.total_steps)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Collects steps and yields batches; a failure is an :class:`EnvironmentFailedError`."""
+        """Collects steps and yields batches; failures raise :class:`EnvironmentFailedError`."""
         batches = iter(self.collector)
         while True:
             learning = self.frames >= self.warmup_steps
@@ -154,18 +153,18 @@ class ExperienceStream:
             self.policy.restart(self.updates)
 
     def shutdown(self) -> None:
-        """Closes the environments and ends the workers; errors on closing only warn."""
+        """Closes the environments and ends the workers; errors become warnings."""
         try:
             self.collector.shutdown()
         except Exception as error:  # noqa: BLE001 - an environment may raise anything
             warnings.warn(f"the environment failed on closing: {one_line(error)}", stacklevel=2)
 
     def _due(self, steps: int) -> int:
-        """Returns the updates due after this many steps."""
+        """Returns the number of updates that are due after ``steps`` environment steps."""
         return self.warmup_updates + int(steps * self.updates_per_step)
 
     def _collect(self, batches: Iterator[TensorDictBase]) -> TensorDictBase | None:
-        """Returns the collector's next batch, checked to be finite, or None at its end."""
+        """Returns the collector's next batch, or None at its end; raises if it is not finite."""
         where = f"after frame {self.frames}"
         with failing_as(f"the environment failed {where}"):
             if (self.steps or self.updates) and self.policy is not None:

@@ -37,8 +37,8 @@ class Measurement(CurveFile):
     ``draw(figure)``. Random generators are restored afterwards, so training does not depend on
     measurements. The loggers receive the numbers of the first seed as ``eval/...``.
 
-    In addition to the arguments of :class:`CurveFile`, ``steps`` is the number of steps in each
-    evaluation environment.
+    It plays ``steps`` steps in each evaluation environment; see :class:`CurveFile` for the other
+    arguments.
 
     Examples:
         >>> class RewardMean(Measurement):
@@ -83,8 +83,8 @@ class ValueBias(Measurement):
     """The normalized bias of action values and bound, as ``bias.csv`` and ``bias.png``.
 
     See :func:`alm_torchrl.evaluation.value_bias` for the numbers and ``tail``, and
-    :class:`Measurement` for the other arguments. If a time limit hides every return, the numbers
-    are NaN, with a warning.
+    :class:`Measurement` for the other arguments. If no return is known because of a time limit, the
+    numbers are NaN, with a warning.
     """
 
     name = "bias"
@@ -114,8 +114,8 @@ class Diagnostics(Measurement):
     """Latents, dynamics and classifier, as ``diagnostics.csv`` and ``diagnostics.png``.
 
     It measures the effective rank of the target encoder's means over the visited states, the model
-    error after 1 to ``length`` steps, and the calibration of the classifier. The other arguments
-    are those of :class:`Measurement`.
+    error after 1 to ``length`` steps, and the calibration of the classifier. See
+    :class:`Measurement` for the other arguments.
     """
 
     name = "diagnostics"

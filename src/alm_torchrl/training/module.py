@@ -29,22 +29,22 @@ from alm_torchrl.training.update import CapturedUpdate, Update, make_optimizer
 
 
 class ALMModule(L.LightningModule):
-    """Makes one :class:`Update` per batch of experience, and evaluates as the validation step.
+    """Makes one :class:`Update` per batch of experience, and evaluates in the validation step.
 
-    Move the agent to its device before building the loss, so that acting and losses share the noise
-    schedule. With several processes (Lightning's ``ddp``), each has its own agent, loss, experience
-    and random numbers, gradients are averaged, and only rank 0 evaluates.
+    Move the agent to its device before you build the loss, so that acting and losses share the
+    noise schedule. With several processes (Lightning's ``ddp``), each has its own agent, loss,
+    experience and random numbers. Gradients are averaged, and only rank 0 evaluates.
 
     Args:
         agent: the agent, or a :class:`StackedAgent` for several seeds.
         loss: the objective built on the agent's networks, or a :class:`StackedLoss`.
         experience: source of the batches.
-        eval_env: environments to evaluate in, not those of the collector; for several seeds,
-            ``eval_episodes`` of them for each.
+        eval_env: environments for evaluation, not those of the collector; ``eval_episodes`` for
+            each seed if there are several seeds.
         learning_rates: see :func:`make_optimizer`.
         optimizer: see :func:`make_optimizer`.
-        schedule: makes a learning-rate scheduler, stepped after every update. A resumed run then
-            keeps the rates of its checkpoint, and the update is not captured as a CUDA graph.
+        schedule: makes a learning-rate scheduler, which steps after every update. A resumed run
+            then keeps the rates of its checkpoint, and no CUDA graph is captured.
         max_grad_norm: largest gradient norm of a parameter group.
         target_tau: weight of the newest weights in the moving average of the targets.
         eval_episodes: episodes per evaluation and seed.
@@ -54,8 +54,8 @@ class ALMModule(L.LightningModule):
         log_every: updates between two log entries.
         precision: ``"32-true"``, ``"bf16-mixed"``, or ``"auto"`` for bfloat16 on suitable hardware.
         compile: ``"never"``; ``"always"`` compiles the losses, and captures the update as a CUDA
-            graph on a GPU; ``"auto"`` does so on a GPU or for 10,000 updates or more, and warns
-            instead of failing.
+            graph on a GPU; ``"auto"`` does the same on a GPU or for at least 10,000 updates, but
+            warns instead of failing.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ALMModule(L.LightningModule):
         self.compiles = worth_compiling(compile, len(experience), device)
         self.automatic_optimization = False
         self.log_every = log_every
-        self.restored = False  # whether all state is restored; the run writes nothing before
+        self.restored = False  # all state is restored; before that, the run writes nothing
         self.target_update = TargetUpdate(loss, tau=target_tau)
         self._check_sharing()
 
@@ -111,7 +111,7 @@ class ALMModule(L.LightningModule):
 
     @property
     def evaluated_agents(self) -> list[ALMAgent]:
-        """The agent of each seed that is evaluated and saved, with averaged weights if any."""
+        """The agent of each seed to evaluate and save, with averaged weights if there are any."""
         return agents_of(self.average or self.agent)
 
     def configure_optimizers(self) -> Any:
@@ -126,7 +126,7 @@ class ALMModule(L.LightningModule):
         return self.experience
 
     def on_fit_start(self) -> None:
-        """Seeds each process differently, because Lightning seeds all equally."""
+        """Seeds each process differently; Lightning gives all the same seed."""
         if self.trainer.world_size > 1 and keeps_statistics(self.agents[0].encoder):
             raise MisconfigurationException(
                 "an encoder with running statistics trains in one process, because each process "
@@ -136,7 +136,7 @@ class ALMModule(L.LightningModule):
             torch.manual_seed(rank_seed(torch.initial_seed(), self.global_rank))
 
     def on_train_start(self) -> None:
-        """Builds the update, now that optimizer and device are known."""
+        """Builds the update, which needs the optimizer and the device."""
         optimizer = self.trainer.optimizers[0]
         rates = self.learning_rates
         if self.make_schedule is None:  # the rates may have changed since the checkpoint
@@ -180,7 +180,7 @@ class ALMModule(L.LightningModule):
         self.check()
 
     def check(self) -> None:
-        """Waits for the device; raises if a gradient norm was not finite."""
+        """Waits for the device and raises if a gradient norm was not finite."""
         try:
             self._update.check()
         except FloatingPointError as error:
@@ -212,13 +212,13 @@ class ALMModule(L.LightningModule):
 
     @torch.no_grad()
     def _update_average(self, average: nn.Module) -> None:
-        """Averages parameters and copies buffers. Torch's ``AveragedModel`` would synchronize."""
+        """Averages parameters and copies buffers; torch's ``AveragedModel`` would synchronize."""
         update = get_ema_multi_avg_fn(self.ema_decay)
         update(list(average.parameters()), list(self.agent.parameters()), None)
         torch._foreach_copy_(list(average.buffers()), list(self.agent.buffers()))
 
     def _log_metrics(self, metrics: dict[str, Tensor]) -> None:
-        """Logs means over seeds at the current environment step after the warm-up."""
+        """Logs means over seeds; the x-axis is the environment step after the warm-up."""
         metrics["noise_scale"] = self.agent.noise.scale
         numbers = torch.stack([value.float().mean() for value in metrics.values()]).tolist()
         values = dict(zip(metrics, numbers, strict=True))

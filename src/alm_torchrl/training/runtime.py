@@ -48,7 +48,7 @@ def worth_compiling(mode: str, updates: int, device: torch.device | str = "cpu")
 
 
 def rank_seed(seed: int, rank: int) -> int:
-    """Returns the seed of one of several processes; rank 0 has the seed of the run."""
+    """Returns the seed of a process; rank 0 has the seed of the run."""
     return seed + 1_000_003 * rank  # far apart, because runs often have consecutive seeds
 
 
@@ -58,9 +58,9 @@ def is_lost_process(error: RuntimeError) -> bool:
 
 
 def exit_with_parent(trainer: L.Trainer) -> None:
-    """Ends this process, if Lightning started it, when the process that started it has ended.
+    """Makes a process that Lightning started exit when its parent process ends.
 
-    Lightning ends its processes when one of them fails, but not when it is killed itself.
+    Lightning ends the processes if one of them fails, but not if the parent is killed.
     """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if environment is None or environment.creates_processes_externally or trainer.local_rank == 0:
@@ -78,10 +78,10 @@ def exit_with_parent(trainer: L.Trainer) -> None:
 
 
 def silence_library_warnings() -> None:
-    """Silences notices of the libraries about themselves; warnings about the run remain."""
+    """Silences messages of libraries that do not concern the run."""
     for name in ("lightning.pytorch", "lightning.fabric", "torchrl"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # This logger reports why the processes of a run are killed.
+    # This logger reports why Lightning kills the processes of a run.
     launcher = "lightning.fabric.strategies.launchers.subprocess_script"
     logging.getLogger(launcher).setLevel(logging.INFO)
     for message in (

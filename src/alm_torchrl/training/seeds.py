@@ -23,14 +23,14 @@ from alm_torchrl.objectives.parameters import parametrized
 
 
 class StackedLoss(nn.Module):
-    """The objectives of ``S`` seeds as one, over parameters ``[S, ...]``.
+    """The objectives of ``S`` seeds as one, with parameters ``[S, ...]``.
 
     The parameters of the losses and of their agents become views of the stacked parameters, so the
-    agents act with and save the newest weights.
+    agents always have the newest weights.
 
     Args:
         losses: one for each seed, on one device, of the same sizes, and without running statistics.
-            The settings of the first (horizon, estimator, coefficient, noise) apply to all.
+            The settings of the first loss (horizon, estimator, coefficient, noise) apply to all.
     """
 
     def __init__(self, losses: Sequence[ALMLoss]) -> None:
@@ -62,7 +62,7 @@ class StackedLoss(nn.Module):
         return self.losses[0]  # type: ignore[return-value]
 
     def parameter_groups(self) -> dict[str, list[Tensor]]:
-        """The stacked parameters, grouped as in :meth:`ALMLoss.parameter_groups`."""
+        """Returns the stacked parameters in the groups of :meth:`ALMLoss.parameter_groups`."""
         ids = {id(leaf): key for key, leaf in _networks(self._first).items(True, True)}
         return {
             name: [self._stack[ids[id(p)]] for p in group]
@@ -94,7 +94,7 @@ class StackedLoss(nn.Module):
                 network[key].data = view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLoss:
-        """Moves the stacked parameters too, in place, because an optimizer holds them."""
+        """Also moves the stacked parameters, in place, because an optimizer refers to them."""
         super()._apply(fn, recurse)
         for stacked in self._stack.values(True, True):
             stacked.data = fn(stacked.data)
@@ -102,7 +102,7 @@ class StackedLoss(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Shares the parameters again after a copy or a pickle, which duplicate them."""
+        """Shares the parameters again after copying or unpickling, which duplicates them."""
         super().__setstate__(state)
         self._stack = self._stack.apply(lambda t: t.detach().requires_grad_(t.requires_grad))
         self._share()
@@ -155,7 +155,7 @@ class StackedNoise:
 
 
 class StackedPolicy(TensorDictModuleBase):
-    """Policies of the same sizes that each act in their own share of the environments."""
+    """Policies of the same sizes, each of which acts in its share of the environments."""
 
     def __init__(self, policies: Sequence[TensorDictModuleBase]) -> None:
         super().__init__()

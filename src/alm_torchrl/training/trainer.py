@@ -1,4 +1,4 @@
-"""A Lightning trainer that writes curve, agents, checkpoints and logs to a folder."""
+"""A Lightning trainer that writes curves, agents, checkpoints and logs to a folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from alm_torchrl.training.runtime import exit_with_parent
 
 
 class _Trainer(L.Trainer):
-    """A trainer that resumes from the checkpoint given to :func:`make_trainer`."""
+    """A trainer that resumes from the checkpoint ``start``."""
 
     start: Checkpoint | None = None
 
@@ -72,26 +72,26 @@ def make_trainer(
     """Makes a trainer that evaluates, logs, plots and saves.
 
     It writes ``curve.csv`` and ``curve.png``, ``agent_best.pt`` and ``agent_last.pt``,
-    ``checkpoints/`` and ``logs/``, even if the run is interrupted. Each of several seeds has a
-    folder ``seed<n>/`` for curve and agents.
+    ``checkpoints/`` and ``logs/``, even if the run is interrupted. If there are several seeds, each
+    has a folder ``seed<n>/`` for curve and agents.
 
     Args:
         folder: an existing folder.
         seed: seed in the learning curve.
-        eval_every: updates between two evaluations, without those of the warm-up.
+        eval_every: updates between two evaluations; warm-up updates do not count.
         num_seeds: seeds trained together: ``seed``, ``seed + 1`` and so on.
         title: title of the plot.
-        checkpoint_every: updates between two checkpoints; by default there are none.
+        checkpoint_every: updates between two checkpoints; no checkpoints by default.
         keep_checkpoints: number of newest checkpoints to keep.
-        start: checkpoint to resume from, by as many processes; ``fit`` restores all of it,
+        start: checkpoint to resume from, with the same number of processes; ``fit`` restores it,
             including the replay buffer. It requires ``checkpoint_every``.
-        devices: processes per machine; several train one agent by ``ddp``.
-        num_nodes: machines.
+        devices: processes per machine; several train one agent with ``ddp``.
+        num_nodes: number of machines.
         tensorboard: whether to log to TensorBoard in addition to the CSV file.
         wandb: whether to log to Weights & Biases.
         measurements: classes or factories of measurements, called with ``(folder, seed=...,
             seed_index=...)``, such as :class:`ValueBias` or ``partial(Diagnostics, steps=500)``.
-        video_env: environment with ``"pixels"`` to record an episode in at the end.
+        video_env: environment with ``"pixels"`` in which to record an episode at the end.
         callbacks: further callbacks; checkpoints include their state.
         trainer_options: options of Lightning's ``Trainer``, such as ``accelerator="cpu"``.
     """
@@ -113,7 +113,7 @@ def make_trainer(
     if video_env is not None:
         own.append(Video(folder, video_env))
     defaults: dict[str, Any] = {
-        # Buffers are the targets and the noise, which change equally in all processes.
+        # The buffers (targets, noise) change in the same way in all processes.
         "strategy": DDPStrategy(forward_sync_buffers=False) if num_processes > 1 else "auto",
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,
@@ -139,9 +139,9 @@ def make_trainer(
 
 
 def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
-    """Returns how processes find their ranks, or nothing where Lightning detects it."""
+    """Returns the plugin with which processes find their ranks, unless Lightning detects it."""
     if num_processes == 1:
-        # RANK and SLURM_PROCID number independent runs here, not processes of this run.
+        # Here, RANK and SLURM_PROCID number independent runs, not processes of this run.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
         return [LightningEnvironment()]
     if TorchElasticEnvironment.detect() or "SLURM_NTASKS" not in os.environ:
@@ -149,7 +149,7 @@ def _cluster_environment(num_processes: int) -> list[ClusterEnvironment]:
     if "SLURM_PROCID" not in os.environ or not SLURMEnvironment.detect():
         return [LightningEnvironment()]  # within salloc, but not started by srun
     try:
-        # Lightning would requeue with a checkpoint of its own, without the replay buffer.
+        # Lightning would requeue with its own checkpoint, without the replay buffer.
         return [SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise ValueError(str(error)) from error

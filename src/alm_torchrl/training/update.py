@@ -1,4 +1,4 @@
-"""One update of all networks, also as a CUDA graph."""
+"""One update of all networks, optionally as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def make_optimizer(
     learning_rates: float | Mapping[str, float] = 1e-4,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> torch.optim.Optimizer:
-    """Makes a fused optimizer with one named parameter group for each learning rate.
+    """Makes a fused optimizer with named parameter groups.
 
     Args:
         loss: the objective.
-        learning_rates: one rate, or one for each group of :meth:`ALMLoss.parameter_groups` by
+        learning_rates: one rate, or a rate for each group of :meth:`ALMLoss.parameter_groups` by
             name; ``"encoder"`` and ``"dynamics"`` may replace ``"world_model"``.
         optimizer: class or factory of the optimizer, such as
             ``partial(torch.optim.AdamW, weight_decay=1e-2)``; it must accept ``fused``.
@@ -65,8 +65,8 @@ class Update:
         max_grad_norm: largest gradient norm of each group of :meth:`ALMLoss.parameter_groups`.
         precision: ``"32-true"``, or ``"bf16-mixed"`` for losses under autocast to bfloat16.
         compiled: whether the first call compiles the losses.
-        strict: whether a failed compilation raises; otherwise it warns and the losses run eagerly.
-        backward: differentiates the sum of the losses, such as Lightning's ``manual_backward``.
+        strict: whether a failed compilation raises; otherwise it warns, and losses run eagerly.
+        backward: computes the gradients of the sum, such as Lightning's ``manual_backward``.
     """
 
     def __init__(
@@ -92,20 +92,20 @@ class Update:
             self._clip = loss.clip_grad_norm_
         self._losses = self._eager
         if compiled:
-            # On a CPU, tanh from exp takes a third of the time and differs by rounding only.
+            # On a CPU, tanh by exp takes a third of the time and differs only by rounding.
             self._losses = torch.compile(self._eager, options={"cpp.use_decompose_tanh": True})
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Makes one update; returns detached losses, metrics and gradient norms.
 
-        These are scalars, or ``[S]`` for several seeds. The norm ``grad_norm/<group>`` is that
+        They are scalars, or ``[S]`` for several seeds. ``grad_norm/<group>`` is the gradient norm
         before clipping.
         """
         metrics = self._backward(batch)
         norms = torch.stack([self._clip(p, self.max_grad_norm) for p in self.groups.values()])
         finite = norms.isfinite()
         self.non_finite |= ~finite.reshape(len(norms), -1).all(-1)
-        # A fused optimizer reads this on the device, as from a gradient scaler, and may not step.
+        # A fused optimizer reads this on the device, and skips its step if it is not zero.
         self.optimizer.found_inf = 1.0 - finite.all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -115,7 +115,7 @@ class Update:
         return metrics
 
     def check(self) -> None:
-        """Waits for the device; raises if a gradient norm was not finite in any update so far."""
+        """Waits for the device and raises if a gradient norm was not finite in any update."""
         bad = [n for n, flag in zip(self.groups, self.non_finite.tolist(), strict=True) if flag]
         if bad:
             names = ", ".join(map(repr, bad))
@@ -125,7 +125,7 @@ class Update:
             )
 
     def _backward(self, batch: TensorDictBase) -> TensorDictBase:
-        """Computes the losses and their gradients, without compilation if it fails."""
+        """Computes the losses and their gradients, eagerly if the compilation fails."""
         try:
             return self._gradients(batch)
         except TorchDynamoException as error:
@@ -140,7 +140,7 @@ class Update:
         return self._gradients(batch)
 
     def _gradients(self, batch: TensorDictBase) -> TensorDictBase:
-        torch.clear_autocast_cache()  # a surrounding autocast would reuse its casts of weights
+        torch.clear_autocast_cache()  # a surrounding autocast would reuse outdated weights
         mixed = self.precision == "bf16-mixed"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             out = self._losses(batch)
@@ -152,10 +152,10 @@ class Update:
 
 
 class CapturedUpdate:
-    """An update as one CUDA graph, launched as a whole instead of kernel by kernel.
+    """An update as one CUDA graph, which is launched as a whole instead of kernel by kernel.
 
-    The first calls run eagerly on a side stream, as CUDA graphs require; then the update is
-    captured. Batches are copied to the memory that the graph reads, so they must not change shape.
+    The first calls run eagerly on a side stream, as CUDA graphs require. Then the update is
+    captured. Batches are copied to the memory that the graph reads, so their shape must not change.
 
     Args:
         update: the update; its optimizer must be ``capturable``.

@@ -33,8 +33,8 @@ def check_finite(
     for key, leaf in data.items(include_nested=True, leaves_only=True):
         if leaf.is_floating_point() and not leaf.isfinite().all():
             raise kind(
-                f"non-finite value in {key!r} {where}: a simulation may have diverged, or the "
-                "action range is too large"
+                f"non-finite value in {key!r} {where}: the simulation may have diverged, or the "
+                "action range may be too large"
             )
 
 

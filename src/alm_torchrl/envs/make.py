@@ -193,7 +193,7 @@ def frame_stacks(env: EnvBase) -> dict[NestedKey, int]:
 
 @dataclass(frozen=True)
 class _Observed:
-    """The options of :func:`make_env` that change each environment."""
+    """The options of :func:`make_env` that change the observations and actions."""
 
     size: tuple[int, int] | None
     frame_stack: int

@@ -80,11 +80,10 @@ class _TransitionModel(Rebuildable, TensorDictModule):
 
 
 class RewardModel(_TransitionModel):
-    r"""The reward :math:`r_\theta(z_t, a_t)` as a function of the latent.
+    r"""The reward :math:`r_\theta(z_t, a_t)`, ``[..., 1]``.
 
-    Args:
-        out_key: entry of the prediction ``[..., 1]``; ``"predicted_reward"`` by default.
-        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
+    The entry ``out_key`` is ``"predicted_reward"`` by default; ``mlp_kwargs`` are arguments of
+    :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -96,13 +95,10 @@ class RewardModel(_TransitionModel):
 
 
 class ContinuationModel(_TransitionModel):
-    r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate, as a logit.
+    r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate.
 
-    Truncation by a time limit is not termination.
-
-    Args:
-        out_key: entry of the logit ``[..., 1]``; ``"continuation_logit"`` by default.
-        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
+    It writes the logit ``[..., 1]``, by default as ``"continuation_logit"``. A time limit is not a
+    termination. See :class:`RewardModel` for the arguments.
     """
 
     _out_key = "continuation_logit"
@@ -111,12 +107,9 @@ class ContinuationModel(_TransitionModel):
 class TransitionClassifier(_TransitionModel):
     r"""The classifier that tells encoded transitions from imagined ones.
 
-    Class 1 is a next latent encoded from the real next observation, and class 0 is one sampled
-    from the latent dynamics; see :func:`alm_torchrl.objectives.functional.log_ratio`.
-
-    Args:
-        out_key: entry of the logits ``[..., 2]``; ``"transition_logits"`` by default.
-        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
+    It writes logits ``[..., 2]``, by default as ``"transition_logits"``. Class 1 is a next latent
+    encoded from the real next observation, and class 0 is one sampled from the latent dynamics; see
+    :func:`alm_torchrl.objectives.functional.log_ratio`, and :class:`RewardModel` for the arguments.
 
     Examples:
         >>> import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alm_torchrl.data.transitions import next_key
-from alm_torchrl.objectives.checks import check_choices, check_positive, check_whole
+from alm_torchrl.objectives.checks import check_choices, check_whole
 from alm_torchrl.objectives.functional import (
     detached,
     discounts,
@@ -214,7 +215,9 @@ class ALMLoss(LatentModelLoss):
         self.consistency_level = consistency_level
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
         if consistency_level is not None:
-            check_positive("consistency_level", consistency_level)
+            if not 0 < consistency_level < math.inf:
+                found = repr(consistency_level)
+                raise ValueError(f"consistency_level must be a positive finite number, got {found}")
             self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))
         self.auxiliary_losses = nn.ModuleDict(auxiliary_losses or {})
         check_choices({name: getattr(self, name) for name in _CHOICES}, _CHOICES)

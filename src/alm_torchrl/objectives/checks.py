@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from operator import index
 from typing import Any, SupportsIndex, get_args
 
@@ -105,12 +104,6 @@ def check_whole(name: str, value: object, *, at_least: int) -> int:
     if not isinstance(value, SupportsIndex) or index(value) < at_least:
         raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
     return index(value)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raises if a number is not positive and finite."""
-    if not 0 < value < inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
 def check_choices(options: dict[str, str], literals: dict[str, Any]) -> None:

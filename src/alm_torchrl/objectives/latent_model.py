@@ -114,8 +114,6 @@ class LatentModelLoss(LossModule):
         self._next_latent_key = self.dynamics.dist_sample_keys[-1]
         self._action_key = self.actor.dist_sample_keys[-1]
 
-    # ---------------------------------------------------- parameters shared with the networks
-
     def _share(self) -> None:
         """Takes the current parameters and buffers of the networks."""
         self._shared: list[tuple[dict[str, Any], str, Any]] = []
@@ -155,8 +153,6 @@ class LatentModelLoss(LossModule):
         super().__setstate__(state)
         self._share()
 
-    # ---------------------------------------------------------------------- running a network
-
     def _run(self, name: str, inputs: TensorDictBase, params: Params = None) -> Any:
         """Returns the output of a network, or the parameters of its distribution."""
         network = getattr(self, name)
@@ -186,8 +182,6 @@ class LatentModelLoss(LossModule):
         if self.deterministic_sampling_mode == ExplorationType.RANDOM:
             return dist.rsample()
         return dist.deterministic_sample  # type: ignore[attr-defined]
-
-    # --------------------------------------------------------------- calls of single networks
 
     @torch.no_grad()
     def _encode(self, observations: TensorDictBase) -> TensorDictBase:
@@ -245,8 +239,6 @@ class LatentModelLoss(LossModule):
         parameters = self._run("actor", state, params)
         return self._draw(self.actor.build_dist_from_params(parameters))
 
-    # ------------------------------------------------------------------------------ the batch
-
     def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
         """Checks a batch and encodes its observations with the target encoder.
 
@@ -266,8 +258,6 @@ class LatentModelLoss(LossModule):
         entries = (windows[:, :1], windows.get("next"))
         encoded = self._encode(torch.cat([e.select(*self.encoder.in_keys) for e in entries], 1))
         return Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
-
-    # --------------------------------------------------------------------------- the rollouts
 
     def world_model_rollout(self, tensordict: TensorDictBase | Batch) -> TensorDictBase:
         r"""Runs the latent dynamics along the recorded actions of each window.
@@ -401,8 +391,6 @@ class LatentModelLoss(LossModule):
         if self.continuation_model is not None:
             rollout["continuation"] = self.continuation(current, current_action).sigmoid()
         return rollout
-
-    # ------------------------------------------------------------- the return of a rollout
 
     def lambda_return(self, rollout: TensorDictBase) -> Tensor:
         r"""The returns ``[B, K, 1]`` of an imagined rollout by the loss's value estimator.

@@ -82,7 +82,7 @@ class SaveAgent(L.Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: ALMModule, *_: Any) -> None:
-        """Saves the agent of an interrupted run, unless the first update is missing."""
+        """Saves the agent of an interrupted run that has made an update."""
         if pl_module.restored and pl_module.experience.updates:
             pl_module.evaluated_agents[self.seed_index].save(self.folder / "agent_last.pt")
 

@@ -33,10 +33,8 @@ class CurveFile(L.Callback):
     """
 
     name: str
-    #: Columns of a file without rows.
-    columns: tuple[str, ...] = ()
-    #: Width and height of the plot in inches.
-    figure_size: tuple[float, float] = (10, 3.5)
+    columns: tuple[str, ...] = ()  # of a file without rows
+    figure_size: tuple[float, float] = (10, 3.5)  # width and height of the plot in inches
 
     def __init__(self, folder: str | Path, *, seed: int, seed_index: int = 0) -> None:
         self.folder = Path(folder)

@@ -65,13 +65,11 @@ class ExperienceStream:
                 "expected total_steps >= 1, warmup_steps >= 0 and updates_per_step > 0, got "
                 f"{self.total_steps}, {self.warmup_steps} and {self.updates_per_step}"
             )
-        if self.warmup_updates < 0 or (self.warmup_updates and not self.warmup_steps):
-            raise ValueError(
-                f"warmup_updates={self.warmup_updates} must not be negative, and needs "
-                "warmup_steps > 0"
-            )
+        warmup_updates = self.warmup_updates
+        if warmup_updates < 0 or (warmup_updates and not self.warmup_steps):
+            raise ValueError(f"{warmup_updates=} must not be negative, and needs warmup_steps > 0")
         self.frames = self.updates = 0
-        self.stopping = False  # set to end the run after this update or, in the warm-up, batch
+        self.stopping = False  # True ends the run after this update, or batch of the warm-up
         self._batches = self._last_frames = self._restarts = 0
         self.on_collected: Callable[[], None] = lambda: None
         self.episode_returns: deque[float] = deque(maxlen=100)
@@ -89,7 +87,7 @@ class ExperienceStream:
 
     @property
     def env(self) -> EnvBase | BaseCollector:
-        """The environments, or the collector if its workers run them."""
+        """The environments, or the collector if they run in its workers."""
         return getattr(self.collector, "env", self.collector)
 
     @property

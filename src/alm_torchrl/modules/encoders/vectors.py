@@ -51,7 +51,7 @@ class MLPEncoder(Encoder):
 class LinearEncoder(MLPEncoder):
     r"""One linear layer from the observations to the latent distribution.
 
-    Further arguments are those of :class:`MLPEncoder`.
+    See :class:`MLPEncoder` for further arguments.
 
     Examples:
         >>> import torch

@@ -99,7 +99,7 @@ def test_state_that_is_no_tensor_is_refused_before_anything_is_written(
             return np.int64(3)
 
     agent.reward_model.counter = Counting()
-    with pytest.raises(ValueError, match="cannot hold .*_extra_state.*use ALMAgent.save"):
+    with pytest.raises(ValueError, match="only save tensors, not .*_extra_state.*: use"):
         agent.save_pretrained(tmp_path / "agent")
     assert not (tmp_path / "agent").exists()
 

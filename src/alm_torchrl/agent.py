@@ -297,7 +297,7 @@ class ALMAgent(nn.Module):
         described = {**content["networks"], **components}
         missing = ", ".join(f"{name}=..." for name, value in described.items() if value is None)
         if missing:
-            raise ValueError(f"{path} holds networks of your own; pass {missing} to load")
+            raise ValueError(f"{path} has networks of your own; pass {missing} to load")
         try:
             agent = cls(AgentConfig(**content["config"]), **rebuild(described))
         except Exception as error:  # the file can hold anything

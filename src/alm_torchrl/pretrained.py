@@ -20,7 +20,7 @@ def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Any], 
     """Writes the files of :meth:`alm_torchrl.agent.ALMAgent.save_pretrained`."""
     save = _require("safetensors.torch", _FOLDERS_NEED).save
     if other := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"safetensors cannot hold {other[0]}, not a tensor: use ALMAgent.save")
+        raise ValueError(f"safetensors can only save tensors, not {other[0]}: use ALMAgent.save")
     # Safetensors refuses tensors that share memory.
     tensors = {name: value.cpu().clone().contiguous() for name, value in weights.items()}
     contents = (json.dumps(_to_json(config), indent=1).encode(), save(tensors), card.encode())

@@ -34,5 +34,5 @@ def exit_with_parent() -> None:
 
 def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
-    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # sockets, also those of the parent
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)  # sockets of this process and its parent
     os._exit(1)

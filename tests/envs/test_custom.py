@@ -220,7 +220,7 @@ def test_reused_arrays_and_tensors_are_copied(task, num_envs, frames, history):
         (f"{MODULE}:drift", "is a Drift: give the path of a class or a function"),
         (dict, "dict creates a dict, which is neither a torchrl.envs.EnvBase nor a gymnasium.Env"),
         (lambda: SerialEnv(2, CountingEnv), r"creates a batch of environments \[2\].*num_envs"),
-        (partial(Drift, bound=np.inf), "has an unbounded 'action': give its space finite bounds"),
+        (partial(Drift, bound=np.inf), "has an unbounded 'action': use a space with finite bounds"),
     ],
 )
 def test_invalid_environments_are_refused(task, message):

@@ -317,7 +317,7 @@ def test_frame_stacks_of_parallel_environments():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pixels": 0}, r"pixels must be a size of frames, such as 84 or \[84, 84\], not 0"),
+        ({"pixels": 0}, r"pixels must be the size of frames, such as 84 or \[84, 84\], not 0"),
         ({"pixels": 84, "frame_stack": 0}, "frame_stack must be at least 1, not 0"),
         ({"action_repeat": 0}, "action_repeat must be at least 1, not 0"),
         ({"distractors": -1}, "distractors must be at least 0, not -1"),

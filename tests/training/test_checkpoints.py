@@ -436,7 +436,7 @@ def test_files_of_the_user_in_the_checkpoints_folder_stay(make_module, tmp_path:
     (elsewhere / "state.ckpt").write_text("mine")
     for name in ("update-0000000008", "update-0000000015.partial"):
         (checkpoints / name).symlink_to(elsewhere)
-    with pytest.warns(UserWarning, match="holds other files: it was renamed to"):
+    with pytest.warns(UserWarning, match="contains other files; it was renamed to"):
         fit(make_module(24), tmp_path, resume=True)
     found = {path.read_text() for path in checkpoints.rglob("*") if path.stat().st_size < 99}
     assert found - {"mine"} == mine

@@ -167,7 +167,7 @@ class RayWorkers(BaseCollector):
             self._request(index, pending)
 
     def _replace(self, index: int, reason: str) -> None:
-        """Starts a new actor in place of a lost one."""
+        """Replaces a lost actor by a new one."""
         limit, times = self._restart_times.maxlen, self._restart_times
         while True:
             self.restarts += 1

@@ -213,7 +213,7 @@ class WindowReplayBuffer(ReplayBuffer):
         if steps > self.max_steps:
             raise ValueError(
                 f"a batch of {steps} steps per environment does not fit into the replay buffer, "
-                f"which holds {self.max_steps}"
+                f"whose capacity is {self.max_steps} steps per environment"
             )
         return data.reshape(steps) if self.num_envs == 1 else data.reshape(self.num_envs, steps)
 

@@ -319,7 +319,7 @@ def _size(pixels: bool | int | Sequence[int] | None) -> tuple[int, int] | None:
     size = 84 if pixels is True else pixels
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise ValueError(f"pixels must be a size of frames, such as 84 or [84, 84], not {pixels}")
+        raise ValueError(f"pixels must be the size of frames, such as 84 or [84, 84], not {pixels}")
     return height, width
 
 
@@ -332,7 +332,7 @@ def _check_action(env: EnvBase, name: str) -> None:
         width = spec.space.high - spec.space.low if isinstance(spec, Bounded) else None
         if width is None or not width.isfinite().all():
             raise ValueError(
-                f"{name} has an unbounded {key!r}: give its space finite bounds, such as "
+                f"{name} has an unbounded {key!r}: use a space with finite bounds, such as "
                 "gymnasium.spaces.Box(-1, 1, (2,)) or torchrl.data.Bounded(-1, 1, (2,))"
             )
 

@@ -42,7 +42,7 @@ def evaluate_policy(
 
     Raises:
         ValueError: if ``episodes`` or ``max_steps`` is less than 1, or the environment is closed.
-        FloatingPointError: if an episode holds a non-finite value.
+        FloatingPointError: if an episode has a non-finite value.
 
     Examples:
         >>> from torchrl.testing.mocking_classes import CountingEnv

@@ -285,7 +285,7 @@ class ALMLoss(LatentModelLoss):
                 entries :attr:`in_keys`.
 
         Returns:
-            The losses, scalars (``[B]`` with ``reduction="none"``), and detached scalar metrics.
+            Scalar losses (``[B]`` with ``reduction="none"``), and detached scalar metrics.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         batch = batch._replace(rollout=self.world_model_rollout(batch))

@@ -349,7 +349,7 @@ def _remove(folder: Path) -> None:
         if not any(folder.iterdir()):
             folder.rmdir()
             return
-    rank_zero_warn(f"{folder} holds other files: it was renamed to {set_aside(folder)}")
+    rank_zero_warn(f"{folder} contains other files; it was renamed to {set_aside(folder)}")
 
 
 def _replay_folder(checkpoints: Path, rank: int) -> Path:

@@ -198,8 +198,8 @@ class CapturedUpdate:
             if self.update.strict:
                 raise
             warnings.warn(
-                "the update cannot be captured as a CUDA graph, so its kernels are launched one "
-                f"by one ({one_line(error)})",
+                "the update cannot be captured as a CUDA graph, so it runs without one "
+                f"({one_line(error)})",
                 stacklevel=2,
             )
             self._failed = True

@@ -118,7 +118,7 @@ class RayWorkers(BaseCollector):
             self._get(answer, self._timeout)
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Seeds the actors and their environments, and resets these."""
+        """Seeds the actors, and seeds and resets their environments."""
         self._seed = seed
         for actor in self.actors:
             seed = self._get(actor.set_seed.remote(seed, static_seed), self._start_timeout)
@@ -208,7 +208,7 @@ class RayWorker(Collector):
     """The collector of one actor."""
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Seeds this process and the environment, and resets it."""
+        """Seeds this process, and seeds and resets the environment."""
         torch.manual_seed(seed)
         seed = super().set_seed(seed % 2**31, static_seed)
         self.reset()

@@ -128,9 +128,9 @@ class WindowReplayBuffer(ReplayBuffer):
         self._discontinuities.forget()
 
     def read(self, start: int, stop: int) -> ReplaySlice:
-        """Copies the time steps ``start`` to ``stop - 1`` to the CPU, ``[steps(, num_envs)]``.
+        """Copies the time steps ``start`` to ``stop - 1`` to the CPU, ``[T]`` or ``[T, num_envs]``.
 
-        The first step ever stored is 0; ``write_count`` is the number of the next step.
+        The first step ever stored has number 0, and the next step has number ``write_count``.
         """
         oldest = max(0, self.write_count - self.max_steps)
         if not oldest <= start <= stop <= self.write_count:
@@ -368,7 +368,7 @@ def bytes_per_transition(
     action_key: NestedKey = "action",
     frame_stacks: Mapping[NestedKey, int] | None = None,
 ) -> int:
-    """Returns the bytes of one transition of a collector's batch in a replay buffer.
+    """Returns the number of bytes that a transition of a batch needs in a replay buffer.
 
     See :func:`make_replay_buffer` for the options. First frames of episodes are not counted.
 

@@ -146,7 +146,7 @@ class DiscontinuityFinder:
         self._ended = outcome.get("done").narrow(time, newest, 1).squeeze(-1).clone()
 
     def forget(self) -> None:
-        """Accepts any next batch."""
+        """Forgets the newest transitions, so that any batch may follow."""
         self._last, self._ended = {}, None
 
     def _previous(self, key: Key, data: TensorDictBase) -> Tensor:
@@ -166,7 +166,7 @@ class DiscontinuityFinder:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors of one shape, dtype and device are equal."""
+    """Returns whether two tensors of the same shape, dtype and device are equal."""
     if one.dtype == torch.uint8 and one.device.type == "cpu":  # NumPy is ten times faster
         return np.array_equal(one.numpy(), other.numpy())
     return torch.equal(one, other)

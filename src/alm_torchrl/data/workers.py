@@ -90,7 +90,7 @@ class _Workers(MultiCollector):
         self._call(partial(super().reset, *args, **kwargs))
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Seeds the processes and their environments, and resets these."""
+        """Seeds the processes, and seeds and resets their environments."""
         return self._call(partial(super().set_seed, seed, static_seed))
 
     def load_state_dict(self, state_dict: dict[str, Any], **_: Any) -> None:
@@ -104,7 +104,7 @@ class _Workers(MultiCollector):
         _kill(self.procs)
 
     def _set_random_frames(self, frames: int) -> None:
-        """Sets the frame until which TorchRL's collector acts randomly, after ``frames`` frames."""
+        """Sets the frame at which random actions end, once ``frames`` frames are collected."""
         left, batch = self._random_frames - frames, self.requested_frames_per_batch
         # MultiAsyncCollector counts a batch when it arrives, and the other workers have already
         # started theirs: asked for n random batches, it collects n + num_workers - 1.

@@ -98,7 +98,7 @@ def _check_task(task: str) -> None:
 
 
 def is_registered(task: str) -> bool:
-    """Returns whether ``module:Task`` is a Gymnasium id, after an import of the module."""
+    """Returns whether ``module:Task`` is a Gymnasium id; the module must be imported before."""
     gymnasium = sys.modules.get("gymnasium")
     return gymnasium is not None and task.rpartition(":")[2] in gymnasium.registry
 

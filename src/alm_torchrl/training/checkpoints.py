@@ -150,7 +150,7 @@ class AfterUpdate(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: ALMModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Acts, unless an evaluation follows: a checkpoint before it would skip it on resuming."""
+        """Acts unless an evaluation follows, because a run resumed from here would skip it."""
         every = trainer.val_check_batch
         if not (trainer.enable_validation and every and (batch_idx + 1) % every == 0):
             self.after_update(trainer, pl_module)
@@ -272,7 +272,7 @@ class Checkpoints(AfterUpdate):
         self._remove_others(trainer)
 
     def _write(self, trainer: L.Trainer, checkpoint: Checkpoint) -> None:
-        """Writes the checkpoint's folder on rank 0; all processes must call."""
+        """Writes the checkpoint's folder on rank 0; all processes must call it."""
         partial = checkpoint.folder.with_name(checkpoint.folder.name + ".partial")
         first = trainer.is_global_zero
         try:

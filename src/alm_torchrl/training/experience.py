@@ -92,7 +92,7 @@ class ExperienceStream:
 
     @property
     def policy_staleness(self) -> float | None:
-        """Updates by which the acting weights are behind, as a mean over the last 100 batches.
+        """Number of updates that the acting weights lack, as a mean over the last 100 batches.
 
         It is None before the first batch of a :class:`VersionedPolicy`.
         """

@@ -78,7 +78,7 @@ def exit_with_parent(trainer: L.Trainer) -> None:
 
 
 def silence_library_warnings() -> None:
-    """Silences messages of libraries that do not concern the run."""
+    """Silences library messages that do not concern the run."""
     for name in ("lightning.pytorch", "lightning.fabric", "torchrl"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # This logger reports why Lightning kills the processes of a run.

@@ -97,7 +97,7 @@ def normalized_bias(estimate: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def value_bias(loss: ALMLoss, rollout: TensorDictBase, *, tail: float = 0.03) -> Bias:
-    """Compares values and bounds with the returns of a rollout; a positive bias overestimates.
+    """Compares values and bounds with the returns of a rollout; a positive bias is too high.
 
     See :func:`rollout_for_bias` for the rollout ``[N, T]``, and :func:`monte_carlo_returns` for
     ``tail``.

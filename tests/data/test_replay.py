@@ -416,7 +416,7 @@ def test_single_steps_of_one_environment():
         (3, (2, 5), r"shape \[2, 5\] has 2 environments of 5 steps.*num_envs=3"),
         (3, (5,), r"shape \[5\] has 5 environments of 1 steps.*num_envs=3"),
         (1, (31,), "31 steps per environment does not fit.*capacity is 30"),
-        (3, (3, 11), "11 steps per environment does not fit.*holds 10"),
+        (3, (3, 11), "11 steps per environment does not fit.*capacity is 10"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(num_envs, shape, message):

@@ -406,7 +406,9 @@ def test_each_network_has_its_own_depth_activation_and_norm(tmp_path: Path) -> N
 
 
 def test_network_kwargs_are_checked() -> None:
-    with pytest.raises(ValueError, match="unknown networks: 'policy'; choose from encoder, dynamics"):
+    with pytest.raises(
+        ValueError, match="unknown networks: 'policy'; choose from encoder, dynamics"
+    ):
         ALMAgent.from_env(Body(), network_kwargs={"policy": {"depth": 3}})
     with pytest.raises(ValueError, match="no layer 'Swish'; pass the class or a name"):
         ALMAgent.from_env(Body(), network_kwargs={"actor": {"activation_class": "Swish"}})

@@ -203,7 +203,9 @@ def test_a_machine_that_cannot_render_gets_a_warning(monkeypatch):
         raise RuntimeError("no\n  display")
 
     monkeypatch.setattr("gymnasium.envs.mujoco.MujocoEnv.render", fail)
-    with pytest.warns(UserWarning, match=r"HalfCheetah-v5.*\(no display\).*MUJOCO_GL") as caught:
+    with pytest.warns(
+        UserWarning, match=r"HalfCheetah-v5.*\(RuntimeError: no display\).*MUJOCO_GL"
+    ) as caught:
         env = make_env("HalfCheetah-v5", seed=0, from_pixels=True)
     assert all(warning.filename == __file__ for warning in caught)
     assert "pixels" not in env.reset().keys()  # noqa: SIM118

@@ -182,7 +182,9 @@ def test_a_non_finite_value_raises_with_the_environments_name(value: float, key:
             return super()._step(tensordict).set(key, torch.tensor([value]))
 
     for env in (Diverging(), make_env(Diverging), make_env(Diverging, num_envs=2)):
-        with pytest.raises(FloatingPointError, match=f"non-finite .*{key}.* of .*Diverging: the sim"):
+        with pytest.raises(
+            FloatingPointError, match=f"non-finite .*{key}.* of .*Diverging: the sim"
+        ):
             evaluate_policy(env, POLICY, episodes=1)
 
 

@@ -231,7 +231,8 @@ class LatentModelLoss(LossModule):
 
     def value(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The smallest of the action values, ``[..., 1]``."""
-        return self.action_values(latent, action, params).amin(-1, keepdim=True)
+        values = self._run("qvalue_network", self._step(latent, action), params)
+        return values.amin(-1, keepdim=True)
 
     def act(self, latent: Tensor, params: Params = None) -> Tensor:
         """An action sampled from the actor, ``[..., A]``."""

@@ -13,16 +13,11 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from alm_torchrl.envs import make_env
-from alm_torchrl.evaluation import evaluate_policy
-from recipes.trained import PRETRAINED, Trained, find, main
+from recipes.enjoy import evaluate
+from recipes.trained import PRETRAINED, find, main
 
 ROOT = PRETRAINED.parent
-PARALLEL = 10  # episodes played together
 CARD = """---
 library_name: alm-torchrl
 license: {license}
@@ -80,16 +75,6 @@ def read_curve(path: Path) -> Curve:
     return Curve(int(best["frames"]), int(rows[-1]["frames"]), int(best["seed"]))
 
 
-def evaluate(trained: Trained, episodes: int, seed: int) -> dict[str, Any]:
-    """Plays episodes in environments that the run has not seen."""
-    torch.manual_seed(seed)
-    env = make_env(**trained.environment, num_envs=min(episodes, PARALLEL), seed=seed)
-    returns = evaluate_policy(env, trained.agent.policy(), episodes)
-    env.close()
-    mean, std = returns.mean().item(), returns.std(correction=0).item()
-    return {"mean": mean, "std": std, "episodes": episodes, "seed": seed}
-
-
 def current_commit() -> str:
     """Returns the commit of this working copy."""
     git = ["git", "describe", "--always", "--dirty"]
@@ -122,7 +107,7 @@ def make() -> None:
         raise ValueError(f"{args.run} has encoder.transforms, which a pretrained agent cannot have")
     task = environment["task"]
     name = args.name or f"{task.rpartition('/')[2].lower()}-seed{curve.training_seed}"
-    evaluation = evaluate(trained, args.episodes, args.seed)
+    evaluation = evaluate(trained, trained.agent.policy(), args.episodes, args.seed)
     facts = {**vars(curve), **evaluation, "task": task, "name": name, "license": args.license}
     card = CARD.format(**facts, command=args.command, commit=args.commit or current_commit())
     folder = args.out / name

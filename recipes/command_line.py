@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from recipes.config import Config
 from recipes.schema import declarations, groups
@@ -30,8 +31,7 @@ def read_arguments(arguments: Sequence[str]) -> list[str]:
         >>> read_arguments(["training.total_steps=1e5", "-m", "seed=0,1"])
         ['training.total_steps=100000', '-m', 'seed=0,1']
     """
-    following = [*arguments[1:], ""]
-    read = [_read(*pair) for pair in zip(arguments, following, strict=True)]
+    read = [_read(*pair) for pair in pairwise([*arguments, ""])]
     given = {argument.partition("=")[0] for argument in read}
     if "task.id" in given and "task.name" not in given:
         read.append("task.name='${name_of_id:${task.id}}'")

@@ -17,9 +17,10 @@ from typing import Any
 
 if __name__ == "__main__":  # in this folder, mujoco.py would shadow the package mujoco
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-EXTRAS = ("gymnasium", "hydra", "lightning", "mujoco")
-if missing := [name for name in EXTRAS if find_spec(name) is None]:
-    sys.exit(f"{', '.join(missing)} not installed: pip install 'alm-torchrl[recipes]'")
+
+from recipes.script import prepare_script
+
+prepare_script("gymnasium", "hydra", "lightning", "mujoco")
 
 import torch
 from tensordict.nn import TensorDictModuleBase

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 # Replace this folder by the project's root: this file would shadow the package mujoco.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-EXTRAS = ("gymnasium", "hydra", "lightning", "matplotlib", "mujoco", "tensorboard")
-if missing := [name for name in EXTRAS if find_spec(name) is None]:
-    sys.exit(f"{', '.join(missing)} not installed: pip install 'alm-torchrl[recipes]'")
-if sys.platform == "linux" and "DISPLAY" not in os.environ:
-    os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen
+
+from recipes.script import prepare_script
+
+prepare_script("gymnasium", "hydra", "lightning", "matplotlib", "mujoco", "tensorboard")
 
 import hydra
 from hydra.errors import HydraException

@@ -94,6 +94,10 @@ def test_a_whole_number_can_be_written_as_a_power_of_ten(name: str) -> None:
     assert read_arguments([f"{name}=1e5,2.5"]) == [f"{name}={'100000' if whole else '1e5'},2.5"]
 
 
+def test_no_arguments_stay_none() -> None:
+    assert read_arguments([]) == []
+
+
 def test_other_arguments_stay_as_they_are() -> None:
     arguments = ["-m", "seed=0,1", "hydra/launcher=basic", "--config-dir", "mine", "task=ant"]
     arguments += ["~task.kwargs.frames", "+task.kwargs.a=1e3", "++training.schedule._target_=a.b"]

@@ -171,6 +171,18 @@ def test_the_recipe_runs_through_a_symbolic_link(tmp_path: Path, monkeypatch, ca
     assert message == "sed is not an option: did you mean seed?"
 
 
+@pytest.mark.parametrize(
+    ("script", "steps"), [("mujoco.py", 6000), ("pixels.py", 50000)], ids=["mujoco", "pixels"]
+)
+def test_a_recipe_needs_no_arguments(tmp_path: Path, monkeypatch, script: str, steps: int) -> None:
+    def train(config) -> None:
+        sys.exit(f"{config.task.id} {config.training.total_steps}")
+
+    monkeypatch.setattr("recipes.train.train", train)
+    message = mistake(tmp_path, monkeypatch, script=RECIPES / script)
+    assert message == f"HalfCheetah-v5 {steps}"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("run")

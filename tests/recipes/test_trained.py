@@ -211,14 +211,22 @@ class Painted:
         return np.full((48, 64, 3), self.calls % 256, dtype=np.uint8)
 
 
+@pytest.mark.parametrize(("most", "duration", "frames"), [(25, 80, (2, 3)), (5, 160, (1, 2))])
 def test_a_video_has_the_speed_and_length_of_the_task(
-    command: Callable, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    duration: int,
+    frames: tuple[int, int],
 ) -> None:
     from PIL import Image
 
     from alm_torchrl.envs import make
     from alm_torchrl.envs.transforms import RenderFrames
 
+    monkeypatch.setattr(enjoy, "FRAMES_PER_SECOND", most)
     painted = Painted()
     monkeypatch.setattr(
         make, "_render_frames", lambda *_: RenderFrames(painted, channels_first=False)
@@ -227,17 +235,9 @@ def test_a_video_has_the_speed_and_length_of_the_task(
     command(enjoy.play, run, "--episodes", "1", "--video", video, "--seconds", "0.2", "--width", 32)
     with Image.open(video) as image:
         assert image.size == (32, 24)
-        frames, duration = image.n_frames, image.info["duration"]
-    assert duration == 80  # 25 steps per second, each of two steps of the simulator
-    assert frames <= 3
-
-
-def test_only_the_frames_that_are_kept_are_rendered() -> None:
-    painted = Painted()
-    frame = enjoy.sparse(painted, 3)
-    shown = [int(frame()[0, 0, 0]) for _ in range(7)]
-    assert shown == [1, 1, 1, 2, 2, 2, 3]
-    assert painted.calls == 3
+        assert image.n_frames in frames
+        # 25 steps per second, each of two steps of the simulator, and at most `most` frames
+        assert image.info["duration"] == duration
 
 
 def test_without_a_renderer_there_is_one_line_and_no_video(

@@ -21,6 +21,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
 from alm_torchrl.envs.failures import failing_as
+from alm_torchrl.envs.video import write_video
 from alm_torchrl.training.checkpoints import AfterUpdate
 from alm_torchrl.training.experience import ExperienceStream
 from alm_torchrl.training.module import ALMModule
@@ -234,8 +235,6 @@ class Video(L.Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: ALMModule) -> None:
         """Plays the episode and writes the file."""
-        from PIL import Image
-
         if "pixels" not in self.env.observation_spec:
             return
         failed = failing_as("the environment of the video failed")
@@ -243,14 +242,4 @@ class Video(L.Callback):
             rollout = self.env.rollout(
                 self.steps, pl_module.evaluated_agents[0].policy(), auto_cast_to_device=True
             )
-        pixels = rollout["pixels"][::2]
-        if pixels.shape[-1] != 3:  # stacks, with the newest frame last
-            pixels = pixels[:, -3:].movedim(1, -1)
-        frames = [Image.fromarray(frame.contiguous().cpu().numpy()) for frame in pixels]
-        frames[0].save(
-            self.folder / "video.gif",
-            save_all=True,
-            append_images=frames[1:],
-            duration=100,  # milliseconds
-            loop=0,
-        )
+        write_video(rollout["pixels"][::2], self.folder / "video.gif", fps=10)

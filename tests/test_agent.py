@@ -1,6 +1,7 @@
 """The agent: built from specs, its policy, saved and loaded."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, WorldModelEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
@@ -230,6 +231,37 @@ def test_a_continuation_model_is_saved_with_the_rest(tmp_path: Path, own: bool) 
         loaded.continuation_model(step.clone())["continuation_logit"],
         agent.continuation_model(step)["continuation_logit"],
     )
+
+
+@pytest.mark.parametrize("continuation", [False, True])
+def test_the_world_model_runs_in_an_imagined_environment(continuation: bool) -> None:
+    agent = ALMAgent.from_env(Body(), continuation=continuation, **SIZES)
+    world_model, body = agent.world_model(), Body()
+    specs = SimpleNamespace(
+        action_spec=body.full_action_spec,
+        reward_spec=body.full_reward_spec,
+        done_spec=body.full_done_spec,
+        batch_size=body.batch_size,
+        device=body.device,
+    )
+    latents = Composite(latent=Unbounded((3, SIZES["latent_dim"])), shape=[3])
+    env = WorldModelEnv(world_model, specs, observation_spec=latents, batch_size=[3])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        start = world_model.encode(observations(3))
+        steps = env.rollout(
+            4, agent.actor, tensordict=start, auto_reset=False, break_when_any_done=False
+        )
+        latent, action = steps["latent"], steps["action"]
+        step = TensorDict(latent=latent, action=action, batch_size=[3, 4])
+        following = agent.dynamics(step.clone())["next", "latent"]
+        reward = agent.reward_model(step.clone())["predicted_reward"]
+    torch.testing.assert_close(steps["next", "latent"], following)
+    torch.testing.assert_close(steps["next", "reward"], reward)
+    ended = torch.zeros(3, 4, 1, dtype=torch.bool)
+    if continuation:
+        ended = agent.continuation_model(step)["continuation_logit"] < 0
+    assert torch.equal(steps["next", "terminated"], ended)
+    assert torch.equal(steps["next", "done"], ended)
 
 
 def test_compiled_components_are_saved_as_they_are_without(agent: ALMAgent, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import WorldModel
 
 from alm_torchrl.files import load_tensors, one_line, save_tensors
 from alm_torchrl.modules import (
@@ -260,6 +261,25 @@ class ALMAgent(nn.Module):
         sequence = TensorDictSequential(encoder, actor)
         return sequence.select_out_keys(self.actor.dist_sample_keys[-1], *memory)
 
+    def world_model(self) -> WorldModel:
+        """The world model for TorchRL's imagined environments and planners.
+
+        Its ``encode`` writes the latent of an observation. From latent and action, its ``step``
+        writes the next latent, and ``reward`` ``[..., 1]`` under ``"next"``. With a continuation
+        model it also writes ``terminated`` and ``done`` there, true where a termination is more
+        likely than not. It shares the agent's parameters, and it samples latents except under
+        ``ExplorationType.DETERMINISTIC``.
+        """
+        reward, ending = self.reward_model, None
+        named = TensorDictModule(nn.Identity(), reward.out_keys[-1:], [("next", "reward")])
+        if self.continuation_model is not None:
+            logit = self.continuation_model.out_keys[-1:]
+            flags: list[NestedKey] = [("next", "terminated"), ("next", "done")]
+            ends = TensorDictModule(_likely_terminated, logit, flags)
+            ending = TensorDictSequential(self.continuation_model, ends)
+        head = TensorDictSequential(reward, named)
+        return WorldModel(self.encoder, self.dynamics, head, done_head=ending)
+
     def update_statistics(self, data: TensorDictBase) -> None:
         """Updates the running input statistics of the encoder, if any.
 
@@ -361,6 +381,12 @@ class _ActingEncoder(TensorDictModuleBase):
                 return self.encoder(tensordict)
             latent = self.encoder.get_dist(tensordict).rsample()
         return tensordict.set(self.encoder.dist_sample_keys[-1], latent)
+
+
+def _likely_terminated(continuation_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the flags ``terminated`` and ``done``, which are equal."""
+    terminated = continuation_logit < 0
+    return terminated, terminated.clone()
 
 
 def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:

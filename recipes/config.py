@@ -64,7 +64,7 @@ class Evaluation:
     ema_decay: float = fixed("EMA decay of the evaluated weights; 0: none", 0.0, ge=0, lt=1)
     video: bool = free("record an episode after training", False)
     bias: bool = free("compare values and bound with Monte Carlo returns", False)
-    diagnostics: bool = free("measure latents, dynamics and classifier", False)
+    diagnostics: bool = free("measure latents, dynamics, classifier and terminations", False)
     measurements: list[Any] = free("further measurements, each a _target_", list)
 
 

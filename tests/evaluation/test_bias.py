@@ -94,8 +94,14 @@ def true_values() -> Tensor:
     return values[:-1]
 
 
-def exact_loss(values: Tensor, rewards: Tensor, offset: float = 0.0, wrong: float = 0.0) -> ALMLoss:
-    """A loss whose model knows the line, up to the offsets given."""
+def exact_loss(
+    values: Tensor,
+    rewards: Tensor,
+    offset: float = 0.0,
+    wrong: float = 0.0,
+    continuation: Tensor | None = None,
+) -> ALMLoss:
+    """A loss whose model knows the line, up to the offsets given; with logits of continuation."""
 
     def module(network: nn.Module, out: str, *more: object) -> TensorDictModule:
         return TensorDictModule(network, ["latent", "action", *more], [out])
@@ -115,6 +121,7 @@ def exact_loss(values: Tensor, rewards: Tensor, offset: float = 0.0, wrong: floa
         classifier=module(Even(), "logits", ("next", "latent")),
         qvalue_network=module(Lookup(values, 2, offset), "state_action_value"),
         actor=Actor(1, [-1.0], [1.0], 8, noise=NoiseSchedule(0.5, 0.5, 1), noise_clip=0.1),
+        continuation_model=None if continuation is None else module(Lookup(continuation), "logit"),
         horizon=3,
     )
     SoftUpdate(loss, tau=0.005)

@@ -16,10 +16,12 @@ from alm_torchrl.evaluation.diagnostics import (
     split_into_windows,
 )
 from alm_torchrl.evaluation.returns import evaluate_policy
+from alm_torchrl.evaluation.terminations import Terminations, terminations
 
 __all__ = [
     "Bias",
     "Calibration",
+    "Terminations",
     "UnknownReturnsError",
     "classifier_calibration",
     "effective_rank",
@@ -29,5 +31,6 @@ __all__ = [
     "monte_carlo_returns",
     "rollout_for_bias",
     "split_into_windows",
+    "terminations",
     "value_bias",
 ]

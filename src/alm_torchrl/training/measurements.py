@@ -22,6 +22,7 @@ from alm_torchrl.evaluation import (
     model_error,
     rollout_for_bias,
     split_into_windows,
+    terminations,
     value_bias,
 )
 from alm_torchrl.objectives import ALMLoss
@@ -111,11 +112,12 @@ class ValueBias(Measurement):
 
 
 class Diagnostics(Measurement):
-    """Latents, dynamics and classifier, as ``diagnostics.csv`` and ``diagnostics.png``.
+    """The quality of the model, as ``diagnostics.csv`` and ``diagnostics.png``.
 
     It measures the effective rank of the target encoder's means over the visited states, the model
-    error after 1 to ``length`` steps, and the calibration of the classifier. See
-    :class:`Measurement` for the other arguments.
+    error after 1 to ``length`` steps, the calibration of the classifier, and terminations
+    (:class:`~alm_torchrl.evaluation.Terminations`, as ``end_...``). See :class:`Measurement` for
+    the other arguments.
     """
 
     name = "diagnostics"
@@ -125,13 +127,15 @@ class Diagnostics(Measurement):
         self.length = length
 
     def measure(self, loss: ALMLoss, rollout: TensorDictBase) -> Mapping[str, Tensor]:
-        """Returns effective rank, model errors and calibration."""
+        """Returns effective rank, model errors, calibration and terminations."""
         flat = rollout.reshape(-1)
         bins = classifier_calibration(loss, flat)
         errors = model_error(loss, split_into_windows(rollout, min(self.length, rollout.shape[1])))
+        ends = terminations(loss, rollout)
         return {
             "effective_rank": effective_rank(loss.encoding(flat).mean),
             "calibration_error": bins.error,
+            **{f"end_{name}": value for name, value in ends._asdict().items()},
             **{f"model_error_{t}": error for t, error in enumerate(errors, start=1)},
             **{f"confidence_{b}": value for b, value in enumerate(bins.confidence)},
             **{f"frequency_{b}": value for b, value in enumerate(bins.frequency)},

@@ -1,0 +1,93 @@
+"""How well a model knows where episodes terminate."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torchrl.objectives.value.functional import reward2go
+
+from alm_torchrl.evaluation.diagnostics import calibration
+from alm_torchrl.objectives.alm import ALMLoss
+
+
+class Terminations(NamedTuple):
+    """Predicted against real terminations; an entry is NaN if the rollout does not determine it.
+
+    A step is predicted to terminate if its probability is at least one half.
+    """
+
+    precision: Tensor
+    """Share of predicted terminations that are real."""
+    recall: Tensor
+    """Share of real terminations that are predicted."""
+    calibration_error: Tensor
+    """Expected calibration error of the probability, over ten bins."""
+    imagined_length: Tensor
+    """Mean steps of an imagined episode, counted up to ``steps``."""
+    real_length: Tensor
+    """Mean steps of a real episode, counted up to ``steps``."""
+    value_near_end: Tensor
+    """Mean value of the last ``near`` steps before a termination."""
+    return_near_end: Tensor
+    """Mean discounted return of these steps."""
+
+
+@torch.no_grad()
+def terminations(
+    loss: ALMLoss, rollout: TensorDictBase, *, steps: int = 200, near: int = 15
+) -> Terminations:
+    """Compares terminations in imagination, and values before them, with those of a rollout.
+
+    Without a continuation model, imagined episodes do not terminate.
+
+    Args:
+        loss: the loss with its networks.
+        rollout: steps ``[N, T]`` of :func:`~alm_torchrl.evaluation.rollout_for_bias`.
+        steps: episodes are compared up to this length. Episodes that start later than ``steps``
+            before the end of the rollout, or reach a time limit earlier, do not count.
+        near: number of steps before a termination in which values are compared with returns.
+    """
+    keys = loss.tensor_keys
+    reward, done, terminated = (
+        rollout.get(unravel_key(("next", key))) for key in (keys.reward, keys.done, keys.terminated)
+    )
+    latent, action = loss.encode(rollout), rollout.get(keys.action)
+    ends = torch.zeros_like(reward)
+    if loss.continuation_model is not None:
+        ends = (-loss.continuation(latent, action)).sigmoid()
+    predicted, real = ends >= 0.5, terminated
+    hits = (predicted & real).sum()
+
+    left = reward2go(torch.ones_like(reward), done, 1.0)  # steps to the end, the last one included
+    known = reward2go(terminated.to(reward.dtype), done, 1.0) > 0.5
+    starts = torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
+    starts[:, max(rollout.shape[1] - steps + 1, 0) :] = False
+    starts &= known | (left >= steps)
+    close = known & (left <= near)
+    returns = reward2go(reward, done, float(loss.value_estimator.gamma))
+    return Terminations(
+        hits / predicted.sum(),
+        hits / real.sum(),
+        calibration(ends.flatten(), real.flatten()).error,
+        _imagined_length(loss, latent[starts.squeeze(-1)], steps),
+        left[starts].clamp_max(steps).mean(),
+        loss.value(latent, action)[close].mean(),
+        returns[close].mean(),
+    )
+
+
+def _imagined_length(loss: ALMLoss, latent: Tensor, steps: int) -> Tensor:
+    """Returns the mean of ``sum_t prod_{i<t} d_i`` over ``steps`` steps from latents ``[B, D]``."""
+    alive = torch.ones_like(latent[:, :1])
+    length = alive
+    for _ in range(steps - 1):
+        action = loss.act(latent)
+        if loss.continuation_model is not None:
+            alive = alive * loss.continuation(latent, action).sigmoid()
+        latent, _ = loss.next(latent, action)
+        length = length + alive
+    return length.mean()

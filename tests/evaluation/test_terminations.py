@@ -1,0 +1,69 @@
+"""Terminations in imagination, and values before them, in cases with known results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alm_torchrl.evaluation import rollout_for_bias, terminations
+from tests.evaluation.test_bias import GAMMA, LENGTH, REWARDS, Line, exact_loss, true_values
+
+SURE = torch.tensor([20.0] * (LENGTH - 1) + [-20.0])
+
+
+def test_an_exact_model_ends_where_the_task_ends() -> None:
+    loss = exact_loss(true_values(), REWARDS, continuation=SURE)
+    found = terminations(loss, rollout_for_bias(loss, Line(), 40), steps=20, near=2)
+    assert found.precision == found.recall == 1
+    assert found.calibration_error.item() < 1e-6
+    assert found.real_length == LENGTH
+    assert found.imagined_length.item() == pytest.approx(LENGTH)
+    ending = (REWARDS[-1] + REWARDS[-2] + GAMMA * REWARDS[-1]) / 2
+    assert found.return_near_end.item() == pytest.approx(ending.item())
+    assert found.value_near_end.item() == pytest.approx(ending.item())
+
+
+def test_a_model_that_ends_too_early_or_too_late() -> None:
+    rollout = rollout_for_bias(exact_loss(true_values(), REWARDS), Line(), 40)
+    early = SURE.roll(-2)  # two steps early, and never at the end
+    found = terminations(exact_loss(true_values(), REWARDS, continuation=early), rollout, steps=20)
+    assert found.precision == found.recall == 0
+    assert found.imagined_length.item() == pytest.approx(LENGTH - 2)
+    # Of each episode, one of six steps is missed and one is wrong.
+    assert found.calibration_error.item() == pytest.approx(2 / 6, abs=0.02)
+    half = torch.zeros(LENGTH)  # each step ends with probability one half
+    found = terminations(exact_loss(true_values(), REWARDS, continuation=half), rollout, steps=4)
+    assert found.recall == 1
+    assert found.precision.item() == pytest.approx(6 / 40)
+    assert found.imagined_length.item() == pytest.approx(1 + 1 / 2 + 1 / 4 + 1 / 8)
+    assert found.real_length == 4
+
+
+def test_values_that_do_not_see_the_end() -> None:
+    blind = exact_loss(true_values(), REWARDS, offset=3.0)
+    found = terminations(blind, rollout_for_bias(blind, Line(), 40), near=3)
+    assert (found.value_near_end - found.return_near_end).item() == pytest.approx(3.0)
+
+
+def test_without_a_continuation_model_imagined_episodes_are_as_long_as_asked() -> None:
+    loss = exact_loss(true_values(), REWARDS)
+    found = terminations(loss, rollout_for_bias(loss, Line(), 40), steps=10)
+    assert found.imagined_length == 10
+    assert found.recall == 0
+    assert found.precision.isnan()
+
+
+def test_without_terminations_nothing_is_known_about_them() -> None:
+    loss = exact_loss(true_values(), REWARDS, continuation=torch.full((30,), 20.0))
+    found = terminations(loss, rollout_for_bias(loss, Line(endless=True), 20), steps=9)
+    assert found.recall.isnan()
+    assert found.value_near_end.isnan()
+    assert found.real_length == 9
+    assert found.imagined_length.item() == pytest.approx(9)
+
+
+def test_episodes_that_start_too_late_are_not_compared() -> None:
+    loss = exact_loss(true_values(), REWARDS, continuation=SURE)
+    rollout = rollout_for_bias(loss, Line(), 20)
+    assert terminations(loss, rollout, steps=21).real_length.isnan()
+    assert terminations(loss, rollout, steps=20).real_length == LENGTH

@@ -48,7 +48,7 @@ def make_custom(
         if env.batch_size:
             raise ValueError(
                 f"{name} creates a batch of environments {list(env.batch_size)}: create only one "
-                "and use num_envs"
+                "and use num_envs, or pass the batch itself to make_collector"
             )
         if wrapper["frame_skip"] > 1:
             raise ValueError(

@@ -23,6 +23,7 @@ class Case:
         name: name in tables.
         work: function to time; its result is ignored.
         flops: floating point operations of one call; 0 if unknown.
+        frames: environment steps of one call; 0 if it has none.
         repeats: calls per sample, for short functions.
         warmup: calls before timing starts, for compilation and capture of a CUDA graph.
         seconds: time of one call, one sample per round.
@@ -32,6 +33,7 @@ class Case:
     name: str
     work: Work
     flops: int = 0
+    frames: int = 0
     repeats: int = 1
     warmup: int = 2
     seconds: list[float] = field(default_factory=list)

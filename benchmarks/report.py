@@ -23,6 +23,8 @@ def table(suite: Suite) -> str:
             f"{case.name:{width}}  {1e3 * case.median:9.3f}  {low:9.3f}-{high:9.3f}  "
             f"{middle:6.2f} ({slow:.2f}-{fast:.2f})"
         )
+        if case.frames:
+            line += f"  {case.frames / case.median:11,.0f} frames/s"
         if case.flops:
             rate = case.flops / case.median
             line += f"  {rate / 1e9:7.0f}"
@@ -56,6 +58,7 @@ def _record(case: Case) -> dict[str, object]:
     return {
         "name": case.name,
         "flops": case.flops,
+        "frames": case.frames,
         "first_call_seconds": case.first,
         "seconds": case.seconds,
     }

@@ -11,6 +11,7 @@ from torchrl.objectives import REDQLoss, SACLoss
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.training.runtime import choose_precision
+from benchmarks.environments import collection
 from benchmarks.measure import Case, copy_case, matmul_case
 from benchmarks.workloads import (
     QUICKSTART,
@@ -23,6 +24,8 @@ from benchmarks.workloads import (
 )
 
 REDQ_UPDATES_PER_STEP = 20
+NUM_ENVS = (1, 64, 1024)
+FRAMES = 1024
 SEEDS = 5
 
 
@@ -174,6 +177,27 @@ def scaling(task: str, device: torch.device, short: bool) -> Suite:
     return Suite(cases, "base", f"{task}, {base}, eager")
 
 
+def environments(task: str, device: torch.device, short: bool) -> Suite:
+    """Times collector and replay buffer with 1, 64 and 1,024 environments, for as many frames."""
+    sizes = QUICKSTART if short else Sizes()
+    works = {count: collection(count, FRAMES, device, sizes) for count in NUM_ENVS}
+    cases = [
+        Case(
+            f"{part}, {count} environment{'s' * (count > 1)}",
+            work[part],
+            repeats=1 if part == "collect" else 20,
+            frames=0 if part == "draw" else FRAMES,
+        )
+        for part in ("collect", "write", "draw")
+        for count, work in works.items()
+    ]
+    note = (
+        f"pendulums in torch instead of {task}, {sizes}; collect and write {FRAMES} frames, draw "
+        f"{sizes.batch} windows"
+    )
+    return Suite(cases, cases[0].name, note)
+
+
 SUITES = {
     "update": update,
     "terms": terms,
@@ -181,4 +205,5 @@ SUITES = {
     "step": step,
     "seeds": seeds,
     "scaling": scaling,
+    "environments": environments,
 }

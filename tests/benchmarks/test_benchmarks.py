@@ -27,6 +27,8 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(suites, "QUICKSTART", TINY)
     monkeypatch.setattr(long, "QUICKSTART", TINY)
     monkeypatch.setattr(suites, "REDQ_UPDATES_PER_STEP", 1)
+    monkeypatch.setattr(suites, "NUM_ENVS", (1, 8))
+    monkeypatch.setattr(suites, "FRAMES", 128)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
@@ -53,6 +55,22 @@ def test_every_suite_prints_a_table_and_leaves_its_samples(monkeypatch, tmp_path
         assert "pip install 'alm-torchrl[bench]'" in printed
     else:
         assert "SAC of Stable-Baselines3" in printed
+
+
+def test_every_number_of_environments_has_the_same_frames() -> None:
+    suite = SUITES["environments"]("halfcheetah", torch.device("cpu"), True)
+    cases = {case.name: case for case in suite.cases}
+    assert list(cases)[:2] == ["collect, 1 environment", "collect, 8 environments"]
+    assert cases["collect, 1 environment"].work().shape == (1, 128)
+    assert cases["collect, 8 environments"].work().shape == (8, 16)
+    for count in ("1 environment", "8 environments"):
+        windows = cases[f"draw, {count}"].work()
+        assert windows.shape == (TINY.batch, TINY.horizon)
+        assert windows["validity_mask"][:, 0].all()
+        cases[f"write, {count}"].work()
+    alternate(suite.cases, 2)
+    collect = cases["collect, 8 environments"]
+    assert f"{128 / collect.median:,.0f} frames/s" in table(suite)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")

@@ -44,7 +44,10 @@ def make_agent(
     objective = dict(vars(config.objective))
     estimator = {name: objective.pop(name) for name in ("gamma", "lmbda")}
     auxiliary = objective.pop("auxiliary_losses")
-    auxiliary = {name: instantiate(target).to(device) for name, target in auxiliary.items()}
+    auxiliary = {
+        name: target if isinstance(target, str) else instantiate(target).to(device)
+        for name, target in auxiliary.items()
+    }
     loss = ALMLoss(**agent.networks(), **objective, auxiliary_losses=auxiliary)
     loss.make_value_estimator(ValueEstimators.TDLambda, **estimator)
     return agent, loss

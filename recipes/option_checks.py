@@ -78,7 +78,9 @@ def _check_targets(config: Config) -> None:
     groups: dict[str, dict[Any, Any]] = {
         "encoder.transforms": dict(enumerate(config.encoder.transforms)),
         "agent.networks": config.agent.networks,
-        "objective.auxiliary_losses": config.objective.auxiliary_losses,
+        "objective.auxiliary_losses": {  # a string is an entry of the encoder
+            n: v for n, v in config.objective.auxiliary_losses.items() if not isinstance(v, str)
+        },
         "evaluation.measurements": dict(enumerate(config.evaluation.measurements)),
     }
     for group, entries in groups.items():

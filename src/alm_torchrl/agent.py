@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -185,12 +186,16 @@ class ALMAgent(nn.Module):
         self.continuation_model = continuation_model
 
     @classmethod
-    def from_env(cls, env: EnvBase, **options: Any) -> ALMAgent:
+    def from_env(
+        cls, env: EnvBase, *, skip_checks: str | Sequence[str] = (), **options: Any
+    ) -> ALMAgent:
         """Builds an agent whose sizes fit an environment.
 
         Args:
             env: a TorchRL environment with a bounded continuous action. By default the agent
                 reads its vector observations, concatenated; pass an ``encoder`` to read others.
+            skip_checks: checks of the encoder to leave out; see ``skip`` of
+                :func:`~alm_torchrl.objectives.check_encoder`.
             **options: fields of :class:`AgentConfig`, and networks by name. An ``encoder`` also
                 sets the latent size and the head of the dynamics.
 
@@ -214,7 +219,10 @@ class ALMAgent(nn.Module):
         if "encoder" in components:
             options.setdefault("observation_dims", {})
             options["latent_dim"] = check_encoder(
-                components["encoder"], spec, latent_dim=options.get("latent_dim")
+                components["encoder"],
+                spec,
+                latent_dim=options.get("latent_dim"),
+                skip=skip_checks,
             )
         elif "observation_dims" not in options:
             state = (*env.reward_keys, *env.state_spec.keys(True, True))
@@ -229,6 +237,7 @@ class ALMAgent(nn.Module):
                 agent.dynamics,
                 action_spec=env.action_spec_unbatched,
                 latent_dim=agent.config.latent_dim,
+                skip=skip_checks,
             )
         return agent
 

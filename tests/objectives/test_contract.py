@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -13,21 +14,38 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 from torch import distributions as D
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import DoubleToFloat, GymEnv, TransformedEnv
 from torchrl.modules import GRUModule
+from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.distributions import DiagonalNormal
 from alm_torchrl.modules import (
+    Actor,
     Augmented,
     CategoricalHead,
+    FrozenEncoder,
     LatentDynamics,
     LatentModule,
     MLPEncoder,
+    NormalizedInputs,
+    QValueEnsemble,
     RecurrentEncoder,
+    RewardModel,
+    RunningNorm,
+    TransitionClassifier,
 )
-from alm_torchrl.objectives import check_encoder
+from alm_torchrl.objectives import ALMLoss, check_encoder
+from alm_torchrl.objectives.contract import _CHECKS
+from alm_torchrl.objectives.parameters import parametrized
 
-SPEC = Composite(observation=Unbounded(3), image=Unbounded((1, 4, 4)))
+SPEC = Composite(
+    observation=Unbounded(3),
+    image=Unbounded((1, 4, 4)),
+    double=Unbounded(3, dtype=torch.float64),
+    bytes=Unbounded(3, dtype=torch.uint8),
+)
 ACTION = Unbounded(2)
 
 
@@ -133,9 +151,64 @@ class RunningMean(nn.Linear):
         return super().forward(x)
 
 
-class ToDouble(nn.Module):
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.double()
+        return x.to(self.dtype)
+
+
+class LeadingDims(nn.Module):
+    """It flattens the leading dimensions of images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image.reshape(-1, 1, 4, 4)).reshape(*image.shape[:-3], -1)
+
+
+def convolutions(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(8, 8))
+
+
+class Spectral(nn.Module):
+    """Its power iterations run in update_statistics alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            spectral_norm(nn.Linear(3, 16)), nn.SiLU(), spectral_norm(nn.Linear(16, 8))
+        )
+        self.train()
+
+    def train(self, mode: bool = True) -> Spectral:
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    @torch.no_grad()
+    def update_statistics(self, x: Tensor) -> None:
+        super().train()
+        self.layers(x)
+        self.train()
+
+
+class OwnLoss(nn.Linear):
+    """Its bias is trained by a loss of its own alone."""
+
+    def __init__(self, mean: bool = False) -> None:
+        super().__init__(3, 8)
+        self.mean = mean
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = super().forward(x)
+        loss = out.square().mean(-1)
+        return out - self.bias, loss.mean() if self.mean else loss
 
 
 class Remembers(nn.Linear):
@@ -150,7 +223,7 @@ WRONG = {
     ),
     "wrong_key": (
         lambda: gaussian(nn.Linear(3, 8), in_keys=["position"]),
-        ["reads 'position', which is not in the observation spec: use in_keys from image, obs"],
+        ["reads 'position', which is not in the .* spec: use in_keys from bytes, double, image, o"],
     ),
     "no_memory": (
         lambda: RecurrentEncoder(3, 4, 8),
@@ -203,23 +276,63 @@ WRONG = {
     "unsaved": (lambda: gaussian(Unsaved()), ["state_dict does not restore it"]),
     "moving": (
         lambda: gaussian(RunningMean()),
-        ["changes the buffer .*mean: .*update_statistics"],
+        ["changes .*mean: .*update_statistics"],
     ),
     "batch_norm": (
         lambda: gaussian(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 8))),
-        [r"batch size \[\] .*: use nn.LayerNorm or RunningNorm"],
+        ["module.0.module.0 is a BatchNorm .*: use nn.LayerNorm .* NormalizedInputs, .* FrozenEnc"],
+    ),
+    "batch_norm_of_images": (
+        lambda: gaussian(LeadingDims(convolutions(nn.BatchNorm2d(2))), in_keys=["image"]),
+        [r"network.1 is a BatchNorm .*nn.GroupNorm\(1, channels\) after a convolution"],
+    ),
+    "batch_norm_in_eval": (
+        lambda: gaussian(LeadingDims(convolutions(nn.BatchNorm2d(2))), in_keys=["image"]).eval(),
+        ["network.1 is a BatchNorm in training mode"],
+    ),
+    "norm_without_statistics": (
+        lambda: gaussian(nn.Sequential(RunningNorm(3), nn.Linear(3, 8))),
+        ["statistics: .* does not reach module.0.module.0, a RunningNorm: .*NormalizedInputs"],
     ),
     "spectral_norm": (
+        lambda: gaussian(spectral_norm(nn.Linear(3, 8))),
+        ["buffers: .*changes .*_u, .*_v: keep the layer in evaluation mode .*update_statistics"],
+    ),
+    "old_spectral_norm": (
         lambda: gaussian(nn.utils.spectral_norm(nn.Linear(3, 8))),
-        ["changes the buffer .*weight_u: .*weight_norm instead of spectral_norm"],
+        ["changes .*weight_u", "module.weight is neither a .*, or use torch.nn.utils.parametriz"],
+    ),
+    "old_weight_norm": (
+        lambda: gaussian(nn.utils.weight_norm(nn.Linear(3, 8))),
+        ["cannot be copied .*: .* use torch.nn.utils.parametrizations.weight_norm instead"],
     ),
     "float64_latent": (
-        lambda: gaussian(nn.Sequential(nn.Linear(3, 8), ToDouble())),
-        ["the dynamics cannot read its latent.*: build both with the same dtype"],
+        lambda: gaussian(nn.Sequential(nn.Linear(3, 8), Cast(torch.float64))),
+        ["latent has dtype torch.float64, .*: convert the output of the network to torch.float32"],
     ),
     "float64_weights": (
         lambda: gaussian(nn.Linear(3, 8).double()),
-        [r"batch size \[4\] .*: convert the observations to the dtype of the weights"],
+        [r"batch size \[4\] .*: convert the weights .* encoder.to\(torch.float32\)"],
+    ),
+    "float64_observation": (
+        lambda: gaussian(nn.Linear(3, 8), in_keys=["double"]),
+        [r"batch size \[4\] .*: append torchrl.envs.DoubleToFloat\(\) to the environment"],
+    ),
+    "bytes": (
+        lambda: gaussian(nn.Linear(3, 8), in_keys=["bytes"]),
+        [r"batch size \[4\] .*: convert 'bytes' to float32 in forward"],
+    ),
+    "odd_size": (
+        lambda: gaussian(nn.Linear(3, 7)),
+        [r"has size 7, .* multiple of 2 .*for 6 or 8 outputs.*: change the last layer"],
+    ),
+    "odd_groups": (
+        lambda: gaussian(nn.Linear(3, 7), head=CategoricalHead(classes=4)),
+        [r"has size 7, .* multiple of classes=4; build the network for 4 or 8 outputs"],
+    ),
+    "mean_loss": (
+        lambda: gaussian(OwnLoss(mean=True), memory_keys=["own_loss"]),
+        ["one number for each observation, not their mean"],
     ),
     "wrong_image_size": (
         lambda: gaussian(nn.Sequential(nn.Flatten(-3), nn.Linear(25, 8)), in_keys=["image"]),
@@ -241,6 +354,130 @@ def test_a_wrong_encoder_is_told_what_to_write(name: str) -> None:
         check_encoder(make(), SPEC, LatentDynamics(4, 2, 8))
     for expected in says:
         assert error.match(expected)
+
+
+#: For each mistake above: the encoder that its advice leads to.
+FOLLOWED = {
+    "batch_norm": lambda: gaussian(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 8))),
+    "norm_without_statistics": lambda: gaussian(
+        NormalizedInputs(nn.Linear(3, 8), [RunningNorm(3)])
+    ),
+    "batch_norm_of_images": lambda: gaussian(
+        LeadingDims(convolutions(nn.GroupNorm(1, 2))), in_keys=["image"]
+    ),
+    "batch_norm_in_eval": lambda: FrozenEncoder(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), (1, 4, 4), 4, 8, in_keys=["image"]
+    ),
+    "spectral_norm": lambda: gaussian(Spectral()),
+    "old_weight_norm": lambda: gaussian(weight_norm(nn.Linear(3, 8))),
+    "float64_latent": lambda: gaussian(
+        nn.Sequential(nn.Linear(3, 8), Cast(torch.float64), Cast(torch.float32))
+    ),
+    "float64_weights": lambda: gaussian(nn.Linear(3, 8).double()).to(torch.float32),
+    "bytes": lambda: gaussian(
+        nn.Sequential(Cast(torch.float32), nn.Linear(3, 8)), in_keys=["bytes"]
+    ),
+    "odd_size": lambda: gaussian(nn.Linear(3, 8)),
+    "odd_groups": lambda: gaussian(nn.Linear(3, 8), head=CategoricalHead(classes=4)),
+    "mean_loss": lambda: gaussian(OwnLoss(), memory_keys=["own_loss"]),
+}
+
+
+def windows(count: int = 32) -> TensorDict:
+    """Windows of one step, whose next observations follow from the observations."""
+    now = SPEC.rand((count, 1))
+    now["bytes"] = now["bytes"].remainder(4)
+    flag = torch.zeros(count, 1, 1, dtype=torch.bool)
+    following = now.apply(lambda value: (0.5 * value).to(value.dtype))
+    following.update({"reward": now["observation"][..., :1], "done": flag, "terminated": flag})
+    return now.set("action", torch.rand(count, 1, 2)).set("next", following)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_an_encoder_that_follows_the_advice_passes_and_learns(name: str) -> None:
+    torch.manual_seed(0)
+    encoder, size = FOLLOWED[name](), 8 if name == "odd_groups" else 4
+    dynamics = LatentDynamics(size, 2, 8, head=encoder.head)
+    assert check_encoder(encoder, SPEC, dynamics) == size
+    loss = ALMLoss(
+        encoder,
+        dynamics,
+        RewardModel(size, 2, 8),
+        TransitionClassifier(size, 2, 8),
+        QValueEnsemble(size, 2, 8),
+        Actor(size, [-1.0] * 2, [1.0] * 2, 8),
+        horizon=1,
+        auxiliary_losses={"own": "own_loss"} if name == "mean_loss" else None,
+    )
+    target_update = SoftUpdate(loss, tau=0.05)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    data, found = windows(), []
+    for _ in range(60):
+        encoder.update_statistics(data)
+        out = loss(data)
+        sum(out[key] for key in loss.out_keys).backward()
+        found.append(out["loss_world_model"].item())
+        if len(found) == 1:
+            assert all(p.grad.any() for p in loss.encoder_params.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        target_update.step()
+    assert sum(found[-10:]) < sum(found[:10]) - 1
+    if name == "spectral_norm":
+        for params in (loss.encoder_params, loss.target_encoder_params):
+            with parametrized(encoder, params):
+                for layer in (encoder.network.layers[0], encoder.network.layers[2]):
+                    norm = torch.linalg.matrix_norm(layer.weight, 2).item()
+                    assert norm == pytest.approx(1, abs=0.1)
+    if name == "norm_without_statistics":
+        mean = data["observation"].mean((0, 1))
+        torch.testing.assert_close(encoder.network.norms[0].mean, mean)
+
+
+def test_float64_observations_are_read_after_the_advised_transform() -> None:
+    env, encoder = GymEnv("InvertedPendulum-v5"), gaussian(nn.Linear(4, 8))
+    with pytest.raises(ValueError, match="append torchrl.envs.DoubleToFloat"):
+        check_encoder(encoder, env.observation_spec)
+    env = TransformedEnv(env)
+    env.append_transform(DoubleToFloat())
+    assert check_encoder(encoder, env.observation_spec) == 4
+    env.close()
+
+
+def test_a_float64_latent_in_the_loss_names_the_network_to_change() -> None:
+    encoder = gaussian(nn.Sequential(nn.Linear(3, 8), Cast(torch.float64)))
+    networks = (RewardModel(4, 2, 8), TransitionClassifier(4, 2, 8), QValueEnsemble(4, 2, 8))
+    loss = ALMLoss(encoder, LatentDynamics(4, 2, 8), *networks, Actor(4, [-1.0] * 2, [1.0] * 2, 8))
+    with pytest.raises(ValueError, match="cannot read 'latent' of dtype torch.float64, .* convert"):
+        loss.world_model_rollout(torch.cat([windows()] * 3, 1))
+
+
+@pytest.mark.parametrize("name", ["gradient", "latent_dim", "determinism"])
+def test_a_check_is_skipped_by_its_name(name: str) -> None:
+    make, options = {
+        "gradient": (lambda: gaussian(Unused()), {}),
+        "latent_dim": (lambda: MLPEncoder(3, 4, 8), {"latent_dim": 5}),
+        "determinism": (lambda: gaussian(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 8))), {}),
+    }[name]
+    with pytest.raises(ValueError, match=f"- {name}: ") as error:
+        check_encoder(make(), SPEC, **options)
+    assert str(error.value).count(f"\n- {name}: ") == len(str(error.value).splitlines()) - 1
+    for skip in (name, [name]):
+        assert check_encoder(make(), SPEC, skip=skip, **options) == 4
+    with pytest.raises(ValueError, match=f"- {name}: "):
+        check_encoder(make(), SPEC, skip=["inputs"], **options)
+
+
+def test_an_unknown_check_is_answered_with_the_name_that_was_meant() -> None:
+    with pytest.raises(ValueError, match="unknown check 'gradients'; did you mean 'gradient'?"):
+        check_encoder(MLPEncoder(3, 4, 8), SPEC, skip=["shapes", "gradients"])
+    with pytest.raises(ValueError, match=r"unknown check 'xyz'; choose from \('shapes', "):
+        check_encoder(MLPEncoder(3, 4, 8), SPEC, skip="xyz")
+
+
+def test_every_check_that_can_be_skipped_is_documented() -> None:
+    for name in _CHECKS:
+        assert f"``{name}``" in check_encoder.__doc__
 
 
 def test_all_findings_come_at_once() -> None:

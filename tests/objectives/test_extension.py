@@ -11,9 +11,16 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torchrl.data import Composite, Unbounded
 
-from alm_torchrl.modules import ContinuationModel
-from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.modules import (
+    ContinuationModel,
+    FixedScaleHead,
+    LatentDynamics,
+    LatentModule,
+)
+from alm_torchrl.objectives import ALMLoss, check_encoder
+from alm_torchrl.training import StackedLoss
 
 Make = Callable[..., Any]
 
@@ -52,6 +59,105 @@ def test_an_auxiliary_loss_trains_the_encoder_and_itself(
     plain = make_loss(reduction=reduction)(td)
     for name, value in plain.items():
         torch.testing.assert_close(out[name], value)
+
+
+class Quantized(nn.Module):
+    """Maps observations to the nearest code vector, and computes the losses of VQ-VAE."""
+
+    def __init__(self, codes: int = 6) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 4)
+        self.codebook = nn.Parameter(torch.randn(codes, 4))
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.layer(observation)
+        distance = (features.detach().unsqueeze(-2) - self.codebook.detach()).square().sum(-1)
+        code = self.codebook[distance.argmin(-1)]
+        loss = (code - features.detach()).square() + 0.25 * (features - code.detach()).square()
+        return features + (code - features).detach(), loss.sum(-1)
+
+
+def quantized_networks(make_networks: Make) -> dict[str, nn.Module]:
+    head = FixedScaleHead(0.5)
+    encoder = LatentModule(Quantized(), ["observation"], head=head, memory_keys=["codebook_loss"])
+    dynamics = LatentDynamics(4, 2, 8, head=head)
+    return {**make_networks(), "encoder": encoder, "dynamics": dynamics}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_that_the_encoder_writes_trains_the_encoder(
+    make_loss: Make, make_networks: Make, make_windows: Make, reduction: str
+) -> None:
+    networks, td = quantized_networks(make_networks), make_windows()
+    options = {"networks": networks, "reduction": reduction}
+    loss = make_loss(auxiliary_losses={"codebook": "codebook_loss"}, **options)
+    assert (
+        check_encoder(
+            networks["encoder"],
+            Composite(observation=Unbounded(5, dtype=torch.float64)),
+            networks["dynamics"],
+        )
+        == 4
+    )
+    assert loss.out_keys[-1] == "loss_codebook"
+    out, network = loss(td), networks["encoder"].network
+    _, wanted = network(td["observation"][:, 0])
+    wanted = wanted if reduction == "none" else wanted.mean()
+    torch.testing.assert_close(out["loss_codebook"], wanted)
+    expected = torch.autograd.grad(wanted.sum(), [*network.parameters()])
+    out["loss_codebook"].sum().backward()
+    for parameter, gradient in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+        parameter.grad = None
+    assert all(p.grad is None for p in loss.parameters())
+    trained = {id(p) for p in loss.parameter_groups()["world_model"]}
+    assert {id(p) for p in network.parameters()} <= trained
+    # The codes reach the latent straight through, so that the codebook has no other gradient.
+    sum(value.sum() for key, value in loss(td).items() if key in loss.out_keys[:-1]).backward()
+    assert network.codebook.grad is None
+    assert network.layer.weight.grad.any()
+
+
+def test_a_loss_of_the_encoder_is_masked_and_changes_no_other_loss(
+    make_loss: Make, make_networks: Make, make_windows: Make
+) -> None:
+    networks, td = quantized_networks(make_networks), make_windows()
+    valid = torch.ones(6, 3, dtype=torch.bool)
+    valid[:2] = False
+    td["validity_mask"] = valid
+    loss = make_loss(networks=networks, auxiliary_losses={"codebook": "codebook_loss"})
+    plain = ALMLoss(**networks)
+    plain.target_encoder_params.update_(loss.target_encoder_params)
+    plain.target_qvalue_network_params.update_(loss.target_qvalue_network_params)
+    plain.deterministic_sampling_mode = loss.deterministic_sampling_mode
+    torch.manual_seed(0)
+    out = loss(td)
+    _, each = networks["encoder"].network(td["observation"][2:, 0])
+    torch.testing.assert_close(out["loss_codebook"], each.mean())
+    torch.manual_seed(0)
+    for name, value in plain(td).items():
+        torch.testing.assert_close(out[name], value)
+
+
+def test_losses_of_the_encoders_of_several_seeds(make_networks: Make, make_windows: Make) -> None:
+    losses = []
+    for _ in range(2):
+        networks = quantized_networks(make_networks)
+        losses.append(ALMLoss(**networks, auxiliary_losses={"codebook": "codebook_loss"}))
+    windows = torch.stack([make_windows(seed=seed, dtype=torch.float32) for seed in (1, 2)])
+    wanted = [loss(td)["loss_codebook"] for loss, td in zip(losses, windows, strict=True)]
+    torch.testing.assert_close(StackedLoss(losses)(windows)["loss_codebook"], torch.stack(wanted))
+
+
+@pytest.mark.parametrize("given", ["codebok_loss", None, 3])
+def test_an_entry_that_the_encoder_does_not_write_is_refused(
+    make_networks: Make, given: Any
+) -> None:
+    networks = quantized_networks(make_networks)
+    with pytest.raises(ValueError, match=r"'codebook' is neither a module nor an entry .*codebook"):
+        ALMLoss(**networks, auxiliary_losses={"codebook": given})
+    with pytest.raises(ValueError, match="has the name of another loss"):
+        ALMLoss(**networks, auxiliary_losses={"value": "codebook_loss"})
 
 
 def test_a_wrong_auxiliary_loss_is_refused(make_loss: Make, make_windows: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Bounded
 
-from alm_torchrl.modules import CategoricalHead, QValueEnsemble
+from alm_torchrl.modules import CategoricalHead, LatentModule, QValueEnsemble
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import Measurement, ValueBias
 from recipes.build import env_factory, make_measurements, make_module
@@ -110,6 +111,30 @@ def test_auxiliary_losses_are_built_from_options(config, num_seeds: int) -> None
     decoders = [p for p in optimizer.param_groups[0]["params"] if p.shape[-2:] == (17, 8)]
     assert len(decoders) == 1
     assert decoders[0].grad.abs().sum() > 0
+
+
+class WithLoss(nn.Linear):
+    """A network that writes a loss of its own."""
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        out = super().forward(observation)
+        return out, out.square().mean(-1)
+
+
+def make_encoder_with_loss(spec: Any, *, latent_dim: int, hidden_dim: int) -> LatentModule:
+    network = WithLoss(spec["observation"].shape[-1], 2 * latent_dim)
+    return LatentModule(network, ["observation"], memory_keys=["own_loss"])
+
+
+def test_a_loss_of_the_encoder_is_named_in_the_options(config) -> None:
+    options = (*SIZES, "training.warmup_steps=20", "training.batch_size=8")
+    build = f"encoder.build._target_={__name__}.make_encoder_with_loss"
+    module = make_module(config(*options, build, "+objective.auxiliary_losses.own=own_loss"), CPU)
+    losses = module.loss(next(iter(module.experience)))
+    losses["loss_own"].backward()
+    assert all(p.grad.any() for p in module.agent.encoder.parameters())
+    with pytest.raises(ValueError, match="'own' is neither .*; the encoder writes .*'own_loss'"):
+        make_module(config(*options, build, "+objective.auxiliary_losses.own=other"), CPU)
 
 
 class RewardMean(Measurement):

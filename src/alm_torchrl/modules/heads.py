@@ -42,6 +42,17 @@ class LatentHead(Rebuildable):
         """Maps the network output to the parameters, at least float32."""
         raise NotImplementedError
 
+    @staticmethod
+    def _check_size(raw: Tensor, factor: int, name: str) -> None:
+        """Raises if the size of the network output is not a multiple of ``factor``."""
+        size = raw.shape[-1]
+        if size % factor:
+            near = max(factor, size // factor * factor)
+            raise ValueError(
+                f"the network output has size {size}, which is not a multiple of {name}; build the "
+                f"network for {near} or {near + factor} outputs"
+            )
+
 
 @dataclass(frozen=True)
 class GaussianHead(LatentHead):
@@ -80,8 +91,7 @@ class GaussianHead(LatentHead):
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns location and scale, each ``[..., D]``, from ``[..., 2 * D]``."""
-        if raw.shape[-1] % 2:
-            raise ValueError(f"the size of the output must be even, got shape {tuple(raw.shape)}")
+        self._check_size(raw, 2, "2 (location and scale)")
         loc, scale = full_precision(raw).chunk(2, dim=-1)
         loc = self.loc_bound * torch.tanh(loc / self.loc_bound)
         scale = self.scale_max - F.softplus(self.scale_max - scale)
@@ -163,6 +173,7 @@ class SimplicialHead(FixedScaleHead):
             raise ValueError(f"expected at least 2 classes and temperature > 0, got {self}")
 
     def _location(self, raw: Tensor) -> Tensor:
+        self._check_size(raw, self.classes, f"classes={self.classes}")
         groups = raw.unflatten(-1, (-1, self.classes)) / self.temperature
         return groups.softmax(-1).flatten(-2)
 
@@ -199,6 +210,7 @@ class CategoricalHead(LatentHead):
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Returns logits ``[..., G, C]`` from ``[..., G * C]``."""
+        self._check_size(raw, self.classes, f"classes={self.classes}")
         return full_precision(raw).unflatten(-1, (-1, self.classes))
 
 

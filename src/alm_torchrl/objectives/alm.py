@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alm_torchrl.data.transitions import next_key
-from alm_torchrl.objectives.checks import check_choices, check_whole
+from alm_torchrl.objectives.checks import check_choices, check_whole, split_losses
 from alm_torchrl.objectives.functional import (
     detached,
     discounts,
@@ -110,9 +110,10 @@ class ALMLoss(LatentModelLoss):
             in the value targets, instead of its value.
         start_steps (int): largest number of imagined steps before the actor's rollout; see
             :meth:`roll_on`.
-        auxiliary_losses (dict): further losses by name. Each module reads the windows ``[B, T]``
-            with ``"validity_mask"`` and the latents of encoder (first step) and dynamics (later
-            steps); it returns a scalar or ``[B]``, which becomes ``loss_<name>``.
+        auxiliary_losses (dict): further losses by name; they become ``loss_<name>``. Each is a
+            module, which reads the windows ``[B, T]`` with ``"validity_mask"`` and the latents of
+            encoder (first step) and dynamics (later steps) and returns a scalar or ``[B]``; or the
+            key of a loss that the encoder writes for each observation, such as that of a codebook.
 
     The options from ``reward_term`` to ``actor_objective`` are for ablations; the later ones and
     ``continuation_model`` are not in the paper. :meth:`make_value_estimator` sets discount and
@@ -188,7 +189,7 @@ class ALMLoss(LatentModelLoss):
         actor_objective: ActorObjective = "lambda_returns",
         value_expansion: bool = False,
         start_steps: int = 0,
-        auxiliary_losses: Mapping[str, nn.Module] | None = None,
+        auxiliary_losses: Mapping[str, nn.Module | NestedKey] | None = None,
     ) -> None:
         averaged = ("encoder",) if latent_target == "moving_average" else ()
         super().__init__(
@@ -219,7 +220,7 @@ class ALMLoss(LatentModelLoss):
                 found = repr(consistency_level)
                 raise ValueError(f"consistency_level must be a positive finite number, got {found}")
             self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))
-        self.auxiliary_losses = nn.ModuleDict(auxiliary_losses or {})
+        self.auxiliary_losses, self._encoder_losses = split_losses(auxiliary_losses, self.encoder)
         check_choices({name: getattr(self, name) for name in _CHOICES}, _CHOICES)
         if len(set(self.out_keys)) < len(self.out_keys):
             raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
@@ -241,7 +242,7 @@ class ALMLoss(LatentModelLoss):
             keys.append("loss_continuation")
         if self.consistency_level is not None:
             keys.append("loss_multiplier")
-        return keys + [f"loss_{name}" for name in self.auxiliary_losses]
+        return keys + [f"loss_{name}" for name in (*self.auxiliary_losses, *self._encoder_losses)]
 
     def set_keys(self, **kwargs: NestedKey | None) -> None:
         """Renames the entries of the batch, but not the keys of the networks.
@@ -292,7 +293,7 @@ class ALMLoss(LatentModelLoss):
         out: dict[str, Tensor] = {}
         for key in self.out_keys:
             name = key.removeprefix("loss_")
-            if name in self.auxiliary_losses:
+            if name in self.auxiliary_losses or name in self._encoder_losses:
                 out[key], metrics = self.auxiliary_loss(batch, name)
             else:
                 out[key], metrics = getattr(self, f"{name}_loss")(batch)
@@ -339,14 +340,19 @@ class ALMLoss(LatentModelLoss):
         return self._reduce(loss, self._counted(batch)), detached(metrics)
 
     def auxiliary_loss(self, tensordict: TensorDictBase | Batch, name: str) -> LossAndMetrics:
-        """The loss of the auxiliary module ``name``."""
+        """The loss of the auxiliary module or of the encoder's entry ``name``."""
         batch = self.prepare(tensordict, steps=self.horizon)
-        module, windows = self.auxiliary_losses[name], batch.windows.copy()
-        windows.set(self._latent_key, self.world_model_rollout(batch)["latent"])
-        windows.set(self.tensor_keys.validity_mask, batch.mask)
-        loss = module(windows)
-        if isinstance(loss, TensorDictBase):
-            loss = loss.get(cast("TensorDictModule", module).out_keys[-1])
+        rollout = self.world_model_rollout(batch)
+        if name in self._encoder_losses:
+            loss = rollout[f"loss_{name}"]
+            loss = loss.squeeze(-1) if loss.ndim > 1 else loss
+        else:
+            module, windows = self.auxiliary_losses[name], batch.windows.copy()
+            windows.set(self._latent_key, rollout["latent"])
+            windows.set(self.tensor_keys.validity_mask, batch.mask)
+            loss = module(windows)
+            if isinstance(loss, TensorDictBase):
+                loss = loss.get(cast("TensorDictModule", module).out_keys[-1])
         if loss.shape not in ((), batch.mask.shape[:1]):
             raise ValueError(
                 f"auxiliary loss {name!r} has shape {tuple(loss.shape)}; return a scalar or one "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from typing import Any, SupportsIndex, get_args
 
@@ -140,20 +140,47 @@ def check_networks(networks: dict[str, Any]) -> None:
             )
 
 
-def explain_sizes(
+def explain_inputs(
     error: RuntimeError, name: str, network: TensorDictModuleBase, inputs: TensorDictBase
 ) -> None:
     """Raises a clearer error if the inputs do not fit the first linear layer."""
     first = next(layer for layer in network.modules() if not any(layer.children()))
+    if not isinstance(first, nn.Linear):
+        return
     entries = {key: inputs.get(key) for key in network.in_keys}
+    for key, value in entries.items():
+        if value.dtype == torch.float64 != first.weight.dtype:
+            raise ValueError(
+                f"{name} cannot read {key!r} of dtype torch.float64, because its weights have "
+                f"{first.weight.dtype}; convert the output of the network that writes {key!r}"
+            ) from error
     sizes = sum(value.shape[-1] for value in entries.values())
-    if not isinstance(first, nn.Linear) or sizes == first.in_features:
+    if sizes == first.in_features:
         return
     found = ", ".join(f"{key!r} of shape {tuple(v.shape)}" for key, v in entries.items())
     raise ValueError(
         f"{name} cannot read {found}; its first layer expects last sizes "
         f"that add up to {first.in_features}; build it for these inputs"
     ) from error
+
+
+def split_losses(
+    losses: Mapping[str, nn.Module | NestedKey] | None, encoder: TensorDictModuleBase
+) -> tuple[nn.ModuleDict, dict[str, NestedKey]]:
+    """Returns the modules, and the entries of the encoder; raises if it does not write one."""
+    modules, entries = nn.ModuleDict(), {}
+    for name, loss in (losses or {}).items():
+        if isinstance(loss, nn.Module):
+            modules[name] = loss
+            continue
+        written = [unravel_key(key) for key in encoder.out_keys]
+        if not isinstance(loss, (str, tuple)) or unravel_key(loss) not in written:
+            raise ValueError(
+                f"auxiliary loss {name!r} is neither a module nor an entry that the encoder "
+                f"writes, got {loss!r}; the encoder writes {', '.join(map(repr, written))}"
+            )
+        entries[name] = unravel_key(loss)
+    return modules, entries
 
 
 def check_latents(prior: D.Distribution, target: D.Distribution) -> None:

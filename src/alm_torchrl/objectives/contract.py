@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
-from tensordict.utils import unravel_key
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torch import distributions as D
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +30,11 @@ _BATCHES = ((4,), (), (4, 3))
 _FAR = 1e6
 #: Exceptions that a wrong network may raise.
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+#: Names of the checks that ``skip`` accepts.
+_CHECKS = (
+    "shapes", "samples", "gradient", "buffers", "determinism", "inputs", "statistics", "state_dict",
+    "latent_dim", "dynamics", "divergence",
+)  # fmt: skip
 
 
 def check_encoder(
@@ -37,23 +44,35 @@ def check_encoder(
     *,
     action_spec: TensorSpec | None = None,
     latent_dim: int | None = None,
+    skip: str | Sequence[str] = (),
 ) -> int:
     """Checks whether a module can be the encoder, and reports all problems in one error.
 
     An encoder is a ``ProbabilisticTensorDictSequential``, such as a ``LatentModule``, that reads
-    observations and writes a latent. Its distribution has
+    observations and writes a latent. The checks, by the names that ``skip`` accepts:
 
-    * the batch shape of the observations and event shape ``[D]``;
-    * ``rsample()`` and ``deterministic_sample``, with a gradient to every trained parameter, and
-      ``entropy()``;
-    * a KL divergence from the dynamics: built in for two diagonal Normals or two ``OneHotGroups``,
-      registered with ``torch.distributions.register_kl`` for other pairs.
+    =============== ==============================================================================
+    ``shapes``      the distribution has the batch shape of the observations (one observation, a
+                    batch, windows) and event shape ``[D]``
+    ``samples``     it has ``rsample()``, ``deterministic_sample`` and ``entropy()``
+    ``gradient``    a finite gradient reaches every trained parameter from the sample, or from a
+                    further entry that the encoder writes, such as a loss of its own
+    ``buffers``     a forward pass in training mode changes no buffer; BatchNorm does
+    ``determinism`` two passes under ``ExplorationType.DETERMINISTIC`` are equal
+    ``inputs``      a forward pass does not change the observations
+    ``statistics``  ``encoder.update_statistics(tensordict)`` reaches each layer that has a method
+                    of this name, such as :class:`~alm_torchrl.modules.RunningNorm`
+    ``state_dict``  it holds all tensors, which are parameters or buffers
+    ``latent_dim``  ``D`` is the latent size of the other networks
+    ``dynamics``    the dynamics reads the latent, and has its dtype, size and an action
+    ``divergence``  the KL divergence from the dynamics is finite: built in for two diagonal Normals
+                    or two ``OneHotGroups``, registered with ``torch.distributions.register_kl`` for
+                    other pairs
+    =============== ==============================================================================
 
-    All its tensors are parameters or buffers. A forward pass changes neither them nor the
-    observations, and is deterministic under ``ExplorationType.DETERMINISTIC``. An entry written
-    under ``"next"`` is memory: the next step reads it without ``"next"``, if the environment has
-    the transform that ``make_tensordict_primer()`` returns. A method
-    ``update_statistics(tensordict)`` updates running statistics.
+    The other checks cannot be skipped: the module ends in a distribution, can be copied, and reads
+    entries of the spec. An entry written under ``"next"`` is memory: the next step reads it without
+    ``"next"``, if the environment has the transform that ``make_tensordict_primer()`` returns.
 
     The check runs a copy of the encoder on random observations and restores the random state.
 
@@ -63,12 +82,14 @@ def check_encoder(
         dynamics: the latent dynamics to train with the encoder.
         action_spec: spec of the action, for dynamics without an attribute ``action_dim``.
         latent_dim: the latent size of the other networks.
+        skip: names of checks to leave out.
 
     Returns:
         The size ``D`` of the latent.
 
     Raises:
-        ValueError: the problems, one line each, with remedies.
+        ValueError: the problems, one line each, with the name of the check and a remedy; or an
+            unknown name in ``skip``.
 
     Examples:
         >>> from torchrl.data import Composite, Unbounded
@@ -80,32 +101,79 @@ def check_encoder(
         Traceback (most recent call last):
         ValueError: MLPEncoder does not satisfy the encoder contract:
         - it reads 'pixels', which is not in the observation spec: use in_keys from observation
+        >>> check_encoder(MLPEncoder(3, 4, 8), spec, latent_dim=5, skip=["latent_dim"])
+        4
     """
+    report = _Report(skip)
     spec = observation_spec[(0,) * observation_spec.ndim]
-    findings, size = [*_interface(encoder, spec)], 0
-    if not findings:
+    report.findings += _interface(encoder, spec)
+    size = 0
+    if not report.findings:
         tensors = (*encoder.parameters(), *encoder.buffers())
         devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            trial = copy.deepcopy(encoder)
-            findings = [*_shapes(trial, spec)] or [*_samples(trial, spec)]
-            if not findings:
-                dist = trial.get_dist(_observations(trial, spec, 4, 3))
-                size = dist.event_shape[0]
-                findings += _gradient(trial, dist.rsample())
-                findings += _evaluation(trial, spec)
-                findings += _state_dict(trial, spec)
-                built = getattr(dynamics, "latent_dim", size) if latent_dim is None else latent_dim
-                if built != size:
-                    findings.append(
-                        f"its latent has size {size}, but the other networks have latent_dim="
-                        f"{built}: build it with {built}, or pass latent_dim={size}"
-                    )
-                else:
-                    findings += _dynamics(trial, dist, dynamics, action_spec)
-    if findings:
-        name, lines = type(encoder).__name__, "\n- ".join(findings)
+            # Lightning trains in training mode, in which dropout and BatchNorm act.
+            trial = copy.deepcopy(encoder).train()
+            if (
+                report.add("buffers", _batch_norm(trial))
+                and report.add("shapes", _shapes(trial, spec))
+                and report.add("samples", _samples(trial, spec))
+            ):
+                size = _details(report, trial, spec, dynamics, action_spec, latent_dim)
+    if report.findings:
+        name, lines = type(encoder).__name__, "\n- ".join(report.findings)
         raise ValueError(f"{name} does not satisfy the encoder contract:\n- {lines}")
+    return size
+
+
+class _Report:
+    """The problems of an encoder, without those of skipped checks."""
+
+    def __init__(self, skip: str | Sequence[str]) -> None:
+        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self.findings: list[str] = []
+        for name in self.skip:
+            if name not in _CHECKS:
+                close = difflib.get_close_matches(str(name), _CHECKS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"choose from {_CHECKS}"
+                raise ValueError(f"skip names an unknown check {name!r}; {hint}")
+
+    def add(self, check: str, problems: Iterable[str]) -> bool:
+        """Runs a check unless it is skipped; returns whether it found no problem."""
+        found = [] if check in self.skip else [f"{check}: {problem}" for problem in problems]
+        self.findings += found
+        return not found
+
+
+def _details(
+    report: _Report,
+    trial: Any,
+    spec: Composite,
+    dynamics: Any,
+    action_spec: TensorSpec | None,
+    latent_dim: int | None,
+) -> int:
+    """Runs the checks of an encoder whose shapes are right; returns the size of its latent."""
+    parameters = trial.get_dist_params(_observations(trial, spec, 4, 3))
+    dist = trial.build_dist_from_params(parameters)
+    size = dist.event_shape[0]
+    report.add("gradient", _gradient(trial, dist.rsample(), parameters))
+    if report.add("buffers", _buffers(trial, spec)):
+        report.add("determinism", _determinism(trial, spec))
+    report.add("inputs", _inputs(trial, spec))
+    report.add("statistics", _statistics(trial, spec))
+    report.add("state_dict", _state_dict(trial, spec))
+    built = getattr(dynamics, "latent_dim", size) if latent_dim is None else latent_dim
+    sizes = (
+        f"its latent has size {size}, but the other networks have latent_dim={built}: build it "
+        f"with {built}, or pass latent_dim={size}"
+    )
+    if report.add("latent_dim", [] if built == size else [sizes]):
+        prior = dist if dynamics is None else _prior(trial, dist, dynamics, action_spec)
+        if isinstance(prior, str):
+            report.add("dynamics", [prior])
+        else:
+            report.add("divergence", _divergence(prior, dist))
     return size
 
 
@@ -139,7 +207,10 @@ def _interface(encoder: Any, spec: Composite) -> Iterator[str]:
     try:
         copy.deepcopy(encoder)
     except _FAILURES as error:
-        yield f"it cannot be copied ({one_line(error)}): detach the tensors that it stores"
+        yield (
+            f"it cannot be copied ({one_line(error)}): detach the tensors that it stores, and use "
+            "torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm"
+        )
 
 
 def _observations(encoder: Any, spec: Composite, *batch: int) -> TensorDictBase:
@@ -183,19 +254,39 @@ def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
 
 def _remedy(encoder: Any, spec: Composite, batch: tuple[int, ...], error: Exception) -> str:
     """Returns how to make a network accept the observations."""
-    if any(isinstance(layer, _BatchNorm) and layer.training for layer in encoder.modules()):
+    if "the network output" in str(error):  # of a head
+        return "change the last layer of the network"
+    if "batch dimension mismatch" in str(error):
         return (
-            "use nn.LayerNorm or RunningNorm instead of BatchNorm; if it is pretrained, call its "
-            "eval() in __init__ and in train()"
+            "keep the leading dimensions of the observations in all outputs, also in a loss "
+            "(one number for each observation, not their mean)"
         )
     if batch != _BATCHES[0]:
         return (
             "accept any leading dimensions (flatten them before convolutions, restore them after)"
         )
-    if "type" in str(error):
-        return "convert the observations to the dtype of the weights in forward()"
+    weights = {p.dtype for p in encoder.parameters()}
+    for key in encoder.in_keys:
+        if weights and spec[key].dtype not in weights:
+            if not spec[key].dtype.is_floating_point:
+                return f"convert {key!r} to float32 in forward()"
+            if spec[key].dtype == torch.float64:
+                return "append torchrl.envs.DoubleToFloat() to the environment"
+            return f"convert the weights to the dtype of {key!r}: encoder.to({spec[key].dtype})"
     shapes = ", ".join(f"{key!r} {list(spec[key].shape)}" for key in encoder.in_keys)
     return f"build it for the shapes in the observation spec, {shapes}"
+
+
+def _batch_norm(encoder: Any) -> Iterator[str]:
+    """Checks that no layer normalizes by the statistics of a batch."""
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+            yield (
+                f"{name} is a BatchNorm in training mode, whose output depends on the other "
+                "observations of the batch: use nn.LayerNorm (nn.GroupNorm(1, channels) after a "
+                "convolution), for inputs NormalizedInputs, or for a pretrained network "
+                "FrozenEncoder"
+            )
 
 
 def _samples(encoder: Any, spec: Composite) -> Iterator[str]:
@@ -216,7 +307,7 @@ def _samples(encoder: Any, spec: Composite) -> Iterator[str]:
             yield f"{name} of {kind} has shape {tuple(value.shape)}, expected {shape}"
 
 
-def _gradient(encoder: Any, latent: Tensor) -> Iterator[str]:
+def _gradient(encoder: Any, latent: Tensor, outputs: TensorDictBase) -> Iterator[str]:
     """Checks that a finite gradient reaches every trained parameter."""
     trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     if not trained:
@@ -227,14 +318,29 @@ def _gradient(encoder: Any, latent: Tensor) -> Iterator[str]:
             "with a gradient (for a frozen network: network.requires_grad_(False))"
         )
         return
+    value = latent.square().sum()
+    for key in _further_keys(encoder):
+        if outputs[key].requires_grad:
+            value = value + outputs[key].square().sum()
     gradients: Sequence[Tensor | None] = torch.autograd.grad(
-        latent.square().sum(), [*trained.values()], allow_unused=True
+        value, [*trained.values()], allow_unused=True
     )
     for name, gradient in zip(trained, gradients, strict=True):
         if gradient is None:
-            yield f"{name} has no gradient: use it in forward(), or call requires_grad_(False)"
+            yield (
+                f"{name} has no gradient: use it in forward(), write the loss that trains it to an "
+                "entry of its own, or call requires_grad_(False)"
+            )
         elif not gradient.isfinite().all():
             yield f"the gradient of {name} is not finite: bound the values in forward()"
+
+
+def _further_keys(encoder: Any) -> list[NestedKey]:
+    """Returns the entries, such as losses, that neither the encoder nor the next step reads."""
+    read = {unravel_key(key) for module in encoder.module for key in module.in_keys}
+    read |= {unravel_key(key) for key in encoder.dist_sample_keys}
+    keys = [unravel_key(key) for key in encoder.out_keys]
+    return [key for key in keys if key not in read and tuple_key(key)[0] != "next"]
 
 
 def _encode(encoder: Any, observations: TensorDictBase) -> Tensor:
@@ -242,27 +348,62 @@ def _encode(encoder: Any, observations: TensorDictBase) -> Tensor:
         return encoder(observations.copy()).get(encoder.dist_sample_keys[-1])
 
 
-def _evaluation(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that a forward pass is deterministic and changes neither inputs nor buffers."""
+def _determinism(encoder: Any, spec: Composite) -> Iterator[str]:
+    """Checks that two deterministic passes are equal."""
     observations = _observations(encoder, spec, 4, 3)
     if not torch.equal(_encode(encoder, observations), _encode(encoder, observations)):
         yield (
             "two forward passes under ExplorationType.DETERMINISTIC differ: remove dropout, and "
             "put augmentations into Augmented(network, [...])"
         )
+
+
+def _inputs(encoder: Any, spec: Composite) -> Iterator[str]:
+    """Checks that a forward pass does not change the observations."""
+    observations = _observations(encoder, spec, 4, 3)
     before = observations.clone()
-    buffers = {name: value.clone() for name, value in encoder.named_buffers()}
     with torch.no_grad():
         encoder.get_dist_params(observations)
     for key in before.keys(True, True):
         if not torch.equal(before[key], observations[key]):
             yield f"it changes the observation {key!r} in place: copy it first"
-    for name, value in encoder.named_buffers():
-        if not torch.equal(buffers[name], value):
+
+
+def _changed_buffers(module: Any, work: Callable[[], object]) -> list[str]:
+    """Returns the names of the buffers that a call changes."""
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    work()
+    return [name for name, value in module.named_buffers() if not torch.equal(before[name], value)]
+
+
+def _buffers(encoder: Any, spec: Composite) -> Iterator[str]:
+    """Checks that a forward pass changes no buffer."""
+    observations = _observations(encoder, spec, 4, 3)
+    with torch.no_grad():
+        changed = _changed_buffers(encoder, partial(encoder.get_dist_params, observations))
+    if changed:
+        yield (
+            f"its forward pass changes {', '.join(changed)}: keep the layer in evaluation mode "
+            "(override train()), and change the buffers in update_statistics(), which is called "
+            "on each collected batch; the page on encoders shows it for spectral_norm"
+        )
+
+
+def _statistics(encoder: Any, spec: Composite) -> Iterator[str]:
+    """Checks that update_statistics() of the encoder reaches the layers with such a method."""
+    layers = {n: m for n, m in encoder.named_modules() if n and hasattr(m, "update_statistics")}
+    update = getattr(encoder, "update_statistics", None)
+    if not layers:
+        return
+    changed = []
+    if update is not None:
+        changed = _changed_buffers(encoder, partial(update, _observations(encoder, spec, 4, 3)))
+    for name, layer in layers.items():
+        if [*layer.buffers()] and not any(key.startswith(f"{name}.") for key in changed):
             yield (
-                f"its forward pass changes the buffer {name}: use nn.LayerNorm instead of "
-                "BatchNorm and weight_norm instead of spectral_norm, or update the buffer in "
-                "update_statistics(), as RunningNorm does"
+                f"encoder.update_statistics() does not reach {name}, a {type(layer).__name__}: put "
+                "the network into NormalizedInputs(network, [...]), or define "
+                "update_statistics(*inputs) in it"
             )
 
 
@@ -296,45 +437,42 @@ def _state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
         )
 
 
-def _dynamics(
+def _prior(
     encoder: Any, posterior: D.Distribution, dynamics: Any, action_spec: TensorSpec | None
-) -> Iterator[str]:
-    """Checks that keys, sizes and distributions of encoder and dynamics match."""
-    if dynamics is None:
-        yield from _divergence(posterior, posterior)
-        return
+) -> D.Distribution | str:
+    """Returns the distribution of the dynamics after a latent, or why it cannot read the latent."""
     if not isinstance(dynamics, ProbabilisticTensorDictSequential):
-        yield (
+        return (
             f"the dynamics, {type(dynamics).__name__}, does not end in a distribution: use "
             "LatentDynamics(latent_dim, action_dim, head=encoder.head)"
         )
-        return
     latent = unravel_key(encoder.dist_sample_keys[-1])
     keys = [unravel_key(key) for key in dynamics.in_keys]
     if latent not in keys or len(keys) != 2:
-        yield f"it writes {latent!r}, but the dynamics reads {keys}: give both the same latent_key"
-        return
+        return f"it writes {latent!r}, but the dynamics reads {keys}: give both the same latent_key"
     shape = tuple(posterior.batch_shape + posterior.event_shape)
     size = getattr(dynamics, "action_dim", None) if action_spec is None else action_spec.shape[-1]
     if size is None:
-        yield "the size of the action is unknown: pass action_spec=env.action_spec"
-        return
+        return "the size of the action is unknown: pass action_spec=env.action_spec"
     z = posterior.rsample()
+    weights = next((p.dtype for p in dynamics.parameters()), z.dtype)
+    if z.dtype != weights:
+        return (
+            f"its latent has dtype {z.dtype}, but the dynamics has {weights}: convert the output "
+            f"of the network to {weights} in forward()"
+        )
     entries = {key: z if key == latent else z.new_zeros(*shape[:-1], size) for key in keys}
     try:
         prior = dynamics.get_dist(TensorDict(entries, batch_size=shape[:-1]))
     except _FAILURES as error:
-        same = "dtype" if "type" in str(error) else "latent_dim"
-        yield (
+        return (
             f"the dynamics cannot read its latent, {shape}, with an action of size {size} "
-            f"({one_line(error)}): build both with the same {same}"
+            f"({one_line(error)}): build both with the same latent_dim"
         )
-        return
     other = tuple(prior.batch_shape + prior.event_shape)
-    if shape == other:
-        yield from _divergence(prior, posterior)
-    else:
-        yield f"its latents have shape {shape}, but the dynamics has {other}: use one latent_dim"
+    if shape != other:
+        return f"its latents have shape {shape}, but the dynamics has {other}: use one latent_dim"
+    return prior
 
 
 def _divergence(prior: D.Distribution, posterior: D.Distribution) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType
@@ -18,7 +19,7 @@ from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives.checks import (
     check_latents,
     check_networks,
-    explain_sizes,
+    explain_inputs,
     mask_invalid,
     read_windows,
 )
@@ -95,6 +96,7 @@ class LatentModelLoss(LossModule):
     latent_target: str
     consistency_coeff: Tensor
     start_steps: int
+    _encoder_losses: dict[str, NestedKey]
 
     def __init__(self, averaged: tuple[str, ...], **networks: Any) -> None:
         super().__init__()
@@ -160,10 +162,12 @@ class LatentModelLoss(LossModule):
         try:
             with parametrized(network, params):
                 if isinstance(network, ProbabilisticTensorDictSequential):
-                    return network.get_dist_params(inputs.copy()).select(*network.dist_params_keys)
+                    written = network.get_dist_params(inputs.copy())
+                    losses = self._encoder_losses.values() if name == "encoder" else ()
+                    return written.select(*network.dist_params_keys, *losses)
                 output = network(inputs.copy()).get(network.out_keys[-1])
         except RuntimeError as error:
-            explain_sizes(error, name, network, inputs)
+            explain_inputs(error, name, network, inputs)
             raise
         expected = (*inputs.batch_size, _OUTPUT_SIZES.get(name, output.shape[-1]))
         if output.shape != expected:
@@ -269,7 +273,8 @@ class LatentModelLoss(LossModule):
         Returns:
             ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the distance in the loss) and ``reward``,
             each ``[B, T, 1]`` without a mask; ``latent`` ``[B, T, D]``; ``value`` ``[B, 1]`` of the
-            last latent; and entropies.
+            last latent; entropies; and the auxiliary losses that the encoder writes, by their keys
+            in :attr:`ALMLoss.out_keys`.
         """
         batch = self.prepare(tensordict, steps=self.horizon)
         if batch.rollout is not None:
@@ -307,6 +312,7 @@ class LatentModelLoss(LossModule):
                 "value": self._final_value(batch, latents[-1]),
                 "prior_entropy": prior.entropy().detach(),
                 "posterior_entropy": posterior.entropy().detach(),
+                **{f"loss_{name}": encoded.get(key) for name, key in self._encoder_losses.items()},
             },
             batch_size=actions.shape[:1],
         )

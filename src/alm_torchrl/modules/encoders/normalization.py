@@ -23,7 +23,8 @@ class RunningNorm(nn.Module):
     .. math:: x' = \mathrm{clip}((x - \mu) / \sqrt{\sigma^2 + \epsilon}, -c, c)
 
     The statistics are buffers shared with the target encoder. Only :meth:`update` changes them,
-    which :meth:`ALMAgent.update_statistics` calls.
+    which :meth:`ALMAgent.update_statistics` calls if the network is in a
+    :class:`NormalizedInputs`.
 
     Args:
         *shape: shape of an observation. A vector ``(O,)`` has a mean and a variance for each entry.
@@ -73,6 +74,8 @@ class RunningNorm(nn.Module):
         self.variance.copy_((1 - share) * self.variance * (self.count > 0) + spread)
         self.mean.add_(share * delta)
         self.count.copy_(total)
+
+    update_statistics = update
 
     def _as_float(self, x: Tensor) -> Tensor:
         return centered_bytes(x) if self.mean.ndim > 1 else concatenate(x)

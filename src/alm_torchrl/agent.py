@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -186,18 +185,15 @@ class ALMAgent(nn.Module):
         self.continuation_model = continuation_model
 
     @classmethod
-    def from_env(
-        cls, env: EnvBase, *, skip_checks: str | Sequence[str] = (), **options: Any
-    ) -> ALMAgent:
+    def from_env(cls, env: EnvBase, **options: Any) -> ALMAgent:
         """Builds an agent whose sizes fit an environment.
 
         Args:
             env: a TorchRL environment with a bounded continuous action. By default the agent
                 reads its vector observations, concatenated; pass an ``encoder`` to read others.
-            skip_checks: checks of the encoder to leave out; see ``skip`` of
-                :func:`~alm_torchrl.objectives.check_encoder`.
             **options: fields of :class:`AgentConfig`, and networks by name. An ``encoder`` also
-                sets the latent size and the head of the dynamics.
+                sets the latent size and the head of the dynamics; ``skip_checks`` is the ``skip``
+                of its :func:`~alm_torchrl.objectives.check_encoder`.
 
         Raises:
             TypeError: for an unknown option, or an action that is not bounded and continuous.
@@ -209,11 +205,13 @@ class ALMAgent(nn.Module):
             >>> agent = ALMAgent.from_env(ContinuousActionVecMockEnv(), hidden_dim=16)
         """
         names = {field.name for field in fields(AgentConfig)}
+        names.add("skip_checks")
         unknown = options.keys() - names - set(COMPONENTS)
         if unknown:
             known = ", ".join(sorted(names | set(COMPONENTS)))
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; choose from {known}")
         components = {name: options.pop(name) for name in COMPONENTS if name in options}
+        skip = options.pop("skip_checks", ())
         low, high = _action_range(env)
         spec = env.observation_spec_unbatched
         if "encoder" in components:
@@ -222,7 +220,7 @@ class ALMAgent(nn.Module):
                 components["encoder"],
                 spec,
                 latent_dim=options.get("latent_dim"),
-                skip=skip_checks,
+                skip=skip,
             )
         elif "observation_dims" not in options:
             state = (*env.reward_keys, *env.state_spec.keys(True, True))
@@ -237,7 +235,7 @@ class ALMAgent(nn.Module):
                 agent.dynamics,
                 action_spec=env.action_spec_unbatched,
                 latent_dim=agent.config.latent_dim,
-                skip=skip_checks,
+                skip=skip,
             )
         return agent
 

@@ -19,7 +19,9 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import DoubleToFloat, GymEnv, TransformedEnv
 from torchrl.modules import GRUModule
 from torchrl.objectives import SoftUpdate
+from torchrl.testing.mocking_classes import ContinuousActionVecMockEnv
 
+from alm_torchrl.agent import ALMAgent
 from alm_torchrl.distributions import DiagonalNormal
 from alm_torchrl.modules import (
     Actor,
@@ -466,6 +468,17 @@ def test_a_check_is_skipped_by_its_name(name: str) -> None:
         assert check_encoder(make(), SPEC, skip=skip, **options) == 4
     with pytest.raises(ValueError, match=f"- {name}: "):
         check_encoder(make(), SPEC, skip=["inputs"], **options)
+
+
+def test_an_agent_is_built_without_the_skipped_checks() -> None:
+    env = ContinuousActionVecMockEnv()
+    network = nn.Sequential(nn.Dropout(0.5), nn.Linear(7, 8))
+    options = {"encoder": gaussian(network), "hidden_dim": 8, "dynamics_hidden_dim": 8}
+    with pytest.raises(ValueError, match="- determinism: "):
+        ALMAgent.from_env(env, **options)
+    assert ALMAgent.from_env(env, skip_checks="determinism", **options).config.latent_dim == 4
+    with pytest.raises(ValueError, match="did you mean 'determinism'"):
+        ALMAgent.from_env(env, skip_checks=["deterministic"], **options)
 
 
 def test_an_unknown_check_is_answered_with_the_name_that_was_meant() -> None:

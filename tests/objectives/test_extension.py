@@ -232,6 +232,14 @@ def test_extensions_compile(make_networks: Make, make_windows: Make) -> None:
         torch.testing.assert_close(found["compiled"][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_loss_of_the_encoder_compiles(make_networks: Make, make_windows: Make) -> None:
+    networks, td = quantized_networks(make_networks), make_windows(dtype=torch.float32)
+    loss = ALMLoss(**networks, auxiliary_losses={"codebook": "codebook_loss"})
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert compiled(td)["loss_codebook"].item() == pytest.approx(loss(td)["loss_codebook"].item())
+
+
 def test_the_deepest_call_chain_of_the_loss(make_networks: Make, make_windows: Make) -> None:
     networks = {**make_networks(), "continuation_model": ContinuationModel(4, 2, 8)}
     loss = ALMLoss(**networks, value_expansion=True, start_steps=2, consistency_level=1.0)

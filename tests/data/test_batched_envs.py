@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import gymnasium
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    GymWrapper,
+    Transform,
+    TransformedEnv,
+    VecGymEnvTransform,
+)
 from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.agent import ALMAgent
@@ -109,6 +119,71 @@ def test_the_loss_reads_them(windows: TensorDictBase) -> None:
     agent = ALMAgent.from_env(BatchedCounting(4), latent_dim=4, hidden_dim=8, dynamics_hidden_dim=8)
     loss = ALMLoss(**agent.networks(), horizon=WINDOW)
     assert loss(windows).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
+def test_vector_environments_of_gymnasium_keep_last_observations(mode: AutoresetMode) -> None:
+    vector = gymnasium.make_vec(
+        "InvertedPendulum-v5", num_envs=3, vector_kwargs={"autoreset_mode": mode}
+    )
+    env = TransformedEnv(GymWrapper(vector), DoubleToFloat(in_keys=["observation"]))
+    replay = make_replay_buffer(3 * 200, batch_size=600, num_envs=3, seed=0)
+    for data in make_collector(env, None, frames_per_batch=3 * 20, total_frames=3 * 80, seed=0):
+        assert data.shape == (3, 20)
+        replay.extend(data)
+    windows = replay.sample()
+    valid, terminated = windows["validity_mask"], windows["next", "terminated"].squeeze(-1)
+    assert 0.05 < terminated[:, 0].float().mean() < 0.5
+    # The task terminates where the angle exceeds 0.2; first observations are near 0.
+    angle = windows["next", "observation"][..., 1].abs()
+    assert torch.equal(angle[valid] > 0.2, terminated[valid])
+    continues = windows["observation"][:, 1:] == windows["next", "observation"][:, :-1]
+    assert continues.all(-1)[valid[:, 1:]].all()
+    assert not terminated[:, :-1][valid[:, 1:]].any()
+
+
+class AutoReset(BatchedCounting):
+    """A simulator that resets environments within a step and loses their last observation."""
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
+        if tensordict is not None and not tensordict.get("_reset", torch.ones(1).bool()).all():
+            return TensorDict({"observation": self._observe()}, self.batch_size)
+        return super()._reset()
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        out = super()._step(tensordict)
+        reset = super()._reset(TensorDict({"_reset": out["done"]}, self.batch_size))
+        return out.update(reset)
+
+
+class KeepObservation(Transform):
+    """As in docs/simulators.md."""
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        for key in self.in_keys:
+            value = next_tensordict[key]
+            next_tensordict[key] = torch.where(value.isnan(), tensordict[key], value)
+        return next_tensordict
+
+
+def test_last_observations_that_a_simulator_loses_are_replaced() -> None:
+    """TorchRL wraps Isaac Lab with ``VecGymEnvTransform``, which marks them with NaN."""
+    env = TransformedEnv(
+        AutoReset(8), Compose(VecGymEnvTransform(), KeepObservation(in_keys=["observation"]))
+    )
+    replay = make_replay_buffer(8 * 100, batch_size=500, num_envs=8, window_length=WINDOW, seed=0)
+    for data in make_collector(env, None, frames_per_batch=8 * 20, total_frames=8 * 80):
+        replay.extend(data)
+    windows = replay.sample()
+    valid = windows["validity_mask"]
+    env_index, episode, count = windows["observation"].unbind(-1)
+    over = count + 1 == 2 + env_index % 7
+    assert torch.equal(windows["next", "done"].squeeze(-1)[valid], over[valid])
+    moved = windows["next", "observation"] - windows["observation"]
+    wanted = torch.tensor([0.0, 0.0, 1.0]) * (~over).unsqueeze(-1)
+    assert torch.equal(moved[valid], wanted[valid])
+    assert torch.equal(episode[valid], episode[:, :1].expand_as(episode)[valid])
+    assert (count == 0)[valid].any()
 
 
 def test_make_env_says_where_a_batched_environment_goes() -> None:

@@ -200,6 +200,17 @@ class Spectral(nn.Module):
         self.train()
 
 
+class VectorStatistics(nn.Linear):
+    """Its statistics are those of batches with one dimension."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def update_statistics(self, x: Tensor) -> None:
+        self.mean.copy_(x.mean(0))
+
+
 class OwnLoss(nn.Linear):
     """Its bias is trained by a loss of its own alone."""
 
@@ -295,6 +306,10 @@ WRONG = {
     "norm_without_statistics": (
         lambda: gaussian(nn.Sequential(RunningNorm(3), nn.Linear(3, 8))),
         ["statistics: .* does not reach module.0.module.0, a RunningNorm: .*NormalizedInputs"],
+    ),
+    "statistics_of_vectors": (
+        lambda: gaussian(VectorStatistics(3, 8)),
+        [r"statistics: update_statistics.. fails on .*\[4, 3\] .*: accept any leading dimensions"],
     ),
     "spectral_norm": (
         lambda: gaussian(spectral_norm(nn.Linear(3, 8))),
@@ -436,6 +451,17 @@ def test_an_encoder_that_follows_the_advice_passes_and_learns(name: str) -> None
         torch.testing.assert_close(encoder.network.norms[0].mean, mean)
 
 
+def test_statistics_that_do_not_change_any_more_are_reached() -> None:
+    encoder = gaussian(Spectral())
+    for _ in range(200):
+        encoder.update_statistics(windows())
+    u = encoder.network.layers[0].parametrizations.weight[0]._u
+    before = u.clone()
+    encoder.update_statistics(windows())
+    assert torch.allclose(u, before)
+    assert check_encoder(encoder, SPEC) == 4
+
+
 def test_float64_observations_are_read_after_the_advised_transform() -> None:
     env, encoder = GymEnv("InvertedPendulum-v5"), gaussian(nn.Linear(4, 8))
     with pytest.raises(ValueError, match="append torchrl.envs.DoubleToFloat"):
@@ -484,7 +510,7 @@ def test_an_agent_is_built_without_the_skipped_checks() -> None:
 def test_an_unknown_check_is_answered_with_the_name_that_was_meant() -> None:
     with pytest.raises(ValueError, match="unknown check 'gradients'; did you mean 'gradient'?"):
         check_encoder(MLPEncoder(3, 4, 8), SPEC, skip=["shapes", "gradients"])
-    with pytest.raises(ValueError, match=r"unknown check 'xyz'; choose from \('shapes', "):
+    with pytest.raises(ValueError, match="unknown check 'xyz'; choose from shapes, samples, "):
         check_encoder(MLPEncoder(3, 4, 8), SPEC, skip="xyz")
 
 

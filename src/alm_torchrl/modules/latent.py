@@ -38,7 +38,9 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
         head: the distribution of the latent.
         latent_key: entry of the latent.
         memory_keys: entries of further outputs of the network. Entries under ``"next"`` are memory:
-            the policy writes them, and the environment passes them to the next step.
+            the policy writes them, and the environment passes them to the next step. Another entry
+            may be a loss, which ``auxiliary_losses`` of
+            :class:`~alm_torchrl.objectives.ALMLoss` names.
 
     Examples:
         >>> import torch

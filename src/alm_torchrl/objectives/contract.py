@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +13,26 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torch import distributions as D
-from torch.nn.modules.batchnorm import _BatchNorm
-from torchrl.data import Bounded, Composite, TensorSpec
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.data import Composite, TensorSpec
 
 from alm_torchrl.data.transitions import tuple_key
 from alm_torchrl.files import one_line
+from alm_torchrl.objectives.encoder_state import (
+    FAILURES,
+    check_batch_norm,
+    check_buffers,
+    check_determinism,
+    check_inputs,
+    check_state_dict,
+    check_statistics,
+    random_observations,
+)
 from alm_torchrl.objectives.functional import kl_divergence
 
 __all__ = ["check_encoder"]
 
 #: Batch sizes to try: transitions, one environment, windows.
 _BATCHES = ((4,), (), (4, 3))
-#: Larger bounds of an observation are not realistic values.
-_FAR = 1e6
-#: Exceptions that a wrong network may raise.
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 #: Names of the checks that ``skip`` accepts.
 _CHECKS = (
     "shapes", "samples", "gradient", "buffers", "determinism", "inputs", "statistics", "state_dict",
@@ -115,7 +118,7 @@ def check_encoder(
             # Lightning trains in training mode, in which dropout and BatchNorm act.
             trial = copy.deepcopy(encoder).train()
             if (
-                report.add("buffers", _batch_norm(trial))
+                report.add("buffers", check_batch_norm(trial))
                 and report.add("shapes", _shapes(trial, spec))
                 and report.add("samples", _samples(trial, spec))
             ):
@@ -135,7 +138,9 @@ class _Report:
         for name in self.skip:
             if name not in _CHECKS:
                 close = difflib.get_close_matches(str(name), _CHECKS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"choose from {_CHECKS}"
+                hint = (
+                    f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(_CHECKS)}"
+                )
                 raise ValueError(f"skip names an unknown check {name!r}; {hint}")
 
     def add(self, check: str, problems: Iterable[str]) -> bool:
@@ -154,15 +159,15 @@ def _details(
     latent_dim: int | None,
 ) -> int:
     """Runs the checks of an encoder whose shapes are right; returns the size of its latent."""
-    parameters = trial.get_dist_params(_observations(trial, spec, 4, 3))
+    parameters = trial.get_dist_params(random_observations(trial, spec, 4, 3))
     dist = trial.build_dist_from_params(parameters)
     size = dist.event_shape[0]
     report.add("gradient", _gradient(trial, dist.rsample(), parameters))
-    if report.add("buffers", _buffers(trial, spec)):
-        report.add("determinism", _determinism(trial, spec))
-    report.add("inputs", _inputs(trial, spec))
-    report.add("statistics", _statistics(trial, spec))
-    report.add("state_dict", _state_dict(trial, spec))
+    if report.add("buffers", check_buffers(trial, spec)):
+        report.add("determinism", check_determinism(trial, spec))
+    report.add("inputs", check_inputs(trial, spec))
+    report.add("statistics", check_statistics(trial, spec))
+    report.add("state_dict", check_state_dict(trial, spec))
     built = getattr(dynamics, "latent_dim", size) if latent_dim is None else latent_dim
     sizes = (
         f"its latent has size {size}, but the other networks have latent_dim={built}: build it "
@@ -206,26 +211,11 @@ def _interface(encoder: Any, spec: Composite) -> Iterator[str]:
             yield f"it writes {('next', key)!r} but does not read {key!r}: add that to its in_keys"
     try:
         copy.deepcopy(encoder)
-    except _FAILURES as error:
+    except FAILURES as error:
         yield (
             f"it cannot be copied ({one_line(error)}): detach the tensors that it stores, and use "
             "torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm"
         )
-
-
-def _observations(encoder: Any, spec: Composite, *batch: int) -> TensorDictBase:
-    """Draws random observations for the encoder, on its device."""
-    first = next(iter([*encoder.parameters(), *encoder.buffers()]), None)
-    drawn = TensorDict(batch_size=batch, device=spec.device if first is None else first.device)
-    for key in encoder.in_keys:
-        leaf = spec[key]
-        drawn[key] = value = leaf.rand(batch)
-        if isinstance(leaf, Bounded) and leaf.dtype.is_floating_point:
-            # Networks have no finite gradients at a bound such as 1e300.
-            low, high = leaf.space.low, leaf.space.high
-            near = (low.abs() < _FAR) & (high.abs() < _FAR)
-            drawn[key] = torch.where(near, value, torch.randn_like(value).clamp(low, high))
-    return drawn
 
 
 def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
@@ -234,8 +224,8 @@ def _shapes(encoder: Any, spec: Composite) -> Iterator[str]:
         where = f"observations of batch size {list(batch)}"
         try:
             with torch.no_grad():
-                dist = encoder.get_dist(_observations(encoder, spec, *batch))
-        except _FAILURES as error:
+                dist = encoder.get_dist(random_observations(encoder, spec, *batch))
+        except FAILURES as error:
             yield f"it fails on {where} ({one_line(error)}): {_remedy(encoder, spec, batch, error)}"
             return
         if len(dist.event_shape) != 1:
@@ -277,27 +267,15 @@ def _remedy(encoder: Any, spec: Composite, batch: tuple[int, ...], error: Except
     return f"build it for the shapes in the observation spec, {shapes}"
 
 
-def _batch_norm(encoder: Any) -> Iterator[str]:
-    """Checks that no layer normalizes by the statistics of a batch."""
-    for name, layer in encoder.named_modules():
-        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
-            yield (
-                f"{name} is a BatchNorm in training mode, whose output depends on the other "
-                "observations of the batch: use nn.LayerNorm (nn.GroupNorm(1, channels) after a "
-                "convolution), for inputs NormalizedInputs, or for a pretrained network "
-                "FrozenEncoder"
-            )
-
-
 def _samples(encoder: Any, spec: Composite) -> Iterator[str]:
     """Checks samples and entropy of the distribution."""
-    dist = encoder.get_dist(_observations(encoder, spec, 4, 3))
+    dist = encoder.get_dist(random_observations(encoder, spec, 4, 3))
     kind, shape = type(dist).__name__, tuple(dist.batch_shape + dist.event_shape)
     for name in ("rsample", "deterministic_sample", "entropy"):
         try:
             value = getattr(dist, name)
             value = value() if callable(value) else value
-        except _FAILURES:
+        except FAILURES:
             yield (
                 f"its distribution, {kind}, has no {name}: use DiagonalNormal or OneHotGroups from "
                 f"alm_torchrl.distributions, or define it in {kind}"
@@ -343,100 +321,6 @@ def _further_keys(encoder: Any) -> list[NestedKey]:
     return [key for key in keys if key not in read and tuple_key(key)[0] != "next"]
 
 
-def _encode(encoder: Any, observations: TensorDictBase) -> Tensor:
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        return encoder(observations.copy()).get(encoder.dist_sample_keys[-1])
-
-
-def _determinism(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that two deterministic passes are equal."""
-    observations = _observations(encoder, spec, 4, 3)
-    if not torch.equal(_encode(encoder, observations), _encode(encoder, observations)):
-        yield (
-            "two forward passes under ExplorationType.DETERMINISTIC differ: remove dropout, and "
-            "put augmentations into Augmented(network, [...])"
-        )
-
-
-def _inputs(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that a forward pass does not change the observations."""
-    observations = _observations(encoder, spec, 4, 3)
-    before = observations.clone()
-    with torch.no_grad():
-        encoder.get_dist_params(observations)
-    for key in before.keys(True, True):
-        if not torch.equal(before[key], observations[key]):
-            yield f"it changes the observation {key!r} in place: copy it first"
-
-
-def _changed_buffers(module: Any, work: Callable[[], object]) -> list[str]:
-    """Returns the names of the buffers that a call changes."""
-    before = {name: value.clone() for name, value in module.named_buffers()}
-    work()
-    return [name for name, value in module.named_buffers() if not torch.equal(before[name], value)]
-
-
-def _buffers(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that a forward pass changes no buffer."""
-    observations = _observations(encoder, spec, 4, 3)
-    with torch.no_grad():
-        changed = _changed_buffers(encoder, partial(encoder.get_dist_params, observations))
-    if changed:
-        yield (
-            f"its forward pass changes {', '.join(changed)}: keep the layer in evaluation mode "
-            "(override train()), and change the buffers in update_statistics(), which is called "
-            "on each collected batch; the page on encoders shows it for spectral_norm"
-        )
-
-
-def _statistics(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that update_statistics() of the encoder reaches the layers with such a method."""
-    layers = {n: m for n, m in encoder.named_modules() if n and hasattr(m, "update_statistics")}
-    update = getattr(encoder, "update_statistics", None)
-    if not layers:
-        return
-    changed = []
-    if update is not None:
-        changed = _changed_buffers(encoder, partial(update, _observations(encoder, spec, 4, 3)))
-    for name, layer in layers.items():
-        if [*layer.buffers()] and not any(key.startswith(f"{name}.") for key in changed):
-            yield (
-                f"encoder.update_statistics() does not reach {name}, a {type(layer).__name__}: put "
-                "the network into NormalizedInputs(network, [...]), or define "
-                "update_statistics(*inputs) in it"
-            )
-
-
-def _state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
-    """Checks that the state dict contains and restores all tensors."""
-    encoder.eval()  # noise, which _evaluation reports, would look like a difference here
-    for name, module in encoder.named_modules():
-        for attribute in vars(module):
-            if isinstance(getattr(module, attribute), Tensor):
-                where = f"{name}.{attribute}" if name else attribute
-                yield (
-                    f"the tensor {where} is neither a parameter nor a buffer: register it with "
-                    "self.register_buffer(), or use torch.nn.utils.parametrizations for a weight"
-                )
-    observations = _observations(encoder, spec, 4)
-    try:
-        before = _encode(encoder, observations)
-        state = copy.deepcopy(encoder.state_dict())
-        with torch.no_grad():
-            for tensor in (*encoder.parameters(), *encoder.buffers()):
-                tensor.zero_()
-        encoder.load_state_dict(state)
-        same = torch.equal(before, _encode(encoder, observations))
-    except _FAILURES as error:
-        yield f"its state_dict cannot be loaded ({one_line(error)}): keep all names in it"
-        return
-    if not same:
-        yield (
-            "its state_dict does not restore it: store weights as nn.Parameter and statistics "
-            "with register_buffer(..., persistent=True)"
-        )
-
-
 def _prior(
     encoder: Any, posterior: D.Distribution, dynamics: Any, action_spec: TensorSpec | None
 ) -> D.Distribution | str:
@@ -464,7 +348,7 @@ def _prior(
     entries = {key: z if key == latent else z.new_zeros(*shape[:-1], size) for key in keys}
     try:
         prior = dynamics.get_dist(TensorDict(entries, batch_size=shape[:-1]))
-    except _FAILURES as error:
+    except FAILURES as error:
         return (
             f"the dynamics cannot read its latent, {shape}, with an action of size {size} "
             f"({one_line(error)}): build both with the same latent_dim"

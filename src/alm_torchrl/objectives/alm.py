@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -29,6 +29,8 @@ from alm_torchrl.objectives.latent_model import Batch, LatentModelLoss
 __all__ = ["ALMLoss"]
 
 LOSS_KEYS = ("loss_world_model", "loss_reward", "loss_classifier", "loss_value", "loss_actor")
+#: The losses of the first transitions; the others read whole windows.
+FIRST_STEP_KEYS = {*LOSS_KEYS[1:], "loss_continuation"}
 LossAndMetrics: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 Reduction = Literal["none", "mean", "sum"]
@@ -165,6 +167,7 @@ class ALMLoss(LatentModelLoss):
     default_keys = _AcceptedKeys
     _schedulable_buffers = frozenset({"consistency_coeff"})
     _loss_mask_key = "validity_mask"
+    _selected: list[str] | None = None
 
     def __init__(
         self,
@@ -236,6 +239,22 @@ class ALMLoss(LatentModelLoss):
 
     @property
     def out_keys(self) -> list[str]:
+        """The losses to compute, by default :attr:`out_keys_source`.
+
+        Assign a selection to compute only these losses and their metrics. ``select_out_keys`` does
+        the same without the metrics, and ``reset_out_keys`` undoes it.
+        """
+        return self.out_keys_source if self._selected is None else [*self._selected]
+
+    @out_keys.setter
+    def out_keys(self, keys: Sequence[str]) -> None:
+        available = self.out_keys_source
+        if not keys or not {*keys} <= {*available}:
+            raise ValueError(f"cannot select {[*keys]}; choose from {', '.join(available)}")
+        self._selected = [*keys]
+
+    @property
+    def out_keys_source(self) -> list[str]:
         """The five losses and those of optional parts; the method ``x_loss`` returns ``loss_x``."""
         keys = list(LOSS_KEYS)
         if self.continuation_model is not None:
@@ -279,7 +298,7 @@ class ALMLoss(LatentModelLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Computes all losses and their metrics.
+        """Computes the losses :attr:`out_keys` and their metrics.
 
         Args:
             tensordict: windows ``[B, T]`` with ``T >= horizon``, or transitions ``[B]``, with the
@@ -288,10 +307,14 @@ class ALMLoss(LatentModelLoss):
         Returns:
             Scalar losses (``[B]`` with ``reduction="none"``), and detached scalar metrics.
         """
-        batch = self.prepare(tensordict, steps=self.horizon)
-        batch = batch._replace(rollout=self.world_model_rollout(batch))
+        keys = self.out_keys
+        if FIRST_STEP_KEYS.issuperset(keys):
+            batch = self.prepare(tensordict)
+        else:
+            batch = self.prepare(tensordict, steps=self.horizon)
+            batch = batch._replace(rollout=self.world_model_rollout(batch))
         out: dict[str, Tensor] = {}
-        for key in self.out_keys:
+        for key in keys:
             name = key.removeprefix("loss_")
             if name in self.auxiliary_losses or name in self._encoder_losses:
                 out[key], metrics = self.auxiliary_loss(batch, name)

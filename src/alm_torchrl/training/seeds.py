@@ -73,6 +73,8 @@ class StackedLoss(nn.Module):
     def clip_grad_norm_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
         """Clips the gradient norm of each seed; returns the norms before clipping, ``[S]``."""
         grads = [p.grad.view(len(p), -1) for p in parameters if p.grad is not None]
+        if not grads:  # the loss of these parameters is not selected
+            return parameters[0].new_zeros(len(parameters[0]))
         norms = torch.stack([grad.norm(dim=1) for grad in grads]).norm(dim=0)
         factors = (max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
         torch._foreach_mul_(grads, [factors] * len(grads))

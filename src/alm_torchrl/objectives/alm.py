@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,9 +12,16 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrl.objectives.utils import distance_loss
 
 from alm_torchrl.data.transitions import next_key
-from alm_torchrl.objectives.checks import check_choices, check_whole, split_losses
+from alm_torchrl.objectives.checks import (
+    check_choices,
+    check_level,
+    check_whole,
+    refuse_estimator_options,
+    split_losses,
+)
 from alm_torchrl.objectives.functional import (
     detached,
     discounts,
@@ -25,27 +31,22 @@ from alm_torchrl.objectives.functional import (
     td_target,
 )
 from alm_torchrl.objectives.latent_model import Batch, LatentModelLoss
+from alm_torchrl.objectives.options import (
+    CHOICES,
+    FIRST_STEP_KEYS,
+    LOSS_KEYS,
+    ActorObjective,
+    Consistency,
+    LatentTarget,
+    LossFunction,
+    Reduction,
+    ShortWindows,
+)
+from alm_torchrl.objectives.windows import write_priority
 
 __all__ = ["ALMLoss"]
 
-LOSS_KEYS = ("loss_world_model", "loss_reward", "loss_classifier", "loss_value", "loss_actor")
-#: The losses of the first transitions; the others read whole windows.
-FIRST_STEP_KEYS = {*LOSS_KEYS[1:], "loss_continuation"}
 LossAndMetrics: TypeAlias = tuple[Tensor, dict[str, Tensor]]
-
-Reduction = Literal["none", "mean", "sum"]
-ShortWindows = Literal["mask", "drop"]
-Consistency = Literal["reverse_kl", "forward_kl", "squared_distance", "classifier"]
-LatentTarget = Literal["moving_average", "stop_gradient", "online"]
-ActorObjective = Literal["lambda_returns", "bound", "value"]
-
-_CHOICES: dict[str, Any] = {
-    "reduction": Reduction,
-    "short_windows": ShortWindows,
-    "consistency": Consistency,
-    "latent_target": LatentTarget,
-    "actor_objective": ActorObjective,
-}
 
 
 class ALMLoss(LatentModelLoss):
@@ -91,6 +92,11 @@ class ALMLoss(LatentModelLoss):
         horizon (int): number ``K`` of imagined steps, and length of the windows.
         consistency_coeff (float): weight ``c`` of the log-ratio in the actor's reward; assignable.
         reduction (str): ``"mean"`` or ``"sum"`` over the batch, or ``"none"`` for losses ``[B]``.
+        loss_function (str): distance in the losses of rewards and values: ``"l2"``,
+            ``"smooth_l1"`` or ``"l1"``.
+        use_prioritized_weights (bool or "auto"): weights the losses by the entry
+            ``"priority_weight"`` of a prioritized replay buffer: if the batch has it (``"auto"``),
+            always (``True``) or never (``False``).
         bootstrap_terminated (bool): keeps the value of the last latent after a terminal state.
         short_windows (str): ``"mask"`` uses the valid steps of windows cut short by an episode's
             end; ``"drop"`` excludes these windows from the world-model loss.
@@ -116,6 +122,12 @@ class ALMLoss(LatentModelLoss):
             module, which reads the windows ``[B, T]`` with ``"validity_mask"`` and the latents of
             encoder (first step) and dynamics (later steps) and returns a scalar or ``[B]``; or the
             key of a loss that the encoder writes for each observation, such as that of a codebook.
+
+    The entry ``"priority_weight"`` of a prioritized replay buffer, ``[B]`` or ``[B, T]``, weights
+    the losses of a window by its value at the first transition. As in TorchRL, a mean is divided by
+    the sum of the weights; metrics and scalar auxiliary losses have no weights. The value loss then
+    writes the priority ``"td_error"`` in the same shape: the largest absolute error of the ensemble
+    at the first transition, repeated over the window.
 
     The options from ``reward_term`` to ``actor_objective`` are for ablations; the later ones and
     ``continuation_model`` are not in the paper. :meth:`make_value_estimator` sets discount and
@@ -150,9 +162,11 @@ class ALMLoss(LatentModelLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """The entries of the batch; ``truncated`` and ``validity_mask`` ``[B, T]`` are optional.
+        """The entries of the batch.
 
         ``reward`` and the flags are under ``"next"``. Each of the flags ends an episode.
+        ``truncated``, ``validity_mask`` ``[B, T]`` and ``priority_weight`` are optional.
+        ``priority`` is written.
         """
 
         action: NestedKey = "action"
@@ -161,8 +175,9 @@ class ALMLoss(LatentModelLoss):
         terminated: NestedKey = "terminated"
         truncated: NestedKey = "truncated"
         validity_mask: NestedKey = "validity_mask"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
 
-    auxiliary_losses: nn.ModuleDict
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     _schedulable_buffers = frozenset({"consistency_coeff"})
@@ -182,6 +197,8 @@ class ALMLoss(LatentModelLoss):
         horizon: int = 3,
         consistency_coeff: float = 0.1,
         reduction: Reduction = "mean",
+        loss_function: LossFunction = "l2",
+        use_prioritized_weights: bool | Literal["auto"] = "auto",
         bootstrap_terminated: bool = False,
         short_windows: ShortWindows = "mask",
         reward_term: bool = True,
@@ -193,7 +210,10 @@ class ALMLoss(LatentModelLoss):
         value_expansion: bool = False,
         start_steps: int = 0,
         auxiliary_losses: Mapping[str, nn.Module | NestedKey] | None = None,
+        gamma: None = None,
+        lmbda: None = None,
     ) -> None:
+        refuse_estimator_options(gamma=gamma, lmbda=lmbda)
         averaged = ("encoder",) if latent_target == "moving_average" else ()
         super().__init__(
             averaged=(*averaged, "qvalue_network"),
@@ -206,25 +226,20 @@ class ALMLoss(LatentModelLoss):
             continuation_model=continuation_model,
         )
         self.horizon = check_whole("horizon", horizon, at_least=1)
-        self.reduction = reduction
-        self.bootstrap_terminated = bootstrap_terminated
-        self.short_windows = short_windows
-        self.reward_term = reward_term
-        self.value_term = value_term
-        self.consistency = consistency
-        self.latent_target = latent_target
-        self.actor_objective = actor_objective
-        self.value_expansion = value_expansion
+        self.reduction, self.loss_function = reduction, loss_function
+        self.use_prioritized_weights = use_prioritized_weights
+        self.bootstrap_terminated, self.short_windows = bootstrap_terminated, short_windows
+        self.reward_term, self.value_term = reward_term, value_term
+        self.consistency, self.latent_target = consistency, latent_target
+        self.actor_objective, self.value_expansion = actor_objective, value_expansion
         self.start_steps = check_whole("start_steps", start_steps, at_least=0)
         self.consistency_level = consistency_level
         self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
         if consistency_level is not None:
-            if not 0 < consistency_level < math.inf:
-                found = repr(consistency_level)
-                raise ValueError(f"consistency_level must be a positive finite number, got {found}")
+            check_level(consistency_level)
             self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))
         self.auxiliary_losses, self._encoder_losses = split_losses(auxiliary_losses, self.encoder)
-        check_choices({name: getattr(self, name) for name in _CHOICES}, _CHOICES)
+        check_choices({name: getattr(self, name) for name in CHOICES}, CHOICES)
         if len(set(self.out_keys)) < len(self.out_keys):
             raise ValueError(f"auxiliary_losses has the name of another loss: {self.out_keys}")
         self.set_keys(action=self._action_key)
@@ -347,7 +362,7 @@ class ALMLoss(LatentModelLoss):
         }
         if self.consistency != "reverse_kl":
             metrics["consistency"] = masked_mean(rollout["consistency"], batch.mask)
-        return self._reduce(loss, self._counted(batch)), detached(metrics)
+        return self._reduce(loss, batch, self._counted(batch)), detached(metrics)
 
     def multiplier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         r"""The loss of the multiplier :math:`\beta`, which grows while the distance is too large.
@@ -360,7 +375,7 @@ class ALMLoss(LatentModelLoss):
         excess = self.world_model_rollout(batch)["consistency"].detach() - self.consistency_level
         loss = -self.log_multiplier * (excess.squeeze(-1) * batch.mask).sum(-1)
         metrics = {"multiplier": self.log_multiplier.exp()}
-        return self._reduce(loss, self._counted(batch)), detached(metrics)
+        return self._reduce(loss, batch, self._counted(batch)), detached(metrics)
 
     def auxiliary_loss(self, tensordict: TensorDictBase | Batch, name: str) -> LossAndMetrics:
         """The loss of the auxiliary module or of the encoder's entry ``name``."""
@@ -381,14 +396,14 @@ class ALMLoss(LatentModelLoss):
                 f"auxiliary loss {name!r} has shape {tuple(loss.shape)}; return a scalar or one "
                 f"loss per window, {tuple(batch.mask.shape[:1])}"
             )
-        return (self._reduce(loss, batch.mask[:, 0]) if loss.ndim else loss), {}
+        return (self._reduce(loss, batch) if loss.ndim else loss), {}
 
     def reward_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        """The mean squared error of the reward model, on the first transition of each window."""
+        """The error of the reward model, on the first transition of each window."""
         batch = self.prepare(tensordict)
         predicted = self.reward(*self._first_transition(batch), self.reward_model_params)
-        loss = F.mse_loss(predicted, self._outcome(batch, "reward"), reduction="none").squeeze(-1)
-        return self._reduce(loss, batch.mask[:, 0]), {}
+        loss = distance_loss(predicted, self._outcome(batch, "reward"), self.loss_function)
+        return self._reduce(loss.squeeze(-1), batch), {}
 
     def continuation_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The cross-entropy of the continuation model, on the first transition of each window.
@@ -400,7 +415,7 @@ class ALMLoss(LatentModelLoss):
         logit = self.continuation(*self._first_transition(batch), params)
         continues = (~self._outcome(batch, "terminated")).to(logit.dtype)
         loss = F.binary_cross_entropy_with_logits(logit, continues, reduction="none").squeeze(-1)
-        return self._reduce(loss, batch.mask[:, 0]), {}
+        return self._reduce(loss, batch), {}
 
     def classifier_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The cross-entropy of the classifier, on the first transition of each window.
@@ -419,7 +434,7 @@ class ALMLoss(LatentModelLoss):
         loss = F.cross_entropy(logits, labels, reduction="none")
         correct = (log_ratio(logits).squeeze(-1) > 0) == labels.bool()
         metrics = {"classifier_accuracy": masked_mean(correct.to(loss.dtype), batch.mask[:, 0])}
-        return self._reduce(loss, batch.mask[:, 0]), metrics
+        return self._reduce(loss, batch), metrics
 
     def generated_rows(self, tensordict: TensorDictBase) -> Tensor:
         """Selects the rows with an imagined next latent for the classifier: a random half.
@@ -431,7 +446,7 @@ class ALMLoss(LatentModelLoss):
         return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
 
     def value_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        """The squared temporal-difference error of all action values, on the first transitions."""
+        """The temporal-difference error of all action values, on the first transitions."""
         batch = self.prepare(tensordict)
         latent, action = self._first_transition(batch)
         params = self.target_qvalue_network_params
@@ -445,10 +460,12 @@ class ALMLoss(LatentModelLoss):
             reward, ended = self._outcome(batch, "reward"), self._outcome(batch, "terminated")
             target = td_target(reward, ended, next_value, self.value_estimator.gamma)
         values = self.action_values(latent, action, self.qvalue_network_params)
-        loss = (values - target).square().mean(-1)
+        error = (values - target).detach().abs().amax(-1)
+        write_priority(batch.source, self.tensor_keys, error)
+        loss = distance_loss(values, target.expand_as(values), self.loss_function).mean(-1)
         mask = batch.mask[:, 0]
         metrics = {"q_value": masked_mean(values, mask), "target_value": masked_mean(target, mask)}
-        return self._reduce(loss, mask), detached(metrics)
+        return self._reduce(loss, batch), detached(metrics)
 
     def actor_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The negated return of rollouts imagined from the first observation of each window."""
@@ -458,7 +475,7 @@ class ALMLoss(LatentModelLoss):
         if self.actor_objective == "value":
             value = self.value(latent, self.act(latent, self.actor_params))
             metrics = {"actor_value": masked_mean(value, mask)}
-            return self._reduce(-value.squeeze(-1), mask), detached(metrics)
+            return self._reduce(-value.squeeze(-1), batch), detached(metrics)
         rollout = self.imagine(self.roll_on(latent) if self.start_steps else latent)
         returns = self.lambda_return(rollout)
         if self.actor_objective == "bound":
@@ -476,20 +493,15 @@ class ALMLoss(LatentModelLoss):
         }
         if self.continuation_model is not None:
             metrics["imagined_continuation"] = masked_mean(rollout["continuation"], mask)
-        return self._reduce(loss, mask), detached(metrics)
-
-    def _first_transition(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A latent sampled for the first observation, and the recorded action."""
-        latent = self._draw(self.encoder.build_dist_from_params(batch.current))
-        return latent, batch.windows.get(self.tensor_keys.action)[:, 0]
-
-    def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
-        """An entry under ``"next"`` of the first transition, ``[B, 1]``."""
-        return batch.windows.get(next_key(getattr(self.tensor_keys, name)))[:, 0]
+        return self._reduce(loss, batch), detached(metrics)
 
     def _counted(self, batch: Batch) -> Tensor:
         """The windows in the world-model loss, bool ``[B]``."""
         return batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
 
-    def _reduce(self, loss: Tensor, mask: Tensor) -> Tensor:
-        return self._reduce_loss(loss, TensorDict({self.tensor_keys.validity_mask: mask}))
+    def _reduce(self, loss: Tensor, batch: Batch, mask: Tensor | None = None) -> Tensor:
+        mask = batch.mask[:, 0] if mask is None else mask
+        if batch.weight is not None:  # without any window, TorchRL would divide by zero
+            loss, mask = torch.where(mask, loss, 0), mask | ~mask.any()
+        masks = TensorDict({self.tensor_keys.validity_mask: mask})
+        return self._reduce_loss(loss, masks, weights=batch.weight)

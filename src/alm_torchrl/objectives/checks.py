@@ -1,102 +1,18 @@
-"""Input and network validation for :class:`~alm_torchrl.objectives.ALMLoss`."""
+"""Option and network validation for :class:`~alm_torchrl.objectives.ALMLoss`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from math import inf
 from operator import index
 from typing import Any, SupportsIndex, get_args
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor, nn
 from torch import distributions as D
-
-from alm_torchrl.data.transitions import as_column, as_flag, next_key
-
-
-def read_windows(
-    tensordict: TensorDictBase,
-    keys: Any,
-    observations: Sequence[NestedKey],
-    steps: int,
-    dtype: torch.dtype,
-) -> TensorDictBase:
-    """Reads and checks windows ``[B, T]``, or transitions ``[B]`` as windows of one step.
-
-    Converts flags to bool and numbers to ``dtype``, and adds missing last dimensions of size 1.
-    """
-    reward_key = next_key(keys.reward)
-    reward = as_column(_read(tensordict, reward_key), tensordict.batch_size)
-    shape = reward.shape[:-1]
-    if len(shape) not in (1, 2) or reward.shape[-1] != 1:
-        raise ValueError(
-            f"entry {reward_key!r} has shape {tuple(reward.shape)}; expected [B, T, 1] (windows) "
-            "or [B, 1] (transitions)"
-        )
-    entries = {reward_key: reward.to(dtype)}
-    action = as_column(_read(tensordict, keys.action), tensordict.batch_size)
-    _check_shape(keys.action, action, (*shape, "..."))
-    entries[keys.action] = action.to(dtype)
-    for key in observations:
-        now, following = _read(tensordict, key), _read(tensordict, next_key(key))
-        _check_shape(key, now, (*shape, "..."))
-        _check_shape(next_key(key), following, now.shape)
-        for name, value in ((key, now), (next_key(key), following)):
-            # The encoder converts dtypes other than float64.
-            entries[name] = value.to(dtype) if value.dtype == torch.float64 else value
-    ended = torch.zeros_like(reward, dtype=torch.bool)
-    for key in map(next_key, (keys.terminated, keys.truncated, keys.done)):
-        if key == next_key(keys.truncated) and tensordict.get(key, None) is None:
-            continue
-        entries[key] = as_flag(key, _read(tensordict, key), shape)
-        ended = ended | entries[key]
-    entries[next_key(keys.done)] = ended
-    mask = tensordict.get(keys.validity_mask, None)
-    if mask is not None:
-        mask = mask.squeeze(-1) if mask.ndim > len(shape) else mask
-        _check_shape(keys.validity_mask, mask, shape)
-        entries[keys.validity_mask] = as_flag(keys.validity_mask, mask, shape).squeeze(-1)
-    windows = TensorDict(entries, batch_size=shape)
-    if len(shape) == 1:
-        return windows.unsqueeze(1)
-    if shape[1] < steps:
-        raise ValueError(
-            f"the windows are too short: entry {reward_key!r} has shape {(*shape, 1)}, expected "
-            f"[B, {steps}, 1]; sample windows of at least `horizon` steps or lower `horizon`"
-        )
-    return windows[:, :steps]
-
-
-def _read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-    value = tensordict.get(key, None)
-    if value is None:
-        found = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
-        raise KeyError(
-            f"entry {key!r} is missing from the batch, which has {', '.join(found)}; rename "
-            "it with `ALMLoss.set_keys` or store it in the replay buffer"
-        )
-    return value
-
-
-def _check_shape(key: NestedKey, value: Tensor, expected: Sequence[int | str]) -> None:
-    """Raises if an entry has another shape; ``"..."`` at the end allows further dimensions."""
-    found: Sequence[int | str] = value.shape
-    if expected[-1] == "..." and value.ndim >= len(expected):
-        found = (*value.shape[: len(expected) - 1], "...")
-    if tuple(found) != tuple(expected):
-        raise ValueError(
-            f"entry {key!r} has shape {tuple(value.shape)}; expected "
-            f"[{', '.join(map(str, expected))}]; give all entries the batch size of the reward"
-        )
-
-
-def mask_invalid(value: Tensor, mask: Tensor) -> Tensor:
-    """Sets floating-point values to zero where the mask is false."""
-    if not value.is_floating_point():
-        return value
-    return torch.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+from torch import nn
 
 
 def check_whole(name: str, value: object, *, at_least: int) -> int:
@@ -106,12 +22,18 @@ def check_whole(name: str, value: object, *, at_least: int) -> int:
     return index(value)
 
 
-def check_choices(options: dict[str, str], literals: dict[str, Any]) -> None:
+def check_level(level: float) -> None:
+    """Raises if the level of the consistency is not positive and finite."""
+    if not 0 < level < inf:
+        raise ValueError(f"consistency_level must be a positive finite number, got {level!r}")
+
+
+def check_choices(options: dict[str, Any], literals: dict[str, Any]) -> None:
     """Raises if an option is not one of the choices of its ``Literal``."""
     for name, value in options.items():
         choices = get_args(literals[name])
         if value not in choices:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, choices))}")
 
 
 def check_networks(networks: dict[str, Any]) -> None:
@@ -191,3 +113,10 @@ def check_latents(prior: D.Distribution, target: D.Distribution) -> None:
             f"the dynamics writes latents of shape {written}, the encoder of shape {encoded}; "
             "build both with the same `latent_dim`"
         )
+
+
+def refuse_estimator_options(**options: object) -> None:
+    """Raises if an option of the value estimator is given."""
+    if given := [name for name, value in options.items() if value is not None]:
+        call = ", ".join(f"{name}=..." for name in given)
+        raise TypeError(f"ALMLoss does not accept {call}; call loss.make_value_estimator({call})")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
@@ -20,8 +20,6 @@ from alm_torchrl.objectives.checks import (
     check_latents,
     check_networks,
     explain_inputs,
-    mask_invalid,
-    read_windows,
 )
 from alm_torchrl.objectives.functional import (
     episode_mask,
@@ -31,7 +29,15 @@ from alm_torchrl.objectives.functional import (
     log_ratio,
     squared_distance,
 )
-from alm_torchrl.objectives.parameters import check_shared, match_compiled, parametrized
+from alm_torchrl.objectives.options import CHOICES
+from alm_torchrl.objectives.parameters import check_shared, match_compiled, parametrized, summary
+from alm_torchrl.objectives.windows import (
+    check_order,
+    is_tracing,
+    mask_invalid,
+    read_weights,
+    read_windows,
+)
 
 __all__ = ["Batch", "LatentModelLoss"]
 
@@ -54,6 +60,10 @@ class Batch(NamedTuple):
     """Target-encoder distribution parameters of the next observations, ``[B, T]``."""
     rollout: TensorDictBase | None = None
     """The result of :meth:`LatentModelLoss.world_model_rollout`, if already computed."""
+    weight: Tensor | None = None
+    """Importance weights of the losses, ``[B]``, if any."""
+    source: TensorDictBase | None = None
+    """The TensorDict that was read."""
 
 
 class LatentModelLoss(LossModule):
@@ -97,6 +107,8 @@ class LatentModelLoss(LossModule):
     consistency_coeff: Tensor
     start_steps: int
     _encoder_losses: dict[str, NestedKey]
+    auxiliary_losses: nn.ModuleDict
+    _order_checked = False
 
     def __init__(self, averaged: tuple[str, ...], **networks: Any) -> None:
         super().__init__()
@@ -115,6 +127,21 @@ class LatentModelLoss(LossModule):
         self._latent_key = self.encoder.dist_sample_keys[-1]
         self._next_latent_key = self.dynamics.dist_sample_keys[-1]
         self._action_key = self.actor.dist_sample_keys[-1]
+
+    @property
+    def actor_network(self) -> ProbabilisticTensorDictSequential:
+        """The actor, by the name that TorchRL's ``Trainer`` looks for."""
+        return self.actor
+
+    def __repr__(self) -> str:
+        """Returns networks and options, but not the layers."""
+        names = ("horizon", "consistency_coeff", *CHOICES)
+        lines = [summary(name, getattr(self, name)) for name in self._names]
+        lines += [summary(f"auxiliary {n}", module) for n, module in self.auxiliary_losses.items()]
+        lines.append(", ".join(f"{name}={getattr(self, name)}" for name in names))
+        lines.append(f"value_estimator: {type(self.value_estimator).__name__}")
+        lines.append(f"out_keys: {', '.join(self.out_keys)}")
+        return "\n  ".join((f"{type(self).__name__}(", *lines)) + "\n)"
 
     def _share(self) -> None:
         """Takes the current parameters and buffers of the networks."""
@@ -244,6 +271,15 @@ class LatentModelLoss(LossModule):
         parameters = self._run("actor", state, params)
         return self._draw(self.actor.build_dist_from_params(parameters))
 
+    def _first_transition(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A latent sampled for the first observation, and the recorded action."""
+        latent = self._draw(self.encoder.build_dist_from_params(batch.current))
+        return latent, batch.windows.get(self.tensor_keys.action)[:, 0]
+
+    def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
+        """An entry under ``"next"`` of the first transition, ``[B, 1]``."""
+        return batch.windows.get(next_key(getattr(self.tensor_keys, name)))[:, 0]
+
     def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
         """Checks a batch and encodes its observations with the target encoder.
 
@@ -256,13 +292,18 @@ class LatentModelLoss(LossModule):
             check_shared(self._shared)
         dtype = next(self.qvalue_network_params.parameters()).dtype
         windows = read_windows(tensordict, self.tensor_keys, self.encoder.in_keys, steps, dtype)
-        done = windows.get(next_key(self.tensor_keys.done)).squeeze(-1)
-        mask = episode_mask(done, windows.get(self.tensor_keys.validity_mask, None))
+        keys, use = self.tensor_keys, self.use_prioritized_weights
+        weight = read_weights(tensordict, keys.priority_weight, len(windows), dtype, use)
+        done = windows.get(next_key(keys.done)).squeeze(-1)
+        if len(windows[0]) < steps and not self._order_checked and not is_tracing(done):
+            check_order(tensordict.get("index", None), windows, self.encoder.in_keys[0], done)
+            self._order_checked = True
+        mask = episode_mask(done, windows.get(keys.validity_mask, None))
         # Entries after the episode may be NaN; masking only the loss would give NaN gradients.
         windows = windows.apply(lambda value: mask_invalid(value, mask))
         entries = (windows[:, :1], windows.get("next"))
         encoded = self._encode(torch.cat([e.select(*self.encoder.in_keys) for e in entries], 1))
-        return Batch(windows, mask, encoded[:, 0], encoded[:, 1:])
+        return Batch(windows, mask, encoded[:, 0], encoded[:, 1:], None, weight, tensordict)
 
     def world_model_rollout(self, tensordict: TensorDictBase | Batch) -> TensorDictBase:
         r"""Runs the latent dynamics along the recorded actions of each window.

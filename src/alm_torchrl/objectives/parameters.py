@@ -7,9 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["check_shared", "match_compiled", "parametrized"]
+__all__ = ["check_shared", "match_compiled", "parametrized", "summary"]
+
+
+def summary(name: str, network: nn.Module) -> str:
+    """Describes a network in one line: class, first and last entries, and size."""
+    count = sum(p.numel() for p in network.parameters() if not is_lazy(p))
+    entries = ""
+    if isinstance(network, TensorDictModuleBase):
+        entries = f"({', '.join(map(str, network.in_keys))} -> {network.out_keys[-1]})"
+    return f"{name}: {type(network).__name__}{entries}, {count:,} parameters"
 
 
 def match_compiled(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -10,8 +10,9 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, WorldModelEnv
+from torchrl.envs import EnvBase, RenameTransform, WorldModelEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.data import make_collector
@@ -189,6 +190,70 @@ def test_what_does_not_fit_is_refused(change: dict, error: type, says: str) -> N
     env = Body(change.pop("action_spec", None))
     with pytest.raises(error, match=says):
         ALMAgent.from_env(env, **change)
+
+
+def test_nested_keys_of_an_environment(tmp_path: Path) -> None:
+    names = (["observation"], [("agents", "observation")], ["action"], [("agents", "action")])
+    env = make_env("Pendulum-v1", seed=0).append_transform(RenameTransform(*names))
+    agent = ALMAgent.from_env(env, **SIZES, continuation=True)
+    assert agent.config.observation_dims == {("agents", "observation"): 3}
+    assert agent.config.action_key == ("agents", "action")
+    assert agent.config.action_high == (2.0,)
+    policy = agent.policy()
+    assert policy.in_keys == [("agents", "observation")]
+    assert policy.out_keys == [("agents", "action")]
+    rollout = env.rollout(12, policy)
+    assert rollout["agents", "action"].abs().max() <= 2
+    loss = ALMLoss(**agent.networks(), horizon=4)
+    SoftUpdate(loss, tau=0.1)
+    assert loss.tensor_keys.action == ("agents", "action")
+    out = loss(rollout.reshape(-1, 4))
+    assert all(out[key].isfinite() for key in loss.out_keys)
+    agent.save(tmp_path / "agent.pt")
+    agent.save_pretrained(tmp_path / "folder")
+    for path in ("agent.pt", "folder"):
+        loaded = ALMAgent.load(tmp_path / path)
+        assert loaded.config == agent.config
+        assert loaded.policy().out_keys == [("agents", "action")]
+        actions = [one.policy(latent="mean")(rollout[0].clone()) for one in (agent, loaded)]
+        assert torch.equal(*(action["agents", "action"] for action in actions))
+
+
+def test_one_action_of_several_is_refused() -> None:
+    one = Bounded(low=-torch.ones(2), high=torch.ones(2), shape=(2,))
+    env = Body()
+    env.action_spec = Composite(first=one, second=one.clone())
+    with pytest.raises(
+        TypeError, match="needs one bounded continuous action vector, got Composite"
+    ):
+        ALMAgent.from_env(env)
+
+
+def test_observations_of_double_precision() -> None:
+    env = Body()
+    env.observation_spec = Composite(
+        position=Unbounded((3,), dtype=torch.float64), velocity=Unbounded((2,), dtype=torch.float64)
+    )
+    torch.manual_seed(0)
+    agent = ALMAgent.from_env(env, **SIZES)
+    rollout = env.rollout(6, agent.policy())
+    assert rollout["position"].dtype == torch.float64
+    assert rollout["action"].dtype == torch.float32
+    loss = ALMLoss(**agent.networks(), horizon=3)
+    SoftUpdate(loss, tau=0.1)
+    out = loss(rollout.reshape(-1, 3))
+    assert all(out[key].isfinite() for key in loss.out_keys)
+    single = rollout.apply(lambda v: v.float() if v.is_floating_point() else v)
+    found = [agent.policy(latent="mean")(td.clone())["action"] for td in (rollout, single)]
+    torch.testing.assert_close(*found)
+
+
+def test_repr_is_short_and_says_what_is_inside(agent: ALMAgent) -> None:
+    lines = repr(agent).splitlines()
+    assert len(lines) == 9
+    count = sum(p.numel() for p in agent.actor.parameters())
+    assert f"  actor: Actor(latent -> action), {count:,} parameters" in lines
+    assert f"  {agent.config}" in lines
 
 
 def test_images_alone_ask_for_an_encoder() -> None:

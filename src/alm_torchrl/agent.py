@@ -36,7 +36,7 @@ from alm_torchrl.modules.encoders.base import observation_shapes
 from alm_torchrl.modules.heads import DEFAULT_HEAD
 from alm_torchrl.modules.rebuildable import describe, rebuild
 from alm_torchrl.objectives import check_encoder
-from alm_torchrl.objectives.parameters import match_compiled
+from alm_torchrl.objectives.parameters import match_compiled, summary
 from alm_torchrl.pretrained import find_pretrained, read_folder, write_folder
 
 __all__ = ["ALMAgent", "AgentConfig", "find_pretrained"]
@@ -65,6 +65,7 @@ class AgentConfig:
         observation_dims: size of each vector observation by key, in the order of concatenation.
         action_low: lower bound of the action, one entry per dimension.
         action_high: upper bound of the action.
+        action_key: entry of the action; an environment may have a nested one.
         latent_dim: size of the latent.
         hidden_dim: width of encoder, reward model, classifier, values and actor.
         dynamics_hidden_dim: width of the latent dynamics.
@@ -94,6 +95,7 @@ class AgentConfig:
     normalize_mean: bool = False
     continuation: bool = False
     network_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    action_key: NestedKey = "action"
 
     def __post_init__(self) -> None:
         """Checks network names, and converts values to plain Python, which a file can hold."""
@@ -110,6 +112,8 @@ class AgentConfig:
     def arguments(self, network: str, **defaults: Any) -> dict[str, Any]:
         """The keyword arguments of a network: its ``network_kwargs`` over the given defaults."""
         own = rebuild(self.network_kwargs.get(network, {}))
+        if network != "encoder":
+            defaults["action_key"] = self.action_key
         return {"hidden_dim": self.hidden_dim, **defaults, **own}
 
 
@@ -212,7 +216,9 @@ class ALMAgent(nn.Module):
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; choose from {known}")
         components = {name: options.pop(name) for name in COMPONENTS if name in options}
         skip = options.pop("skip_checks", ())
-        low, high = _action_range(env)
+        action_key, action_spec = _action(env)
+        options.setdefault("action_key", action_key)
+        low, high = (tuple(b.tolist()) for b in (action_spec.space.low, action_spec.space.high))
         spec = env.observation_spec_unbatched
         if "encoder" in components:
             options.setdefault("observation_dims", {})
@@ -233,7 +239,7 @@ class ALMAgent(nn.Module):
                 agent.encoder,
                 spec,
                 agent.dynamics,
-                action_spec=env.action_spec_unbatched,
+                action_spec=action_spec,
                 latent_dim=agent.config.latent_dim,
                 skip=skip,
             )
@@ -243,6 +249,11 @@ class ALMAgent(nn.Module):
     def noise(self) -> NoiseSchedule:
         """The schedule of the action noise, shared by policy and losses."""
         return self.actor.noise
+
+    def __repr__(self) -> str:
+        """Returns networks and configuration, but not the layers."""
+        lines = [summary(name, network) for name, network in self.networks().items()]
+        return "\n  ".join((f"{type(self).__name__}(", *lines, repr(self.config))) + "\n)"
 
     def networks(self) -> dict[str, TensorDictModuleBase]:
         """The networks by the argument names of :class:`~alm_torchrl.objectives.ALMLoss`."""
@@ -396,14 +407,16 @@ def _likely_terminated(continuation_logit: Tensor) -> tuple[Tensor, Tensor]:
     return terminated, terminated.clone()
 
 
-def _action_range(env: EnvBase) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    spec = env.action_spec_unbatched
+def _action(env: EnvBase) -> tuple[NestedKey, Bounded]:
+    """Returns key and spec of the action."""
+    specs, keys = env.full_action_spec_unbatched, env.action_keys
+    spec = specs[keys[0]] if len(keys) == 1 else specs
     if not isinstance(spec, Bounded) or spec.ndim != 1 or not spec.dtype.is_floating_point:
         raise TypeError(
             f"ALM needs one bounded continuous action vector, got {type(spec).__name__} of shape "
             f"{tuple(spec.shape)}; make it torchrl.data.Bounded(low, high, (size,)) of floats"
         )
-    return tuple(spec.space.low.tolist()), tuple(spec.space.high.tolist())
+    return keys[0], spec
 
 
 def _describe_or_none(network: nn.Module) -> Any:

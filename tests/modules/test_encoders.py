@@ -477,6 +477,37 @@ def test_vectors_of_every_kind_are_read_in_both_paths() -> None:
         assert not torch.equal(encoder.get_dist(data).mean, goal)
 
 
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        MLPEncoder(3, 4, 8, in_keys=["vector"], normalize=True),
+        LinearEncoder(3, 4, in_keys=["vector"]),
+        PixelEncoder((3, 20, 20), 4, 8, channels=2),
+        MultiInputEncoder({"vector": (3,), "pixels": (3, 20, 20)}, 4, 8, channels=2),
+        WindowEncoder(3, 4, 8),
+        RecurrentEncoder(3, 4, 8, in_keys=["vector"]),
+        FrozenEncoder(nn.Flatten(), (3,), 4, 8, in_keys=["vector"]),
+        FrozenEncoder(nn.Linear(3, 6), (3,), 4, 8, in_keys=["vector"]),
+    ],
+    ids=lambda encoder: type(encoder).__name__,
+)
+def test_double_precision_is_cast_to_the_dtype_of_the_weights(encoder: nn.Module) -> None:
+    single = TensorDict(
+        vector=torch.randn(5, 3),
+        pixels=torch.rand(5, 3, 20, 20),
+        history=torch.randn(5, 4, 3),
+        recurrent_state=torch.zeros(5, 1, 8),
+        batch_size=[5],
+    )
+    double = single.double()
+    double["recurrent_state"] = single["recurrent_state"]
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        found, wanted = encoder(double)["latent"], encoder(single)["latent"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+    assert double["vector"].dtype == torch.float64
+
+
 def test_one_hot_alone_is_read() -> None:
     encoder = MLPEncoder.from_spec(Composite(goal=OneHot(4)), latent_dim=4, hidden_dim=8)
     assert encoder(goal=torch.eye(4, dtype=torch.int64))[-1].shape == (4, 4)

@@ -24,12 +24,20 @@ def concatenate(*inputs: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def as_weights(value: Tensor, network: nn.Module) -> Tensor:
+    """Casts float64, the default of NumPy and many simulators, to the dtype of the weights."""
+    if value.dtype != torch.float64:
+        return value
+    weight = next(network.parameters(), None)
+    return value.float() if weight is None else value.to(weight.dtype)
+
+
 class ConcatSequential(nn.Sequential):
     """A sequence of layers that first concatenates its inputs."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[..., D_i]`` to the output of the last layer."""
-        return super().forward(concatenate(*inputs))
+        return super().forward(as_weights(concatenate(*inputs), self))
 
 
 class FullPrecisionLinear(nn.Linear):

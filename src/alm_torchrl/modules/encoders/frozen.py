@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
-from alm_torchrl.modules.networks import MLPKwargs, mlp
+from alm_torchrl.modules.networks import MLPKwargs, as_weights, mlp
 
 
 class FrozenEncoder(Encoder):
@@ -86,6 +86,7 @@ class _Frozen(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         if not observation.is_floating_point():
             observation = observation.to(torch.float32) / 255
+        observation = as_weights(observation, self.module)
         shape = observation.shape
         batch = shape[: len(shape) - self.observation_ndim]
         flat = observation.reshape(math.prod(batch), *shape[len(batch) :])

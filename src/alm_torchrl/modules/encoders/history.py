@@ -15,7 +15,7 @@ from alm_torchrl.data.transitions import next_key
 from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
-from alm_torchrl.modules.networks import MLPKwargs, concatenate, mlp
+from alm_torchrl.modules.networks import MLPKwargs, as_weights, concatenate, mlp
 
 
 class WindowEncoder(Encoder):
@@ -159,7 +159,7 @@ class _WindowGRU(nn.Module):
         self.readout = readout
 
     def forward(self, *windows: Tensor) -> Tensor:
-        window = concatenate(*windows)
+        window = as_weights(concatenate(*windows), self)
         batch = window.shape[:-2]
         outputs, _ = self.gru(window.reshape(-1, *window.shape[-2:]))
         return self.readout(outputs[:, -1]).reshape(*batch, -1)
@@ -175,7 +175,7 @@ class _StatefulGRU(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *observations, state = inputs
-        observation = concatenate(*observations)
+        observation = as_weights(concatenate(*observations), self)
         batch = observation.shape[:-1]
         state = self.cell(
             observation.reshape(-1, observation.shape[-1]), state.reshape(-1, state.shape[-1])

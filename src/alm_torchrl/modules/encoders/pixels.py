@@ -12,7 +12,7 @@ from alm_torchrl.modules.augmentation import Augmented, RandomShift
 from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.encoders.normalization import NormalizedInputs, RunningNorm, centered_bytes
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
-from alm_torchrl.modules.networks import MLPKwargs, mlp, orthogonal_init
+from alm_torchrl.modules.networks import MLPKwargs, as_weights, mlp, orthogonal_init
 
 
 class ConvNet(nn.Module):
@@ -55,7 +55,7 @@ class ConvNet(nn.Module):
 
         Bytes are mapped to [-0.5, 0.5]; floating-point images are used unchanged.
         """
-        flat = centered_bytes(images.reshape(-1, *images.shape[-3:]))
+        flat = as_weights(centered_bytes(images.reshape(-1, *images.shape[-3:])), self)
         features = self.trunk(self.convolutions(flat).flatten(1))
         return features.reshape(*images.shape[:-3], -1)
 

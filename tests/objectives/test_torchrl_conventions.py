@@ -283,6 +283,27 @@ def test_equal_weights_change_nothing(make_loss: Make, make_windows: Make) -> No
         torch.testing.assert_close(value, wanted[name])
 
 
+def test_weights_undo_the_sampling_by_priority(make_loss: Make, make_windows: Make) -> None:
+    """With beta = 1, each weighted mean is that of uniform sampling, up to its standard error."""
+    loss, stored = make_loss(reduction="none"), make_windows(batch=64)
+    stored["next", "reward"] *= torch.linspace(0, 3, 64).square()[:, None, None]
+    loss.generated_rows = lambda state: torch.zeros(len(state), dtype=torch.bool)
+    losses = loss(stored)
+    # Large losses are sampled often, as priorities do it.
+    chance = losses["loss_value"].detach() + 0.3
+    rows = torch.multinomial(chance, 4096, True, generator=torch.Generator().manual_seed(0))
+    weights = (chance.min() / chance)[rows]
+    loss.reduction = "mean"
+    weighted_means = loss(weighted(stored[rows], weights))
+    biased_means = loss(stored[rows])
+    for name in LOSSES:
+        wanted, deviations = losses[name].mean(), losses[name][rows] - losses[name].mean()
+        error = (weights * deviations).square().sum().sqrt() / weights.sum()
+        assert (weighted_means[name] - wanted).abs() < 3 * error, name
+        if name in ("loss_reward", "loss_value"):  # these depend on what the chance depends on
+            assert (biased_means[name] - wanted).abs() > 10 * error, name
+
+
 def test_no_counted_window_is_no_division_by_zero(make_loss: Make, make_windows: Make) -> None:
     loss, td = make_loss(short_windows="drop"), weighted(make_windows(), WEIGHTS)
     td["next", "done"][:, 0] = True

@@ -28,8 +28,9 @@ def as_weights(value: Tensor, network: nn.Module) -> Tensor:
     """Casts float64, the default of NumPy and many simulators, to the dtype of the weights."""
     if value.dtype != torch.float64:
         return value
-    weight = next(network.parameters(), None)
-    return value.float() if weight is None else value.to(weight.dtype)
+    # Not parameters(): the losses run networks with weights that are not parameters.
+    weights = (getattr(layer, "weight", None) for layer in network.modules())
+    return value.to(next((w.dtype for w in weights if w is not None), torch.float32))
 
 
 class ConcatSequential(nn.Sequential):

@@ -193,8 +193,9 @@ class ALMAgent(nn.Module):
         """Builds an agent whose sizes fit an environment.
 
         Args:
-            env: a TorchRL environment with a bounded continuous action. By default the agent
-                reads its vector observations, concatenated; pass an ``encoder`` to read others.
+            env: a TorchRL environment with one bounded continuous action, under any key. By default
+                the agent reads its vector observations, concatenated, and warns of the others;
+                pass an ``encoder`` to read them.
             **options: fields of :class:`AgentConfig`, and networks by name. An ``encoder`` also
                 sets the latent size and the head of the dynamics; ``skip_checks`` is the ``skip``
                 of its :func:`~alm_torchrl.objectives.check_encoder`.

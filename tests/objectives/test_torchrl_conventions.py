@@ -527,5 +527,8 @@ def test_repr_is_short_and_says_what_is_inside(make_networks: Make) -> None:
     assert "  encoder: MLPEncoder(observation -> latent), 192 parameters" in lines
     assert "horizon=5" in repr(loss)
     assert "TDLambdaEstimator" in repr(loss)
+    assert "  consistency_coeff=0.1, gamma=0.99, lmbda=0.95" in lines
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
+    assert "consistency_coeff=0.1, gamma=0.9\n" in repr(loss)
     assert "auxiliary own: _Own" in repr(loss)
     assert "out_keys: loss_world_model, " in repr(loss)

@@ -135,12 +135,15 @@ class LatentModelLoss(LossModule):
 
     def __repr__(self) -> str:
         """Returns networks and options, but not the layers."""
-        names = ("horizon", "consistency_coeff", *CHOICES)
+        estimator = self.value_estimator
+        numbers = {name: getattr(estimator, name, None) for name in ("gamma", "lmbda")}
+        numbers = {"consistency_coeff": self.consistency_coeff, **numbers}
         lines = [summary(name, getattr(self, name)) for name in self._names]
         lines += [summary(f"auxiliary {n}", module) for n, module in self.auxiliary_losses.items()]
-        lines.append(", ".join(f"{name}={getattr(self, name)}" for name in names))
-        lines.append(f"value_estimator: {type(self.value_estimator).__name__}")
-        lines.append(f"out_keys: {', '.join(self.out_keys)}")
+        lines += [", ".join(f"{name}={getattr(self, name)}" for name in ("horizon", *CHOICES))]
+        lines += [", ".join(f"{name}={v:.4g}" for name, v in numbers.items() if v is not None)]
+        lines += [f"value_estimator: {type(estimator).__name__}"]
+        lines += [f"out_keys: {', '.join(self.out_keys)}"]
         return "\n  ".join((f"{type(self).__name__}(", *lines)) + "\n)"
 
     def _share(self) -> None:

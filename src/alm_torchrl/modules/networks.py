@@ -38,7 +38,7 @@ class ConcatSequential(nn.Sequential):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Maps inputs ``[..., D_i]`` to the output of the last layer."""
-        return super().forward(as_weights(concatenate(*inputs), self))
+        return super().forward(concatenate(*inputs))
 
 
 class FullPrecisionLinear(nn.Linear):
@@ -81,7 +81,7 @@ def mlp(
     depth: int = 2,
     activation_class: type[nn.Module] | str = nn.ELU,
     norm_class: type[nn.Module] | str | None = None,
-) -> nn.Module:
+) -> ConcatSequential:
     """The network of encoder, latent dynamics and actor: Linear-ELU-Linear-ELU-Linear by default.
 
     It concatenates its inputs, each ``[..., D_i]``.
@@ -99,7 +99,9 @@ def mlp(
     for _ in range(depth):
         layers += _hidden_layer(size, hidden_dim, norm_class, activation_class)
         size = hidden_dim
-    return orthogonal_init(ConcatSequential(*layers, nn.Linear(size, out_features)))
+    network = ConcatSequential(*layers, nn.Linear(size, out_features))
+    orthogonal_init(network)
+    return network
 
 
 class LayerNormMLP(ConcatSequential):

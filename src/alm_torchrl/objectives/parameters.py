@@ -16,7 +16,8 @@ __all__ = ["check_shared", "match_compiled", "parametrized", "summary"]
 
 def summary(name: str, network: nn.Module) -> str:
     """Describes a network in one line: class, first and last entries, and size."""
-    count = sum(p.numel() for p in network.parameters() if not is_lazy(p))
+    parameters: Iterable[Any] = network.parameters()
+    count = sum(p.numel() for p in parameters if not is_lazy(p))
     entries = ""
     if isinstance(network, TensorDictModuleBase):
         entries = f"({', '.join(map(str, network.in_keys))} -> {network.out_keys[-1]})"

@@ -55,7 +55,7 @@ class ConvNet(nn.Module):
 
         Bytes are mapped to [-0.5, 0.5]; floating-point images are used unchanged.
         """
-        flat = as_weights(centered_bytes(images.reshape(-1, *images.shape[-3:])), self)
+        flat = centered_bytes(images.reshape(-1, *images.shape[-3:]))
         features = self.trunk(self.convolutions(flat).flatten(1))
         return features.reshape(*images.shape[:-3], -1)
 
@@ -166,4 +166,5 @@ class _Branches(nn.Module):
         self.joint = joint
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.joint(*(net(x) for net, x in zip(self.branches, inputs, strict=True)))
+        cast = (as_weights(x, self) for x in inputs)
+        return self.joint(*(net(x) for net, x in zip(self.branches, cast, strict=True)))

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Self, Unpack
 
 from tensordict.utils import NestedKey
-from torch import nn
+from torch import Tensor, nn
 
 from alm_torchrl.modules.encoders.base import Encoder
 from alm_torchrl.modules.encoders.normalization import NormalizedInputs, RunningNorm
 from alm_torchrl.modules.heads import DEFAULT_HEAD, FixedScaleHead, LatentHead
-from alm_torchrl.modules.networks import ConcatSequential, MLPKwargs, mlp
+from alm_torchrl.modules.networks import ConcatSequential, MLPKwargs, as_weights, mlp
 
 
 class MLPEncoder(Encoder):
@@ -42,7 +42,7 @@ class MLPEncoder(Encoder):
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
         size = head.network_size(latent_dim)
-        network = mlp(observation_dim, size, hidden_dim, **mlp_kwargs)
+        network: nn.Module = _VectorNetwork(*mlp(observation_dim, size, hidden_dim, **mlp_kwargs))
         if normalize:
             network = NormalizedInputs(network, [RunningNorm(observation_dim)])
         super().__init__(network, latent_dim, in_keys, head, latent_key=latent_key)
@@ -100,3 +100,10 @@ class IdentityEncoder(Encoder):
         for unused in ("latent_dim", "hidden_dim"):
             options.pop(unused)
         return super()._from_shapes(shapes, **options)
+
+
+class _VectorNetwork(ConcatSequential):
+    """A sequence of layers that casts float64 observations."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(*(as_weights(value, self) for value in inputs))

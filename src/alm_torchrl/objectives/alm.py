@@ -460,8 +460,7 @@ class ALMLoss(LatentModelLoss):
             reward, ended = self._outcome(batch, "reward"), self._outcome(batch, "terminated")
             target = td_target(reward, ended, next_value, self.value_estimator.gamma)
         values = self.action_values(latent, action, self.qvalue_network_params)
-        error = (values - target).detach().abs().amax(-1)
-        write_priority(batch.source, self.tensor_keys, error)
+        write_priority(batch.source, self.tensor_keys, values, target)
         loss = distance_loss(values, target.expand_as(values), self.loss_function).mean(-1)
         mask = batch.mask[:, 0]
         metrics = {"q_value": masked_mean(values, mask), "target_value": masked_mean(target, mask)}

@@ -82,12 +82,17 @@ def read_weights(
     return weight.reshape(rows, -1)[:, 0].to(dtype)
 
 
-def write_priority(tensordict: TensorDictBase | None, keys: Any, error: Tensor) -> None:
-    """Writes the error ``[B]`` as priority, in the shape of the importance weights, if any."""
+def write_priority(
+    tensordict: TensorDictBase | None, keys: Any, values: Tensor, target: Tensor
+) -> None:
+    """Writes the largest error of values ``[B, N]`` in the shape of the weights, if there are any.
+
+    All steps of a window get it, so that every reduction over the window returns it.
+    """
     weight = None if tensordict is None else tensordict.get(keys.priority_weight, None)
     if tensordict is not None and weight is not None:
-        priority = expand_as_right(error.to(weight.dtype), weight)
-        tensordict.set(keys.priority, priority.clone())
+        error = (values.detach() - target).abs().amax(-1).to(weight.dtype)
+        tensordict.set(keys.priority, expand_as_right(error, weight).clone())
 
 
 def is_tracing(value: Tensor) -> bool:

@@ -81,7 +81,7 @@ def mlp(
     depth: int = 2,
     activation_class: type[nn.Module] | str = nn.ELU,
     norm_class: type[nn.Module] | str | None = None,
-) -> ConcatSequential:
+) -> nn.Sequential:
     """The network of encoder, latent dynamics and actor: Linear-ELU-Linear-ELU-Linear by default.
 
     It concatenates its inputs, each ``[..., D_i]``.

@@ -168,6 +168,7 @@ def test_the_collector_gets_the_weights_after_the_noise(monkeypatch) -> None:
         lambda self: sent.append((trainer._optim_count, agent.noise.step_count.item())),
     )  # fmt: skip
     trainer.train()
+    assert sent[0] == (0, 0)  # of a loaded checkpoint
     assert sent[-3:] == [(3, 8), (4, 12), (5, 16)]
 
 

@@ -106,6 +106,7 @@ class ALMTrainer(Trainer):
         self.register_op("post_steps", update.check)
         if hasattr(loss_module.actor, "noise"):
             _AdvanceNoise(self).register(self)
+        self.register_op("setup", collector.update_policy_weights_)  # a checkpoint may be loaded
         UpdateWeights(collector, 1).register(self)  # after the noise, which is one of the weights
         reward = next_key(loss_module.tensor_keys.reward)
         LogScalar(reward, "reward", include_std=False).register(self)

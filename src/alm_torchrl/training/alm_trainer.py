@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.collectors import BaseCollector
-from torchrl.data import ReplayBuffer
+from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
@@ -128,14 +128,15 @@ class ALMTrainer(Trainer):
 
 
 class _UpdateStepper(OptimizationStepper):
-    """Makes one :class:`Update`."""
+    """Makes one :class:`Update`, and updates the priorities of a prioritized replay buffer."""
 
     def __init__(self, update: Update) -> None:
         self.update = update
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         metrics = self.update(sub_batch)
-        if hasattr(trainer.replay_buffer, "update_tensordict_priority"):
+        if isinstance(trainer.replay_buffer.sampler, PrioritizedSampler):
+            self.update.check()  # names the loss, where a priority would only be not finite
             trainer.replay_buffer.update_tensordict_priority(sub_batch)
         return metrics
 

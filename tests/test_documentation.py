@@ -1,7 +1,7 @@
-"""The Python examples of the README and the documentation run.
+"""The Python examples of the README, the documentation and the notebooks run.
 
-The ```python blocks of a page run in order, in one namespace and an empty folder, with shortened
-loops. `<!-- not run -->` on the line above a block excludes it.
+The ```python blocks of a page, or the cells of a notebook, run in order, in one namespace and an
+empty folder, with shortened loops. `<!-- not run -->` on the line above a block excludes it.
 """
 
 from pathlib import Path
@@ -11,8 +11,12 @@ import pytest
 from tools.examples import program
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-         if page.is_file() and program(page)]  # fmt: skip
+FILES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("notebooks/*.ipynb")),
+]
+PAGES = [page for page in FILES if page.is_file() and program(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -237,12 +237,6 @@ def test_a_policy_of_other_networks_is_refused() -> None:
         ALMTrainer(**{**parts, "collector": others["collector"]}, total_frames=60)
 
 
-@pytest.mark.parametrize("option", [{"async_collection": True}, {"learner_backend": "ray"}])
-def test_learning_elsewhere_is_refused(option: dict) -> None:
-    with pytest.raises(ValueError, match="remove learner_backend and async_collection"):
-        make_trainer(**option)
-
-
 def test_the_trainer_needs_no_lightning() -> None:
     program = """
 import sys

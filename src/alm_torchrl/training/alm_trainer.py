@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
-from torchrl.trainers import LogScalar, OptimizationStepper, Trainer, TrainerHookBase, UpdateWeights
+from torchrl.trainers import OptimizationStepper, Trainer, UpdateWeights
 
 from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives import ALMLoss
@@ -21,16 +21,14 @@ from alm_torchrl.training.update import Update, make_optimizer
 class ALMTrainer(Trainer):
     """A TorchRL trainer for :class:`~alm_torchrl.objectives.ALMLoss`.
 
-    It stores each batch of the collector in the replay buffer. After the collector's
-    ``init_random_frames``, it makes ``optim_steps_per_batch`` updates per batch (see
-    :class:`Update`), advances the action noise of the loss's actor by the collected frames, and
-    sends the weights to the collector. It also updates the running input statistics of the encoder,
-    if any.
+    It stores each batch of the collector in the replay buffer, and updates the input statistics of
+    the encoder, if any. After the collector's ``init_random_frames``, it makes
+    ``optim_steps_per_batch`` updates per batch (see :class:`Update`), advances the action noise of
+    the loss's actor by the collected frames, and sends the weights to the collector.
 
-    It logs the reward, the return of finished episodes, losses, metrics, gradient norms and the
-    noise scale. A saved trainer contains the loss, the optimizer, the replay buffer and the noise;
-    ``load_from_file`` of a trainer built in the same way restores them. The environments start
-    new episodes.
+    A saved trainer contains the loss, the optimizer, the replay buffer and the noise.
+    ``load_from_file`` of a trainer built in the same way restores them; the environments start new
+    episodes.
 
     Args:
         collector: see :func:`alm_torchrl.data.make_collector`; ``train`` closes it at the end.
@@ -42,11 +40,12 @@ class ALMTrainer(Trainer):
         optim_steps_per_batch: updates per batch of the collector. The paper makes one per frame.
         clip_norm: largest gradient norm of each group of :meth:`ALMLoss.parameter_groups`.
         **trainer_options: further arguments of TorchRL's ``Trainer``, such as ``logger``, ``seed``,
-            ``checkpoint`` and ``save_trainer_file``.
+            ``checkpoint`` and ``save_trainer_file``; not ``async_collection`` and
+            ``learner_backend``, which learn from a buffer that the collector fills.
 
     Raises:
-        ValueError: if the collector acts with other networks than those of the loss, and for
-            ``async_collection=True`` or ``learner_backend="ray"``.
+        ValueError: if the collector acts with other networks than those of the loss.
+        FloatingPointError: by ``train``, if a gradient is not finite.
 
     Examples:
         >>> from alm_torchrl import ALMAgent, make_collector, make_env, make_replay_buffer
@@ -77,12 +76,6 @@ class ALMTrainer(Trainer):
         clip_norm: float = 100.0,
         **trainer_options: Any,
     ) -> None:
-        remote = trainer_options.get("learner_backend", "local") != "local"
-        if remote or trainer_options.get("async_collection"):
-            raise ValueError(
-                "ALMTrainer learns in this process on batches of the collector: remove "
-                "learner_backend and async_collection"
-            )
         _check_sharing(collector, loss_module)
         optimizer = optimizer or make_optimizer(loss_module)
         target_net_updater = target_net_updater or SoftUpdate(loss_module, tau=0.005)
@@ -104,27 +97,35 @@ class ALMTrainer(Trainer):
         self.register_op("batch_process", self._store)
         self.register_op("process_optim_batch", lambda _: replay_buffer.sample())
         self.register_op("post_steps", update.check)
-        if hasattr(loss_module.actor, "noise"):
-            _AdvanceNoise(self).register(self)
+        self._noise = getattr(loss_module.actor, "noise", None)
+        if self._noise is not None:
+            self.register_op("post_steps", self._advance_noise)
         self.register_op("setup", collector.update_policy_weights_)  # a checkpoint may be loaded
         UpdateWeights(collector, 1).register(self)  # after the noise, which is one of the weights
-        reward = next_key(loss_module.tensor_keys.reward)
-        LogScalar(reward, "reward", include_std=False).register(self)
-        self.register_op("pre_steps_log", self._log_returns)
+        self.register_op("pre_steps_log", self._log_batch)
 
     def _store(self, batch: TensorDictBase) -> None:
+        self._batch_frames = batch.numel()
         self.replay_buffer.extend(batch)
         encoder = self.loss_module.encoder
         if hasattr(encoder, "update_statistics"):
             encoder.update_statistics(batch)
 
-    def _log_returns(self, batch: TensorDictBase) -> dict[str, Any] | None:
-        """The mean return of the episodes that end in a batch, if the environment sums rewards."""
+    def _advance_noise(self) -> None:
+        """Advances after the updates of a batch, so that they use the noise that acted in it."""
+        frames = self.collected_frames - self.collector.init_random_frames
+        self._noise.advance(max(0, min(frames, self._batch_frames)))
+
+    def _log_batch(self, batch: TensorDictBase) -> dict[str, Any]:
+        keys = self.loss_module.tensor_keys
+        logged = {"reward": batch.get(next_key(keys.reward)).mean().item(), "log_pbar": True}
+        if self._noise is not None:
+            logged["noise_scale"] = self._noise.scale.item()
         returns = batch.get(("next", "episode_reward"), None)
-        ended = batch.get(next_key(self.loss_module.tensor_keys.done))
-        if returns is None or not ended.any():
-            return None
-        return {"episode_return": returns[ended].mean().item(), "log_pbar": True}
+        ended = batch.get(next_key(keys.done))
+        if returns is not None and ended.any():
+            logged["episode_return"] = returns[ended].mean().item()
+        return logged
 
 
 class _UpdateStepper(OptimizationStepper):
@@ -141,47 +142,16 @@ class _UpdateStepper(OptimizationStepper):
         return metrics
 
 
-class _AdvanceNoise(TrainerHookBase):
-    """Advances the action noise by the frames collected after the random ones."""
-
-    def __init__(self, trainer: ALMTrainer) -> None:
-        self.trainer = trainer
-        self.frames = 0
-
-    def __call__(self) -> None:
-        """Advances after the updates of a batch, so that they use the noise that acted in it."""
-        trainer, before = self.trainer, self.frames
-        self.frames = max(0, trainer.collected_frames - trainer.collector.init_random_frames)
-        trainer.loss_module.actor.noise.advance(self.frames - before)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"frames": self.frames}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.frames = state_dict["frames"]
-
-    def register(self, trainer: Trainer, name: str = "noise") -> None:
-        trainer.register_op("post_steps", self)
-        trainer.register_op("pre_steps_log", self._log_scale)
-        trainer.register_module(name, self)
-
-    def _log_scale(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        return {"noise_scale": self.trainer.loss_module.actor.noise.scale.clone()}
-
-
 def _check_sharing(collector: BaseCollector, loss: ALMLoss) -> None:
     """Raises if the collector has a policy on the device of the loss, but not that of the loss."""
     policy = getattr(collector, "policy", None)
-    acting = {t.data_ptr(): t for t in _tensors(policy)} if isinstance(policy, nn.Module) else {}
-    trained = {t.data_ptr(): t for t in _tensors(loss.actor_params)}
-    devices = {t.device for t in acting.values()} & {t.device for t in trained.values()}
-    if devices and not trained.keys() <= acting.keys():
+    acting, trained = (
+        {(t.device, t.data_ptr()) for t in (*net.parameters(), *net.buffers())}
+        for net in (policy if isinstance(policy, nn.Module) else nn.Module(), loss.actor_params)
+    )
+    if {d for d, _ in acting} & {d for d, _ in trained} and not trained <= acting:
         raise ValueError(
             "the policy of the collector does not share the actor and the noise of loss_module: "
             "move the agent to its device first, then build ALMLoss(**agent.networks()), and "
             "collect with agent.policy()"
         )
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -97,7 +97,7 @@ class ALMTrainer(Trainer):
         self.register_op("batch_process", self._store)
         self.register_op("process_optim_batch", lambda _: replay_buffer.sample())
         self.register_op("post_steps", update.check)
-        self._noise = getattr(loss_module.actor, "noise", None)
+        self._noise: Any = getattr(loss_module.actor, "noise", None)
         if self._noise is not None:
             self.register_op("post_steps", self._advance_noise)
         self.register_op("setup", collector.update_policy_weights_)  # a checkpoint may be loaded

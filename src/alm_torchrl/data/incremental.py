@@ -10,18 +10,25 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from torchrl.data import PrioritizedSampler
 
+from alm_torchrl.data.priorities import read_priorities, write_priorities
 from alm_torchrl.data.replay import ReplaySlice, WindowReplayBuffer
 from alm_torchrl.data.transitions import Key
 from alm_torchrl.files import load_tensors, save_tensors, sha256
 
-_NAME = re.compile(r"\d{12}-\d{12}-([0-9a-f]{8})\.pt")  # steps, and the run's random id
+# Steps, or a random id of priorities, and the random id of the run.
+_NAME = re.compile(r"(?:\d{12}-\d{12}|priorities-[0-9a-f]{16})-([0-9a-f]{8})\.pt")
+_PRIORITIES = "priorities-"
 _FRAMES = "frames:"  # prefix of entries that are not time steps
 
 
 @dataclass(frozen=True)
 class ReplayChunk:
-    """A file of an :class:`IncrementalReplay`, with the time steps ``start`` to ``stop - 1``."""
+    """A file of an :class:`IncrementalReplay`, with the time steps ``start`` to ``stop - 1``.
+
+    It contains either the transitions or the priorities of these steps.
+    """
 
     file: str
     start: int
@@ -34,7 +41,8 @@ class IncrementalReplay:
 
     Files never change after they are written, so older checkpoints stay valid. File names end with
     a random id of the run. A chunk repeats the last time step of the previous chunk, because its
-    episode may have been truncated after that save.
+    episode may have been truncated after that save. Updates change priorities, so every save of a
+    prioritized buffer writes all of them to a further file.
     """
 
     def __init__(self, replay: WindowReplayBuffer, folder: str | Path) -> None:
@@ -52,7 +60,8 @@ class IncrementalReplay:
         if saved < written:
             self.chunks.append(self._write(max(oldest, saved - 1), written))
         self.chunks = [chunk for chunk in self.chunks if chunk.stop > oldest]
-        return list(self.chunks)
+        prioritized = self.chunks and isinstance(self.replay.sampler, PrioritizedSampler)
+        return [*self.chunks, self._write_priorities()] if prioritized else list(self.chunks)
 
     def load(self, chunks: Iterable[ReplayChunk]) -> None:
         """Fills the empty buffer from the result of :meth:`save`; truncates the open episodes.
@@ -60,12 +69,16 @@ class IncrementalReplay:
         Raises:
             ValueError: if the buffer has other sizes or entries, or a chunk is damaged.
         """
-        self.chunks = list(chunks)
+        chunks = list(chunks)
+        self.chunks = [chunk for chunk in chunks if not chunk.file.startswith(_PRIORITIES)]
         if self.chunks:
-            self._loaded = {chunk.file for chunk in self.chunks}
+            self._loaded = {chunk.file for chunk in chunks}
             if match := _NAME.fullmatch(self.chunks[-1].file):
                 self._run_id = match[1]
             self.replay.restore(self._read(), self.chunks[-1].stop)
+        if chunks != self.chunks and isinstance(self.replay.sampler, PrioritizedSampler):
+            content = load_tensors(self.folder / chunks[-1].file)
+            write_priorities(self.replay.sampler, self._stored(), content)
 
     def remove_all_but(self, chunks: Iterable[ReplayChunk]) -> None:
         """Removes all other chunks of this run, and keeps other files in the folder."""
@@ -84,6 +97,17 @@ class IncrementalReplay:
             content |= {f"{_FRAMES}{'/'.join(key)}/{name}": t for name, t in tensors.items()}
         save_tensors(content, path)
         return ReplayChunk(path.name, start, stop, sha256(path))
+
+    def _write_priorities(self) -> ReplayChunk:
+        path = self.folder / f"{_PRIORITIES}{secrets.token_hex(8)}-{self._run_id}.pt"
+        save_tensors(read_priorities(self.replay.sampler, self._stored()), path)
+        return ReplayChunk(path.name, self.chunks[0].start, self.chunks[-1].stop, sha256(path))
+
+    def _stored(self) -> torch.Tensor:
+        """Returns the indices of the stored transitions, oldest first."""
+        size, capacity = len(self.replay), self.replay.storage.max_size
+        newest = self.replay.write_count * self.replay.num_envs
+        return torch.arange(newest - size, newest) % capacity
 
     def _read(self) -> Iterator[ReplaySlice]:
         """Yields the chunks, newest first."""

@@ -15,12 +15,14 @@ from tensordict import MemoryMappedTensor, NestedKey, TensorDictBase
 from torchrl.data import (
     LazyMemmapStorage,
     LazyTensorStorage,
+    PrioritizedSampler,
     RandomSampler,
     ReplayBuffer,
     RoundRobinWriter,
 )
 
 from alm_torchrl.data.frames import FrameStore
+from alm_torchrl.data.priorities import prioritized_sampler
 from alm_torchrl.data.transitions import (
     DiscontinuityFinder,
     Key,
@@ -58,6 +60,7 @@ class WindowReplayBuffer(ReplayBuffer):
         self.sample_device = sample_device
         self._discontinuities = DiscontinuityFinder()
         self._warned = False
+        self.priority_key: NestedKey = "td_error"
         super().__init__(**kwargs)
 
     @property
@@ -97,11 +100,15 @@ class WindowReplayBuffer(ReplayBuffer):
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
         """Samples windows whose first transitions are uniform over all stored transitions.
 
+        With ``prioritized``, a first transition is sampled by its priority.
+
         Returns:
             The stored entries, ``[B, T]``, and ``"validity_mask"``, bool ``[B, T]``. The mask is
             False after the end of the episode and after the newest transition; these steps repeat
             the last valid transition. With ``per_env``, the shape is ``[num_envs, B, T]``. With
-            ``return_info``, also TorchRL's information about the sample, flat ``[B * T]``.
+            ``prioritized``, also ``"priority_weight"`` ``[B, T]``, the importance weight of the
+            first transition, and ``"index"``, ``[B, T]`` or ``[B, T, 2]`` (rows and environments).
+            With ``return_info``, also TorchRL's information about the sample, flat ``[B * T]``.
         """
         if not len(self):
             raise RuntimeError("cannot sample from an empty replay buffer: call extend() first")
@@ -110,9 +117,40 @@ class WindowReplayBuffer(ReplayBuffer):
         batch = (self.num_envs, -1) if self.per_env else (-1,)
         windows = data.reshape(*batch, self._sample_unit.length)
         windows.set("validity_mask", info["validity_mask"].reshape(windows.shape))
+        if "priority_weight" in info:
+            windows.set("priority_weight", info["priority_weight"].reshape(windows.shape))
+            index = info["index"]
+            index = torch.stack(index, -1) if isinstance(index, tuple) else index
+            windows.set("index", index.reshape(*windows.shape, *index.shape[1:]))
         if windows.device != self.sample_device:
             windows = windows.to(self.sample_device, non_blocking=True)
         return (windows, info) if return_info else windows
+
+    def update_tensordict_priority(self, windows: TensorDictBase) -> None:
+        """Sets the priorities of the first transitions of sampled windows.
+
+        It reads the first step of ``"td_error"`` ``[B, T]`` or ``[B, T, 1]``, the entry
+        ``priority_key``. Without ``prioritized``, it does nothing.
+
+        Raises:
+            KeyError: if the windows have no such entry.
+            ValueError: if an error is negative or not finite.
+        """
+        if not isinstance(self.sampler, PrioritizedSampler):
+            return
+        errors = windows.get(self.priority_key, None)
+        if errors is None:
+            raise KeyError(
+                f"the windows have no entry {self.priority_key!r}: call the loss on them first, or "
+                "set the priority_key of the replay buffer to the entry with their errors"
+            )
+        first = errors.detach().reshape(*windows.shape, -1)[:, 0].amax(-1).float()
+        if not ((first >= 0) & first.isfinite()).all():
+            raise ValueError(
+                f"the priorities in {self.priority_key!r} must be finite and not negative: write "
+                "absolute or squared errors"
+            )
+        self.update_priority(windows.get("index")[:, 0], first)
 
     def truncate_open_episodes(self) -> None:
         """Marks the newest transition of each environment as truncated.
@@ -144,7 +182,7 @@ class WindowReplayBuffer(ReplayBuffer):
         """Fills an empty buffer from slices, newest first, and truncates the open episodes.
 
         ``written`` is the ``write_count`` of the buffer that was read. Where slices overlap, it
-        uses the newer one.
+        uses the newer one. All transitions get the same priority.
         """
         if len(self):
             raise ValueError("cannot restore a replay buffer that is not empty")
@@ -164,6 +202,7 @@ class WindowReplayBuffer(ReplayBuffer):
             raise ValueError(f"time steps {oldest} to {missing} of the replay buffer are missing")
         cursor = {"_cursor": written % self.max_steps, "_write_count": written}
         self.writer.load_state_dict(cursor)
+        self.mark_update(torch.arange(len(self)))
         self.truncate_open_episodes()
 
     def dumps(self, path: str | Path) -> None:
@@ -173,6 +212,8 @@ class WindowReplayBuffer(ReplayBuffer):
 
     def loads(self, path: str | Path) -> None:
         """Loads a buffer saved by :meth:`dumps` and truncates the open episodes."""
+        self._check_saved((Path(path) / "sampler" / "sampler_metadata.json").is_file())
+        self.sampler._empty()  # TorchRL cannot load a largest priority twice
         super().loads(path)
         self._restore(torch.load(Path(path) / "frames.pt", weights_only=True))
 
@@ -183,8 +224,17 @@ class WindowReplayBuffer(ReplayBuffer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state and truncates the open episodes."""
+        self._check_saved("_sum_tree" in state_dict["_sampler"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "frames"})
         self._restore(state_dict["frames"])
+
+    def _check_saved(self, prioritized: bool) -> None:
+        """Raises if a saved buffer has no priorities, but this one needs them."""
+        if isinstance(self.sampler, PrioritizedSampler) and not prioritized:
+            raise ValueError(
+                "the saved replay buffer has no priorities: load it into a buffer without "
+                "prioritized, and extend the prioritized buffer with its transitions"
+            )
 
     def _restore(self, frames: dict[Key, Any]) -> None:
         for key, store in self.frames.items():
@@ -283,13 +333,14 @@ def make_replay_buffer(
     action_key: NestedKey = "action",
     per_env: bool = False,
     frame_stacks: Mapping[NestedKey, int] | None = None,
+    prioritized: bool | Mapping[str, float] = False,
 ) -> WindowReplayBuffer:
-    """Creates a replay buffer of masked windows.
+    r"""Creates a replay buffer of masked windows.
 
-    Sampling is uniform over all stored transitions. A window never crosses the end of an episode
-    (termination or time limit), a discontinuity in the data, or the newest transition; later
-    entries are padding, False in ``"validity_mask"``. The first batch allocates memory for the
-    whole capacity (see :func:`bytes_per_transition`).
+    Sampling is uniform over all stored transitions, or ``prioritized``. A window never crosses the
+    end of an episode (termination or time limit), a discontinuity in the data, or the newest
+    transition; later entries are padding, False in ``"validity_mask"``. The first batch allocates
+    memory for the whole capacity (see :func:`bytes_per_transition`).
 
     Args:
         capacity: maximum number of transitions, over all environments.
@@ -308,9 +359,17 @@ def make_replay_buffer(
         frame_stacks: number of frames of each observation that is stacked along its first
             dimension, as returned by :func:`alm_torchrl.envs.frame_stacks`; each frame is then
             stored once. Samples do not change.
+        prioritized: sample first transitions by their priority (Schaul et al., 2016, arXiv
+            1511.05952): with probability :math:`p_i^\alpha / \sum_j p_j^\alpha`, where ``p`` is
+            the error of :meth:`WindowReplayBuffer.update_tensordict_priority` plus ``eps``, and the
+            largest error so far for a new transition. The importance weight is
+            :math:`(\min_j p_j^\alpha / p_i^\alpha)^\beta`. True uses ``alpha=0.6``, ``beta=0.4``
+            and ``eps=1e-8``; a mapping replaces these. It needs TorchRL's C++ extension. Without a
+            ``seed``, it uses NumPy's global generator.
 
     Raises:
-        ValueError: if the sizes do not fit each other, or the storage is unknown.
+        ValueError: if the sizes do not fit each other, or an option is invalid.
+        RuntimeError: if ``prioritized`` is used and TorchRL's C++ extension does not load.
 
     Examples:
         >>> from alm_torchrl.envs import make_env
@@ -342,11 +401,14 @@ def make_replay_buffer(
             file = scratch_dir and str(Path(scratch_dir) / f"{'-'.join(key)}.frames")
             empty = partial(MemoryMappedTensor.empty, filename=file)
         frames[key] = FrameStore(stack, capacity // num_envs, num_envs, store.device, empty)
+    sampler = PerEnvSampler() if per_env and num_envs > 1 else RandomSampler()
+    if prioritized not in (False, None):
+        sampler = prioritized_sampler(prioritized, capacity, store.device, per_env)
     writer = RoundRobinWriter()
     generator = None if seed is None else torch.Generator(store.device).manual_seed(index(seed))
     return WindowReplayBuffer(
         storage=store,
-        sampler=PerEnvSampler() if per_env and num_envs > 1 else RandomSampler(),
+        sampler=sampler,
         writer=writer,
         sample_unit=EpisodeWindows(window_length, writer),
         batch_size=batch_size,

@@ -26,7 +26,8 @@ class EpisodeWindows(SampleUnit):
     ) -> tuple[torch.Tensor | tuple, dict[str, Any]]:
         """Expands ``n`` indices (rows, or rows and environments) to those of ``n`` windows.
 
-        The indices and ``info["validity_mask"]`` are ``[n * T]``.
+        The indices and ``info["validity_mask"]`` are ``[n * T]``. All steps of a window have the
+        ``info["priority_weight"]`` of its first transition.
         """
         start, *envs = index if isinstance(index, tuple) else (index,)
         written = storage.shape[0]
@@ -41,6 +42,8 @@ class EpisodeWindows(SampleUnit):
         last = valid.sum(1, keepdim=True) - 1
         rows = (start.unsqueeze(1) + torch.minimum(steps, last)) % written
         info = {**info, "validity_mask": valid.bool().flatten()}
+        if "priority_weight" in info:
+            info["priority_weight"] = info["priority_weight"].repeat_interleave(self.length)
         flat = tuple(part.flatten() for part in (rows, *envs))
         return (flat if envs else flat[0]), info
 

@@ -26,6 +26,7 @@ from alm_torchrl.modules.heads import (
 from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, mlp, orthogonal_init
 from alm_torchrl.modules.rebuildable import plain_numbers
+from alm_torchrl.modules.two_hot import TwoHot
 
 __all__ = [
     "Actor",
@@ -56,6 +57,7 @@ __all__ = [
     "RunningNorm",
     "SimplicialHead",
     "TransitionClassifier",
+    "TwoHot",
     "WindowEncoder",
     "mlp",
     "orthogonal_init",

@@ -8,11 +8,12 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, cat, nn
 
-from alm_torchrl.data.transitions import next_key
+from alm_torchrl.data.transitions import next_key, tuple_key
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, mlp
 from alm_torchrl.modules.rebuildable import Rebuildable
+from alm_torchrl.modules.two_hot import TwoHot, TwoHotNetwork
 
 
 class LatentDynamics(LatentModule):
@@ -79,11 +80,35 @@ class _TransitionModel(Rebuildable, TensorDictModule):
         )
 
 
-class RewardModel(_TransitionModel):
+class _Prediction(Rebuildable, TensorDictModule):
+    """Values ``[..., N]`` from a network, or from logits ``[..., N, bins]`` with ``two_hot``."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        in_keys: list[NestedKey],
+        out_key: NestedKey,
+        two_hot: TwoHot | None,
+    ) -> None:
+        out_keys = [out_key]
+        if two_hot is not None:
+            *parents, name = tuple_key(out_key)
+            network, out_keys = (
+                TwoHotNetwork(network, two_hot),
+                [(*parents, f"{name}_logits"), out_key],
+            )
+        super().__init__(network, in_keys=in_keys, out_keys=out_keys)
+        self.two_hot = two_hot
+
+
+class RewardModel(_Prediction):
     r"""The reward :math:`r_\theta(z_t, a_t)`, ``[..., 1]``.
 
-    The entry ``out_key`` is ``"predicted_reward"`` by default; ``mlp_kwargs`` are arguments of
-    :class:`LayerNormMLP`.
+    Args:
+        two_hot: bins of a categorical reward; by default the network predicts the number. It adds
+            an entry with the logits ``[..., 1, bins]``, named after ``out_key``.
+        out_key: entry of the reward.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -91,14 +116,28 @@ class RewardModel(_TransitionModel):
         torch.Size([4, 1])
     """
 
-    _out_key = "predicted_reward"
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        hidden_dim: int = 512,
+        *,
+        two_hot: TwoHot | None = None,
+        latent_key: NestedKey = "latent",
+        action_key: NestedKey = "action",
+        out_key: NestedKey = "predicted_reward",
+        **mlp_kwargs: Unpack[MLPKwargs],
+    ) -> None:
+        outputs = 1 if two_hot is None else two_hot.bins
+        network = LayerNormMLP(latent_dim + action_dim, outputs, hidden_dim, **mlp_kwargs)
+        super().__init__(network, [latent_key, action_key], out_key, two_hot)
 
 
 class ContinuationModel(_TransitionModel):
     r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate.
 
     It writes the logit ``[..., 1]``, by default as ``"continuation_logit"``. A time limit is not a
-    termination. See :class:`RewardModel` for the arguments.
+    termination. ``mlp_kwargs`` are arguments of :class:`LayerNormMLP`.
     """
 
     _out_key = "continuation_logit"
@@ -109,7 +148,8 @@ class TransitionClassifier(_TransitionModel):
 
     It writes logits ``[..., 2]``, by default as ``"transition_logits"``. Class 1 is a next latent
     encoded from the real next observation, and class 0 is one sampled from the latent dynamics; see
-    :func:`alm_torchrl.objectives.functional.log_ratio`, and :class:`RewardModel` for the arguments.
+    :func:`alm_torchrl.objectives.functional.log_ratio`. ``mlp_kwargs`` are arguments of
+    :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -123,7 +163,7 @@ class TransitionClassifier(_TransitionModel):
     _reads_next = True
 
 
-class QValueEnsemble(Rebuildable, TensorDictModule):
+class QValueEnsemble(_Prediction):
     r"""Several independent action values :math:`Q_\psi(z, a)`.
 
     ALM uses two values and takes their minimum. Any module that writes ``[..., 1]``, such as a
@@ -131,6 +171,8 @@ class QValueEnsemble(Rebuildable, TensorDictModule):
 
     Args:
         num_networks: number ``N`` of networks.
+        two_hot: bins of categorical values; by default the networks predict the numbers. It adds an
+            entry with the logits ``[..., N, bins]``, named after ``out_key``.
         out_key: entry of the values ``[..., N]``, in units of return.
         **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
@@ -147,17 +189,17 @@ class QValueEnsemble(Rebuildable, TensorDictModule):
         hidden_dim: int = 512,
         *,
         num_networks: int = 2,
+        two_hot: TwoHot | None = None,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
         out_key: NestedKey = "state_action_value",
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
-        size = latent_dim + action_dim
-        super().__init__(
-            _Ensemble(LayerNormMLP(size, 1, hidden_dim, **mlp_kwargs) for _ in range(num_networks)),
-            in_keys=[latent_key, action_key],
-            out_keys=[out_key],
+        size, outputs = latent_dim + action_dim, 1 if two_hot is None else two_hot.bins
+        networks = _Ensemble(
+            LayerNormMLP(size, outputs, hidden_dim, **mlp_kwargs) for _ in range(num_networks)
         )
+        super().__init__(networks, [latent_key, action_key], out_key, two_hot)
 
 
 class _Ensemble(nn.ModuleList):

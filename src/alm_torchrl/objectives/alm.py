@@ -12,7 +12,6 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrl.objectives.utils import distance_loss
 
 from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives.checks import (
@@ -401,8 +400,8 @@ class ALMLoss(LatentModelLoss):
     def reward_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
         """The error of the reward model, on the first transition of each window."""
         batch = self.prepare(tensordict)
-        predicted = self.reward(*self._first_transition(batch), self.reward_model_params)
-        loss = distance_loss(predicted, self._outcome(batch, "reward"), self.loss_function)
+        transition, reward = self._first_transition(batch), self._outcome(batch, "reward")
+        _, loss = self.regress("reward_model", *transition, reward)
         return self._reduce(loss.squeeze(-1), batch), {}
 
     def continuation_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
@@ -459,10 +458,9 @@ class ALMLoss(LatentModelLoss):
                 next_value = self.value(following, self.act(following), params)
             reward, ended = self._outcome(batch, "reward"), self._outcome(batch, "terminated")
             target = td_target(reward, ended, next_value, self.value_estimator.gamma)
-        values = self.action_values(latent, action, self.qvalue_network_params)
+        values, loss = self.regress("qvalue_network", latent, action, target)
         write_priority(batch.source, self.tensor_keys, values, target)
-        loss = distance_loss(values, target.expand_as(values), self.loss_function).mean(-1)
-        mask = batch.mask[:, 0]
+        loss, mask = loss.mean(-1), batch.mask[:, 0]
         metrics = {"q_value": masked_mean(values, mask), "target_value": masked_mean(target, mask)}
         return self._reduce(loss, batch), detached(metrics)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 
 from alm_torchrl.data.transitions import next_key
 from alm_torchrl.objectives.checks import (
@@ -106,6 +106,7 @@ class LatentModelLoss(LossModule):
     latent_target: str
     consistency_coeff: Tensor
     start_steps: int
+    loss_function: str
     _encoder_losses: dict[str, NestedKey]
     auxiliary_losses: nn.ModuleDict
     _order_checked = False
@@ -185,8 +186,13 @@ class LatentModelLoss(LossModule):
         super().__setstate__(state)
         self._share()
 
-    def _run(self, name: str, inputs: TensorDictBase, params: Params = None) -> Any:
-        """Returns the output of a network, or the parameters of its distribution."""
+    def _run(
+        self, name: str, inputs: TensorDictBase, params: Params = None, *, all_entries: bool = False
+    ) -> Any:
+        """Returns the output of a network, or the parameters of its distribution.
+
+        With ``all_entries``, it returns a TensorDict with all outputs.
+        """
         network = getattr(self, name)
         params = getattr(self, f"{name}_params").detach() if params is None else params
         try:
@@ -195,17 +201,18 @@ class LatentModelLoss(LossModule):
                     written = network.get_dist_params(inputs.copy())
                     losses = self._encoder_losses.values() if name == "encoder" else ()
                     return written.select(*network.dist_params_keys, *losses)
-                output = network(inputs.copy()).get(network.out_keys[-1])
+                written = network(inputs.copy())
         except RuntimeError as error:
             explain_inputs(error, name, network, inputs)
             raise
+        output = written.get(network.out_keys[-1])
         expected = (*inputs.batch_size, _OUTPUT_SIZES.get(name, output.shape[-1]))
         if output.shape != expected:
             raise ValueError(
                 f"{name} wrote entry {network.out_keys[-1]!r} of shape {tuple(output.shape)}; "
                 f"expected {expected}"
             )
-        return output
+        return written if all_entries else output
 
     def _step(self, latent: Tensor, action: Tensor) -> TensorDictBase:
         entries = {self._latent_key: latent, self._action_key: action}
@@ -262,6 +269,25 @@ class LatentModelLoss(LossModule):
     def action_values(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The action values of all networks in the ensemble, ``[..., N]``."""
         return self._run("qvalue_network", self._step(latent, action), params)
+
+    def regress(
+        self, name: str, latent: Tensor, action: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The predictions ``[..., N]`` of a trained network, and their losses ``[..., N]``.
+
+        The loss is the ``loss_function`` of prediction and target ``[..., 1]``, or the cross-entropy
+        of a network with a :class:`~alm_torchrl.modules.TwoHot` as ``two_hot`` and logits as first
+        output.
+        """
+        params = getattr(self, f"{name}_params")
+        written = self._run(name, self._step(latent, action), params, all_entries=True)
+        network = getattr(self, name)
+        predicted = written.get(network.out_keys[-1])
+        two_hot = getattr(network, "two_hot", None)
+        if two_hot is None:
+            target = target.expand_as(predicted)
+            return predicted, distance_loss(predicted, target, self.loss_function)
+        return predicted, two_hot.loss(written.get(network.out_keys[0]), target)
 
     def value(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The smallest of the action values, ``[..., 1]``."""

@@ -1,7 +1,8 @@
 """Checks of the project: `nox` runs the quick ones, `nox -s full` all tests; `nox -l` lists all.
 
-All sessions except `lint` and `dmc` share one environment, `stack`, because torch, TorchRL,
-Lightning and MuJoCo are large. It is reinstalled when pyproject.toml or constraints.txt change.
+All sessions except `lint`, `dmc`, `oldest` and `newest` share one environment, `stack`, because
+torch, TorchRL, Lightning and MuJoCo are large. It is reinstalled when pyproject.toml or
+constraints.txt change.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import nox
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 EXTRAS = "recipes,hub,export,ray,docs,dev,bench"
+QUICK = ("-m", "not slow", "--numprocesses=auto")
+# The ends of pyproject.toml's range of torch (docs/installation.md has what was tried).
+OLDEST_TORCH, NEWEST_TORCH = "2.11.0", "2.14.1"
 LINTERS = ["ruff", "import-linter"]
 
 nox.needs_version = ">=2026.10.20"
@@ -75,7 +79,29 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["stack"])
 def tests(session: nox.Session) -> None:
     """Run the quick tests and docstring examples; arguments go to pytest."""
-    _run_pytest(session, *(session.posargs or ["-m", "not slow", "--numprocesses=auto"]))
+    _run_pytest(session, *(session.posargs or QUICK))
+
+
+def _test_with_torch(session: nox.Session, version: str) -> None:
+    """Run the quick tests in an environment that differs from `stack` in the version of torch."""
+    pins = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    others = [pin for pin in pins if not pin.startswith("torch==")]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([*others, f"torch=={version}"]), encoding="utf-8")
+    session.install("-c", str(constraints), "-e", f".[{EXTRAS}]")
+    session.run("pytest", *(session.posargs or QUICK), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def oldest(session: nox.Session) -> None:
+    """Run the quick tests with the oldest torch; arguments go to pytest."""
+    _test_with_torch(session, OLDEST_TORCH)
+
+
+@nox.session(venv_backend="venv", reuse_venv=True, default=False)
+def newest(session: nox.Session) -> None:
+    """Run the quick tests with the newest torch, and those of prioritized replay."""
+    _test_with_torch(session, NEWEST_TORCH)
 
 
 @nox.session(venv_backend="none", requires=["stack"], default=False)

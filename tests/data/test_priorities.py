@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -258,6 +259,7 @@ def test_a_loaded_buffer_continues_equally(by, num_envs, written, tmp_path):
     restored, _ = trained(num_envs, 9)  # loading replaces other priorities
     if by == "dumps":
         buffer.dumps(tmp_path / "replay")
+        restored = prioritized(20 * num_envs, batch_size=10, num_envs=num_envs)
         for _ in range(2):
             restored.loads(tmp_path / "replay")
     else:
@@ -366,3 +368,18 @@ def test_samples_depend_only_on_the_seed(tmp_path: Path):
 
     assert torch.equal(sample(1), sample(1))
     assert not torch.equal(sample(1), sample(2))
+
+
+@needs_extension
+def test_the_example_of_the_documentation_runs():
+    """The page cannot run it everywhere."""
+    page = Path(__file__).parents[2] / "docs" / "replay.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(example, names)
+    replay, windows = names["replay"], names["windows"]
+    rewards = windows["next", "reward"][:, 0].abs().flatten()
+    found = priorities(replay)[windows["index"][:, 0]]
+    assert torch.allclose(found, (rewards + 1e-8) ** 0.6)

@@ -28,7 +28,7 @@ def prioritized_sampler(
     """
     if per_env:
         raise ValueError("prioritized=... and per_env=True cannot be combined: choose one of them")
-    chosen = {**DEFAULTS, **(options if isinstance(options, Mapping) else {})}
+    chosen: dict[str, Any] = {**DEFAULTS, **(options if isinstance(options, Mapping) else {})}
     if unknown := chosen.keys() - DEFAULTS.keys():
         raise ValueError(f"prioritized has no {sorted(unknown)}; its options are {list(DEFAULTS)}")
     for name, value in chosen.items():

@@ -284,14 +284,14 @@ def test_saved_and_loaded_it_acts_the_same(agent: ALMAgent, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_continuation_model_is_saved_with_the_rest(tmp_path: Path, own: bool) -> None:
-    given = {"continuation_model": ContinuationModel(4, 2, 8)} if own else {"continuation": True}
+    given = {"continuation_model": ContinuationModel(4, 8)} if own else {"continuation": True}
     agent = ALMAgent.from_env(Body(), normalize_mean=True, **SIZES, **given)
     assert "continuation_model" in agent.networks()
     assert "continuation_model" not in ALMAgent.from_env(Body(), **SIZES).networks()
     agent.save(tmp_path / "agent.pt")
     loaded = ALMAgent.load(tmp_path / "agent.pt")
     assert loaded.config == agent.config
-    step = TensorDict(latent=torch.randn(5, 4), action=torch.rand(5, 2), batch_size=[5])
+    step = TensorDict({"next": {"latent": torch.randn(5, 4)}}, batch_size=[5])
     torch.testing.assert_close(
         loaded.continuation_model(step.clone())["continuation_logit"],
         agent.continuation_model(step)["continuation_logit"],
@@ -324,7 +324,7 @@ def test_the_world_model_runs_in_an_imagined_environment(continuation: bool) -> 
     torch.testing.assert_close(steps["next", "reward"], reward)
     ended = torch.zeros(3, 4, 1, dtype=torch.bool)
     if continuation:
-        ended = agent.continuation_model(step)["continuation_logit"] < 0
+        ended = agent.continuation_model(steps.clone())["continuation_logit"] < 0
     assert torch.equal(steps["next", "terminated"], ended)
     assert torch.equal(steps["next", "done"], ended)
 
@@ -390,7 +390,7 @@ def test_dynamics_are_rebuilt_for_the_head_of_ones_own_encoder(tmp_path: Path) -
     assert str(loaded) == str(agent)
     loaded.save(tmp_path / "again.pt")
     again = ALMAgent.load(tmp_path / "again.pt", encoder=own())
-    step = TensorDict(latent=torch.randn(5, 4), action=torch.rand(5, 2), batch_size=[5])
+    step = TensorDict({"next": {"latent": torch.randn(5, 4)}}, batch_size=[5])
     expected = agent.dynamics.get_dist(step.clone()).mean
     assert torch.equal(again.dynamics.get_dist(step).mean, expected)
 

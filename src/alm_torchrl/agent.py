@@ -112,7 +112,7 @@ class AgentConfig:
     def arguments(self, network: str, **defaults: Any) -> dict[str, Any]:
         """The keyword arguments of a network: its ``network_kwargs`` over the given defaults."""
         own = rebuild(self.network_kwargs.get(network, {}))
-        if network != "encoder":
+        if network not in ("encoder", "continuation_model"):
             defaults["action_key"] = self.action_key
         return {"hidden_dim": self.hidden_dim, **defaults, **own}
 
@@ -185,7 +185,7 @@ class ALMAgent(nn.Module):
             ),
         )
         if config.continuation and continuation_model is None:
-            continuation_model = ContinuationModel(*sizes, **config.arguments("continuation_model"))
+            continuation_model = ContinuationModel(latent, **config.arguments("continuation_model"))
         self.continuation_model = continuation_model
 
     @classmethod

@@ -26,7 +26,7 @@ def make(make_loss: Make, make_networks: Make) -> Make:
     def build(**options: Any) -> ALMLoss:
         networks = make_networks()
         torch.manual_seed(3)
-        networks["continuation_model"] = ContinuationModel(4, 2, 8)
+        networks["continuation_model"] = ContinuationModel(4, 8)
         return make_loss(networks=networks, **options)
 
     return build
@@ -86,7 +86,8 @@ def test_the_continuation_loss_is_the_cross_entropy_of_terminations(
 ) -> None:
     loss, td = make(), ended(make_windows())
     z = loss.encode(td[:, 0])
-    logit = loss.continuation(z, td["action"][:, 0]).squeeze(-1)
+    following = loss.encode(td["next"][:, 0])
+    logit = loss.continuation(z, td["action"][:, 0], following).squeeze(-1)
     p = logit.sigmoid()
     expected = torch.cat([-(1 - p[:1]).log(), -p[1:].log()]).mean()  # a time limit continues
     found, _ = loss.continuation_loss(td)

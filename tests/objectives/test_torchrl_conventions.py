@@ -123,7 +123,7 @@ def test_losses_of_first_transitions_accept_shorter_windows(
 
 
 def test_optional_losses_can_be_selected(make_networks: Make, make_windows: Make) -> None:
-    networks = {**make_networks(), "continuation_model": ContinuationModel(4, 2, 8)}
+    networks = {**make_networks(), "continuation_model": ContinuationModel(4, 8)}
     loss = ALMLoss(**networks, consistency_level=1.0)
     SoftUpdate(loss, tau=0.005)
     assert loss.out_keys == [*LOSSES, "loss_continuation", "loss_multiplier"]
@@ -250,7 +250,7 @@ def test_weights_multiply_the_losses_of_a_window(
 ) -> None:
     """As TorchRL's own reduction does it, over the windows that count."""
     options = {
-        "networks": {**make_networks(), "continuation_model": ContinuationModel(4, 2, 8)},
+        "networks": {**make_networks(), "continuation_model": ContinuationModel(4, 8)},
         "short_windows": short_windows,
         "consistency_level": 1.0,
         "auxiliary_losses": {"own": OWN},
@@ -515,7 +515,7 @@ def test_the_actor_by_the_name_that_trainers_use(make_loss: Make) -> None:
 
 
 def test_repr_is_short_and_says_what_is_inside(make_networks: Make) -> None:
-    networks = {**make_networks(), "continuation_model": ContinuationModel(4, 2, 8)}
+    networks = {**make_networks(), "continuation_model": ContinuationModel(4, 8)}
     loss = ALMLoss(**networks, horizon=5, auxiliary_losses={"own": OWN})
     lines = repr(loss).splitlines()
     assert len(lines) <= 40

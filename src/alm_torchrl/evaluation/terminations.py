@@ -58,7 +58,8 @@ def terminations(
     latent, action = loss.encode(rollout), rollout.get(keys.action)
     ends = torch.zeros_like(reward)
     if loss.continuation_model is not None:
-        ends = (-loss.continuation(latent, action)).sigmoid()
+        following = loss.encode(rollout.get("next"))
+        ends = (-loss.continuation(latent, action, following)).sigmoid()
     predicted, real = ends >= 0.5, terminated
     hits = (predicted & real).sum()
 
@@ -86,8 +87,9 @@ def _imagined_length(loss: ALMLoss, latent: Tensor, steps: int) -> Tensor:
     length = alive
     for _ in range(steps - 1):
         action = loss.act(latent)
+        following, _ = loss.next(latent, action)
         if loss.continuation_model is not None:
-            alive = alive * loss.continuation(latent, action).sigmoid()
-        latent, _ = loss.next(latent, action)
+            alive = alive * loss.continuation(latent, action, following).sigmoid()
+        latent = following
         length = length + alive
     return length.mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
@@ -50,34 +50,6 @@ class LatentDynamics(LatentModule):
         )
         self.latent_dim = latent_dim
         self.action_dim = action_dim
-
-
-class _TransitionModel(Rebuildable, TensorDictModule):
-    """A network that reads latent and action, and also the next latent with ``_reads_next``."""
-
-    _out_key: ClassVar[str]
-    _out_features: ClassVar[int] = 1
-    _reads_next: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        latent_dim: int,
-        action_dim: int,
-        hidden_dim: int = 512,
-        *,
-        latent_key: NestedKey = "latent",
-        action_key: NestedKey = "action",
-        out_key: NestedKey | None = None,
-        **mlp_kwargs: Unpack[MLPKwargs],
-    ) -> None:
-        size, in_keys = latent_dim + action_dim, [latent_key, action_key]
-        if self._reads_next:
-            size, in_keys = size + latent_dim, [*in_keys, next_key(latent_key)]
-        super().__init__(
-            LayerNormMLP(size, self._out_features, hidden_dim, **mlp_kwargs),
-            in_keys=in_keys,
-            out_keys=[out_key or self._out_key],
-        )
 
 
 class _Prediction(Rebuildable, TensorDictModule):
@@ -133,23 +105,45 @@ class RewardModel(_Prediction):
         super().__init__(network, [latent_key, action_key], out_key, two_hot)
 
 
-class ContinuationModel(_TransitionModel):
-    r"""The probability :math:`d_\theta(z_t, a_t)` that a step does not terminate.
+class ContinuationModel(Rebuildable, TensorDictModule):
+    r"""The probability :math:`d_\psi(z_{t+1})` that the episode continues after a step.
 
-    It writes the logit ``[..., 1]``, by default as ``"continuation_logit"``. A time limit is not a
-    termination. ``mlp_kwargs`` are arguments of :class:`LayerNormMLP`.
+    It reads the next latent, because a terminal state is easier to recognize than the step that
+    leads there. It writes the logit ``[..., 1]``. A time limit is not a termination.
+
+    Args:
+        out_key: entry of the logit.
+        **mlp_kwargs: further arguments of :func:`mlp`.
+
+    Examples:
+        >>> import torch
+        >>> ContinuationModel(50)(next_latent=torch.randn(4, 50)).shape
+        torch.Size([4, 1])
     """
 
-    _out_key = "continuation_logit"
+    def __init__(
+        self,
+        latent_dim: int,
+        hidden_dim: int = 512,
+        *,
+        latent_key: NestedKey = "latent",
+        out_key: NestedKey = "continuation_logit",
+        **mlp_kwargs: Unpack[MLPKwargs],
+    ) -> None:
+        network = mlp(latent_dim, 1, hidden_dim, **mlp_kwargs)
+        super().__init__(network, in_keys=[next_key(latent_key)], out_keys=[out_key])
 
 
-class TransitionClassifier(_TransitionModel):
+class TransitionClassifier(Rebuildable, TensorDictModule):
     r"""The classifier that tells encoded transitions from imagined ones.
 
-    It writes logits ``[..., 2]``, by default as ``"transition_logits"``. Class 1 is a next latent
-    encoded from the real next observation, and class 0 is one sampled from the latent dynamics; see
-    :func:`alm_torchrl.objectives.functional.log_ratio`. ``mlp_kwargs`` are arguments of
-    :class:`LayerNormMLP`.
+    It writes logits ``[..., 2]``. Class 1 is a next latent encoded from the real next observation,
+    and class 0 is one sampled from the latent dynamics; see
+    :func:`alm_torchrl.objectives.functional.log_ratio`.
+
+    Args:
+        out_key: entry of the logits.
+        **mlp_kwargs: further arguments of :class:`LayerNormMLP`.
 
     Examples:
         >>> import torch
@@ -158,9 +152,22 @@ class TransitionClassifier(_TransitionModel):
         torch.Size([4, 2])
     """
 
-    _out_key = "transition_logits"
-    _out_features = 2
-    _reads_next = True
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        hidden_dim: int = 512,
+        *,
+        latent_key: NestedKey = "latent",
+        action_key: NestedKey = "action",
+        out_key: NestedKey = "transition_logits",
+        **mlp_kwargs: Unpack[MLPKwargs],
+    ) -> None:
+        super().__init__(
+            LayerNormMLP(2 * latent_dim + action_dim, 2, hidden_dim, **mlp_kwargs),
+            in_keys=[latent_key, action_key, next_key(latent_key)],
+            out_keys=[out_key],
+        )
 
 
 class QValueEnsemble(_Prediction):

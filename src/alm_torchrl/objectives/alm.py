@@ -84,8 +84,9 @@ class ALMLoss(LatentModelLoss):
         qvalue_network: maps latent and action to ``N`` action values ``[..., N]``; the losses use
             the minimum.
         actor: maps the latent to a distribution over the action, with the exploration noise.
-        continuation_model: maps latent and action to the logit ``[..., 1]`` of the probability that
-            the step does not terminate. By default, imagined episodes do not terminate.
+        continuation_model: maps latent, action and next latent, or some of them, to the logit
+            ``[..., 1]`` of the probability that the step does not terminate. By default, imagined
+            episodes do not terminate.
 
     Keyword Args:
         horizon (int): number ``K`` of imagined steps, and length of the windows.
@@ -411,7 +412,8 @@ class ALMLoss(LatentModelLoss):
         """
         batch = self.prepare(tensordict)
         params = getattr(self, "continuation_model_params", None)
-        logit = self.continuation(*self._first_transition(batch), params)
+        following = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
+        logit = self.continuation(*self._first_transition(batch), following, params)
         continues = (~self._outcome(batch, "terminated")).to(logit.dtype)
         loss = F.binary_cross_entropy_with_logits(logit, continues, reduction="none").squeeze(-1)
         return self._reduce(loss, batch), {}
@@ -491,14 +493,3 @@ class ALMLoss(LatentModelLoss):
         if self.continuation_model is not None:
             metrics["imagined_continuation"] = masked_mean(rollout["continuation"], mask)
         return self._reduce(loss, batch), detached(metrics)
-
-    def _counted(self, batch: Batch) -> Tensor:
-        """The windows in the world-model loss, bool ``[B]``."""
-        return batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
-
-    def _reduce(self, loss: Tensor, batch: Batch, mask: Tensor | None = None) -> Tensor:
-        mask = batch.mask[:, 0] if mask is None else mask
-        if batch.weight is not None:  # without any window, TorchRL would divide by zero
-            loss, mask = torch.where(mask, loss, 0), mask | ~mask.any()
-        masks = TensorDict({self.tensor_keys.validity_mask: mask})
-        return self._reduce_loss(loss, masks, weights=batch.weight)

@@ -52,7 +52,12 @@ def check_networks(networks: dict[str, Any]) -> None:
     latent, action, following = (
         networks[name].dist_sample_keys[-1] for name in ("encoder", "actor", "dynamics")
     )
-    readable = {"actor": {latent}, "classifier": {latent, action, following}}
+    transition = {latent, action, following}
+    readable = {
+        "actor": {latent},
+        "classifier": transition,
+        "continuation_model": transition,
+    }
     for name, module in networks.items():
         missing = {*map(unravel_key, module.in_keys)} - readable.get(name, {latent, action})
         if missing and name != "encoder":

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 
 from alm_torchrl.data.transitions import next_key
-from alm_torchrl.objectives.checks import (
-    check_latents,
-)
+from alm_torchrl.objectives.checks import check_latents
 from alm_torchrl.objectives.functional import (
     episode_mask,
     k_step_bound,
@@ -89,6 +87,17 @@ class LatentModelLoss(LatentNetworks):
     def _outcome(self, batch: Batch, name: Literal["reward", "terminated"]) -> Tensor:
         """An entry under ``"next"`` of the first transition, ``[B, 1]``."""
         return batch.windows.get(next_key(getattr(self.tensor_keys, name)))[:, 0]
+
+    def _counted(self, batch: Batch) -> Tensor:
+        """The windows in the world-model loss, bool ``[B]``."""
+        return batch.mask[:, -1] if self.short_windows == "drop" else batch.mask[:, 0]
+
+    def _reduce(self, loss: Tensor, batch: Batch, mask: Tensor | None = None) -> Tensor:
+        mask = batch.mask[:, 0] if mask is None else mask
+        if batch.weight is not None:  # without any window, TorchRL would divide by zero
+            loss, mask = torch.where(mask, loss, 0), mask | ~mask.any()
+        masks = TensorDict({self.tensor_keys.validity_mask: mask})
+        return self._reduce_loss(loss, masks, weights=batch.weight)
 
     def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
         """Checks a batch and encodes its observations with the target encoder.
@@ -187,11 +196,11 @@ class LatentModelLoss(LatentNetworks):
         moving = torch.ones_like(steps, dtype=torch.bool)
         for t in range(self.start_steps):
             action = self.act(latent)
+            following, _ = self.next(latent, action)
             moving = moving & (steps > t)
             if self.continuation_model is not None:
-                continues = self.continuation(latent, action).sigmoid() > 0.5
+                continues = self.continuation(latent, action, following).sigmoid() > 0.5
                 moving = moving & continues.squeeze(-1)
-            following, _ = self.next(latent, action)
             latent = torch.where(moving.unsqueeze(-1), following, latent)
         return latent
 
@@ -247,7 +256,8 @@ class LatentModelLoss(LatentNetworks):
             logits = self.classify(current, current_action, following.detach())
             rollout["log_ratio"] = log_ratio(logits)
         if self.continuation_model is not None:
-            rollout["continuation"] = self.continuation(current, current_action).sigmoid()
+            logit = self.continuation(current, current_action, following)
+            rollout["continuation"] = logit.sigmoid()
         return rollout
 
     def lambda_return(self, rollout: TensorDictBase) -> Tensor:

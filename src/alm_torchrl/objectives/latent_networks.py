@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import distance_loss
 
+from alm_torchrl.distributions import full_precision
 from alm_torchrl.objectives.checks import check_networks, explain_inputs
 from alm_torchrl.objectives.parameters import match_compiled, parametrized
 
@@ -196,11 +197,14 @@ class LatentNetworks(LossModule):
         step = self._step(latent, action).set(self._next_latent_key, next_latent)
         return self._run("classifier", step, params)
 
-    def continuation(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
+    def continuation(
+        self, latent: Tensor, action: Tensor, next_latent: Tensor, params: Params = None
+    ) -> Tensor:
         """The logit of the probability that the step does not terminate, ``[..., 1]``."""
         if self.continuation_model is None:
             raise ValueError("cannot predict terminations; give ALMLoss a continuation_model")
-        return self._run("continuation_model", self._step(latent, action), params)
+        step = self._step(latent, action).set(self._next_latent_key, next_latent)
+        return full_precision(self._run("continuation_model", step, params))
 
     def action_values(self, latent: Tensor, action: Tensor, params: Params = None) -> Tensor:
         """The action values of all networks in the ensemble, ``[..., N]``."""

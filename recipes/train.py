@@ -11,10 +11,10 @@ from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
+from alm_torchrl.envs import EnvironmentFailedError
 from alm_torchrl.files import one_line
 from alm_torchrl.training import (
     ALMModule,
-    EnvironmentFailedError,
     make_trainer,
     silence_library_warnings,
 )

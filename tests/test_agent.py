@@ -298,9 +298,11 @@ def test_a_continuation_model_is_saved_with_the_rest(tmp_path: Path, own: bool) 
     )
 
 
-@pytest.mark.parametrize("continuation", [False, True])
-def test_the_world_model_runs_in_an_imagined_environment(continuation: bool) -> None:
-    agent = ALMAgent.from_env(Body(), continuation=continuation, **SIZES)
+@pytest.mark.parametrize("logit", [None, 100.0, -100.0])
+def test_the_world_model_runs_in_an_imagined_environment(logit: float | None) -> None:
+    agent = ALMAgent.from_env(Body(), continuation=logit is not None, **SIZES)
+    if logit is not None:
+        torch.nn.init.constant_(agent.continuation_model.module[-1].bias, logit)
     world_model, body = agent.world_model(), Body()
     specs = SimpleNamespace(
         action_spec=body.full_action_spec,
@@ -313,20 +315,16 @@ def test_the_world_model_runs_in_an_imagined_environment(continuation: bool) -> 
     env = WorldModelEnv(world_model, specs, observation_spec=latents, batch_size=[3])
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         start = world_model.encode(observations(3))
-        steps = env.rollout(
-            4, agent.actor, tensordict=start, auto_reset=False, break_when_any_done=False
-        )
-        latent, action = steps["latent"], steps["action"]
-        step = TensorDict(latent=latent, action=action, batch_size=[3, 4])
+        steps = env.rollout(4, agent.actor, tensordict=start, auto_reset=False)
+        step = steps.select("latent", "action")
         following = agent.dynamics(step.clone())["next", "latent"]
-        reward = agent.reward_model(step.clone())["predicted_reward"]
+        reward = agent.reward_model(step)["predicted_reward"]
+    ended = logit == -100.0
+    assert steps.shape == (3, 1 if ended else 4)
     torch.testing.assert_close(steps["next", "latent"], following)
     torch.testing.assert_close(steps["next", "reward"], reward)
-    ended = torch.zeros(3, 4, 1, dtype=torch.bool)
-    if continuation:
-        ended = agent.continuation_model(steps.clone())["continuation_logit"] < 0
-    assert torch.equal(steps["next", "terminated"], ended)
-    assert torch.equal(steps["next", "done"], ended)
+    for flag in ("terminated", "done"):
+        assert steps["next", flag].eq(ended).all()
 
 
 def test_compiled_components_are_saved_as_they_are_without(agent: ALMAgent, tmp_path: Path) -> None:
@@ -390,7 +388,7 @@ def test_dynamics_are_rebuilt_for_the_head_of_ones_own_encoder(tmp_path: Path) -
     assert str(loaded) == str(agent)
     loaded.save(tmp_path / "again.pt")
     again = ALMAgent.load(tmp_path / "again.pt", encoder=own())
-    step = TensorDict({"next": {"latent": torch.randn(5, 4)}}, batch_size=[5])
+    step = TensorDict(latent=torch.randn(5, 4), action=torch.rand(5, 2), batch_size=[5])
     expected = agent.dynamics.get_dist(step.clone()).mean
     assert torch.equal(again.dynamics.get_dist(step).mean, expected)
 

@@ -14,8 +14,8 @@ from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector
-from alm_torchrl.envs import make_env, random_states, set_random_states
-from alm_torchrl.training import EnvironmentFailedError, ExperienceStream
+from alm_torchrl.envs import EnvironmentFailedError, make_env, random_states, set_random_states
+from alm_torchrl.training import ExperienceStream
 from tests.data.counting import CountingEnv
 
 gymnasium = pytest.importorskip("gymnasium")

@@ -24,8 +24,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import SerialEnv, Transform, TransformedEnv
 
+from alm_torchrl.envs import EnvironmentFailedError
 from alm_torchrl.envs import make_env as make_gymnasium
-from alm_torchrl.training import EnvironmentFailedError, find_checkpoint, make_trainer
+from alm_torchrl.training import find_checkpoint, make_trainer
 from alm_torchrl.training.trainer import _make_loggers
 from tests.training.tiny import make_env
 

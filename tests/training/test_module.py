@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchrl.envs import Transform, TransformedEnv
 
 from alm_torchrl.agent import ALMAgent
+from alm_torchrl.envs import EnvironmentFailedError
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
-    EnvironmentFailedError,
     Update,
     find_checkpoint,
     make_trainer,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
+from alm_torchrl.envs import EnvironmentFailedError
 from alm_torchrl.training import (
     Checkpoint,
-    EnvironmentFailedError,
     ValueBias,
     find_checkpoint,
     make_trainer,

@@ -26,10 +26,10 @@ from torchrl.envs import TransformedEnv
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import WorkersLostError, make_collector, make_replay_buffer
+from alm_torchrl.envs import EnvironmentFailedError
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.training import (
     ALMModule,
-    EnvironmentFailedError,
     ExperienceStream,
     PolicyPublisher,
     VersionedPolicy,

@@ -4,7 +4,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from alm_torchrl.envs.failures import EnvironmentFailedError
 from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher, VersionedPolicy
 from alm_torchrl.training.alm_trainer import ALMTrainer
 from alm_torchrl.training.experience import ExperienceStream
@@ -25,7 +24,6 @@ __all__ = [
     "CapturedUpdate",
     "Checkpoint",
     "Diagnostics",
-    "EnvironmentFailedError",
     "ExperienceStream",
     "Measurement",
     "PolicyPublisher",

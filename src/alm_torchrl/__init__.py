@@ -31,8 +31,9 @@ Examples:
     ['loss_world_model', 'loss_reward']
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from alm_torchrl.lazy import lazy_imports
 
 if TYPE_CHECKING:
     from alm_torchrl.agent import ALMAgent
@@ -49,23 +50,13 @@ __all__ = [
     "make_env",
     "make_replay_buffer",
 ]
-_MODULES = {
-    "ALMAgent": "alm_torchrl.agent",
-    "ALMLoss": "alm_torchrl.objectives",
-    "make_collector": "alm_torchrl.data",
-    "make_env": "alm_torchrl.envs",
-    "make_replay_buffer": "alm_torchrl.data",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name on first use, so that ``import alm_torchrl`` stays fast."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_imports(  # so that ``import alm_torchrl`` stays fast
+    globals(),
+    {
+        "ALMAgent": "alm_torchrl.agent",
+        "ALMLoss": "alm_torchrl.objectives",
+        "make_collector": "alm_torchrl.data",
+        "make_env": "alm_torchrl.envs",
+        "make_replay_buffer": "alm_torchrl.data",
+    },
+)

@@ -39,6 +39,14 @@ def test_a_model_that_ends_too_early_or_too_late() -> None:
     assert found.real_length == 4
 
 
+def test_a_terminal_flag_without_done_ends_nothing() -> None:
+    loss = exact_loss(true_values(), REWARDS, continuation=SURE)
+    rollout = rollout_for_bias(loss, Line(), 40)
+    expected = terminations(loss, rollout, steps=20)
+    rollout["next", "terminated"] = torch.ones_like(rollout["next", "terminated"])
+    assert terminations(loss, rollout, steps=20)._asdict() == expected._asdict()
+
+
 def test_values_that_do_not_see_the_end() -> None:
     blind = exact_loss(true_values(), REWARDS, offset=3.0)
     found = terminations(blind, rollout_for_bias(blind, Line(), 40), near=3)

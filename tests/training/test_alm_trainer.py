@@ -252,7 +252,7 @@ except ImportError as error:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (
-        result.stdout.strip() == "make_trainer needs Lightning: pip install 'alm-torchrl[recipes]'"
+        result.stdout.strip() == "make_trainer needs lightning: pip install 'alm-torchrl[recipes]'"
     )
 
 

@@ -51,6 +51,15 @@ def lower_bound(loss: ALMLoss, latent: Tensor, action: Tensor | None = None) -> 
     return loss.bound(loss.imagine(latent, action))
 
 
+def steps_to_end(done: Tensor, terminated: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the steps to the end of the episode or rollout, and whether a termination is there.
+
+    The last step has 1 to go. All tensors are ``[..., T, 1]``; the second result is bool.
+    """
+    ends = (terminated & done).float()
+    return reward2go(torch.ones_like(ends), done, 1.0), reward2go(ends, done, 1.0) > 0.5
+
+
 @torch.no_grad()
 def rollout_for_bias(loss: ALMLoss, env: EnvBase, steps: int = 1000) -> TensorDictBase:
     """Plays with the policy whose value the loss estimates: its actor with clipped noise.
@@ -84,8 +93,7 @@ def monte_carlo_returns(
         >>> returns.flatten(), counted.flatten()
         (tensor([1.8750, 1.7500, 1.5000, 1.0000]), tensor([ True,  True,  True, False]))
     """
-    remaining = reward2go(torch.ones_like(reward), done, 1.0)  # up to the end of the rollout
-    ends = reward2go((terminated & done).to(reward.dtype), done, 1.0) > 0.5
+    remaining, ends = steps_to_end(done, terminated)
     return reward2go(reward, done, gamma), ends | (gamma**remaining <= tail)
 
 

@@ -10,6 +10,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torchrl.objectives.value.functional import reward2go
 
+from alm_torchrl.evaluation.bias import steps_to_end
 from alm_torchrl.evaluation.diagnostics import calibration
 from alm_torchrl.objectives.alm import ALMLoss
 
@@ -60,11 +61,10 @@ def terminations(
     if loss.continuation_model is not None:
         following = loss.encode(rollout.get("next"))
         ends = (-loss.continuation(latent, action, following)).sigmoid()
-    predicted, real = ends >= 0.5, terminated
+    predicted, real = ends >= 0.5, terminated & done
     hits = (predicted & real).sum()
 
-    left = reward2go(torch.ones_like(reward), done, 1.0)  # steps to the end, the last one included
-    known = reward2go(terminated.to(reward.dtype), done, 1.0) > 0.5
+    left, known = steps_to_end(done, terminated)
     starts = torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
     starts[:, max(rollout.shape[1] - steps + 1, 0) :] = False
     starts &= known | (left >= steps)
@@ -84,12 +84,12 @@ def terminations(
 def _imagined_length(loss: ALMLoss, latent: Tensor, steps: int) -> Tensor:
     """Returns the mean of ``sum_t prod_{i<t} d_i`` over ``steps`` steps from latents ``[B, D]``."""
     alive = torch.ones_like(latent[:, :1])
+    if loss.continuation_model is None:
+        return steps * alive.mean()
     length = alive
     for _ in range(steps - 1):
         action = loss.act(latent)
         following, _ = loss.next(latent, action)
-        if loss.continuation_model is not None:
-            alive = alive * loss.continuation(latent, action, following).sigmoid()
-        latent = following
-        length = length + alive
+        alive = alive * loss.continuation(latent, action, following).sigmoid()
+        latent, length = following, length + alive
     return length.mean()

@@ -132,7 +132,7 @@ def _record(reached: set[str], name: str, method: Callable[..., None], *inputs: 
 
 def check_state_dict(encoder: Any, spec: Composite) -> Iterator[str]:
     """Checks that the state dict contains and restores all tensors."""
-    encoder.eval()  # noise, which _evaluation reports, would look like a difference here
+    encoder.eval()  # noise, which check_determinism reports, would look like a difference here
     for name, module in encoder.named_modules():
         for attribute in vars(module):
             if isinstance(getattr(module, attribute), Tensor):

@@ -1,9 +1,8 @@
 """Training: TorchRL's Trainer, and Lightning (``pip install 'alm-torchrl[recipes]'``)."""
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from alm_torchrl.lazy import lazy_imports
 from alm_torchrl.training.acting import CPUPolicy, PolicyPublisher, VersionedPolicy
 from alm_torchrl.training.alm_trainer import ALMTrainer
 from alm_torchrl.training.experience import ExperienceStream
@@ -39,28 +38,16 @@ __all__ = [
     "silence_library_warnings",
     "stack_seeds",
 ]
-_WITH_LIGHTNING = {
-    "ALMModule": "module",
-    "Checkpoint": "checkpoints",
-    "Diagnostics": "measurements",
-    "Measurement": "measurements",
-    "ValueBias": "measurements",
-    "find_checkpoint": "checkpoints",
-    "make_trainer": "trainer",
-    "silence_library_warnings": "runtime",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a name that needs Lightning on first use, so that the others do not need it."""
-    if name not in _WITH_LIGHTNING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if find_spec("lightning") is None:
-        raise ImportError(f"{name} needs Lightning: pip install 'alm-torchrl[recipes]'")
-    value = getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_imports(  # the others do not need Lightning
+    globals(),
+    {
+        "ALMModule": "alm_torchrl.training.module",
+        "Checkpoint": "alm_torchrl.training.checkpoints",
+        "Diagnostics": "alm_torchrl.training.measurements",
+        "Measurement": "alm_torchrl.training.measurements",
+        "ValueBias": "alm_torchrl.training.measurements",
+        "find_checkpoint": "alm_torchrl.training.checkpoints",
+        "make_trainer": "alm_torchrl.training.trainer",
+        "silence_library_warnings": "alm_torchrl.training.runtime",
+    },
+)

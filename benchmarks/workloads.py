@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchrl.data import Bounded
-from torchrl.objectives import REDQLoss, SACLoss, SoftUpdate
+from torchrl.objectives import REDQLoss, SACLoss
 
 from alm_torchrl.agent import AgentConfig, ALMAgent
 from alm_torchrl.modules import PixelEncoder
@@ -25,7 +25,7 @@ from alm_torchrl.training import (
     make_optimizer,
     stack_seeds,
 )
-from experiments.sac import make_loss
+from experiments.sac import PeerUpdate, make_loss
 
 
 @dataclass(frozen=True)
@@ -200,25 +200,24 @@ class PeerWork:
         kind: class of the loss.
         task: task with its sizes.
         device: device of the update.
+        **options: options of :class:`~experiments.sac.PeerUpdate`.
     """
 
     def __init__(
-        self, kind: type[SACLoss] | type[REDQLoss], task: Task, device: torch.device
+        self,
+        kind: type[SACLoss] | type[REDQLoss],
+        task: Task,
+        device: torch.device,
+        **options: Any,
     ) -> None:
         spec = Bounded(-1.0, 1.0, (task.actions,), device=device)
-        _, self.loss = make_loss(kind, task.observations, spec, device)
+        self.actor, loss = make_loss(kind, task.observations, spec, device)
         self.batch = windows(task, (256,), device)
-        parameters = [p for p in self.loss.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, lr=3e-4, fused=True)
-        self.targets = SoftUpdate(self.loss, tau=0.005)
+        self.update = PeerUpdate(loss, **options)
 
     def __call__(self) -> None:
         """Runs one update."""
-        losses = self.loss(self.batch)
-        sum(v for k, v in losses.items() if k.startswith("loss_")).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.targets.step()
+        self.update(self.batch)
 
 
 def stable_baselines_sac(task: Task, device: torch.device) -> Callable[[], None] | None:

@@ -2,7 +2,7 @@
 
 ``python -m experiments.reproduce --what paper sac --tasks halfcheetah --seeds 0 1 --steps 20000``
 trains ALM with the preset ``paper`` and TorchRL's SAC in the same environments. Finished runs are
-skipped; interrupted runs of ALM are resumed. ``python -m experiments.report`` draws the curves.
+skipped, and interrupted runs are resumed. ``python -m experiments.report`` draws the curves.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Run:
             return [
                 *("experiments/sac.py", "--algorithm", self.what, "--task", options.id),
                 *("--seed", str(self.seed), "--steps", str(self.steps)),
-                *("--eval-every", str(self.every), "--folder", folder),
+                *("--eval-every", str(self.every), "--folder", folder, "--resume"),
             ]
         return [
             *("recipes/mujoco.py", f"preset={self.what}", f"task={self.task}", f"seed={self.seed}"),
@@ -121,6 +121,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=["halfcheetah"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--peer-steps", type=int, help="steps of sac and redq (default: --steps)")
     parser.add_argument("--eval-every", type=int, default=1_000)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs"
@@ -137,8 +138,10 @@ def main() -> int:
     )
     args = parser.parse_args()
     suffix = args.suffix or override_name(args.option)  # options must not share a name
-    settings = args.steps, args.eval_every, tuple(args.option), suffix
-    runs = [Run(w, t, s, *settings) for t, w, s in product(args.tasks, args.what, args.seeds)]
+    settings = args.eval_every, tuple(args.option), suffix
+    steps = {what: (what in PEERS and args.peer_steps) or args.steps for what in args.what}
+    each = product(args.tasks, args.what, args.seeds)
+    runs = [Run(what, task, seed, steps[what], *settings) for task, what, seed in each]
     return sum(not train(run, args.runs, args.results, args.timed) for run in runs)
 
 

@@ -75,6 +75,16 @@ def test_what_is_done_is_passed_over_and_what_is_short_goes_on(
     assert (tmp_path / "results/halfcheetah-paper-seed1.csv").read_text().count("\n") == 4
 
 
+def test_peers_may_have_other_steps_and_are_resumed(tmp_path: Path, monkeypatch, trained) -> None:
+    steps = ["--steps", "10", "--peer-steps", "30"]
+    assert main(tmp_path, monkeypatch, "--what", "fast", "sac", "--seeds", "0", *steps) == 0
+    assert "training.total_steps=10" in trained[0]
+    assert trained[1][trained[1].index("--steps") + 1] == "30"
+    assert trained[1][-1] == "--resume"
+    assert main(tmp_path, monkeypatch, "--what", "sac", "--seeds", "0", *steps) == 0
+    assert len(trained) == 2
+
+
 def test_options_and_their_name_go_with_the_curve(tmp_path: Path, monkeypatch, trained) -> None:
     extra = ["--option", "run.precision=bf16-mixed", "--suffix=-bf16", "--timed"]
     main(tmp_path, monkeypatch, "--what", "paper", "--seeds", "2", "--steps", "10", *extra)

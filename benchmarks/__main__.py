@@ -1,7 +1,10 @@
 """Measures speed: ``python -m benchmarks update terms --task humanoid --out results/benchmarks``.
 
 Each suite times its cases in alternating rounds in one process and prints medians, quartiles and
-ratios. ``memory``, ``loop`` and ``saving`` are one long run each. Run nothing else on the machine.
+ratios. ``memory``, ``loop`` and ``saving`` are one long run each; ``epochs`` counts the epochs of
+MBPO's model. ``claims`` prints the table of the paper's claims from the records in ``--out`` and
+the curves in ``results``: ``python -m benchmarks peers epochs claims --out results/benchmarks``.
+Run nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -9,19 +12,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from alm_torchrl.training import silence_library_warnings
+from benchmarks.claims import ROOT, claims
 from benchmarks.long import loop, memory
+from benchmarks.mbpo import MBPO_SIZES, count_epochs
 from benchmarks.measure import alternate, peak_memory
 from benchmarks.report import table, write, write_record
 from benchmarks.saving import saving
-from benchmarks.suites import SUITES
+from benchmarks.suites import MBPO_TRANSITIONS, SUITES
 from benchmarks.workloads import TASKS
 from experiments.machine import describe_machine
 
-CHOICES = (*SUITES, "memory", "loop", "saving")
+CHOICES = (*SUITES, "memory", "loop", "saving", "epochs", "claims")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,6 +60,25 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def long_run(
+    name: str, arguments: argparse.Namespace, device: torch.device
+) -> tuple[str, dict[str, Any]]:
+    """Runs a suite without cases; returns what it prints and its record, which may be empty."""
+    task = arguments.task
+    if name == "memory":
+        return memory(task, device, arguments.updates)
+    if name == "saving":
+        return saving(task, device, arguments.transitions, arguments.steps)
+    if name == "loop":
+        return loop(task, device, arguments.steps, arguments.option)
+    if task not in MBPO_SIZES:
+        raise SystemExit(f"{name}: MBPO learns from vectors; choose another --task")
+    if name == "epochs":
+        return count_epochs(task, MBPO_TRANSITIONS, MBPO_SIZES[task])
+    records = arguments.out or ROOT / "results/benchmarks"
+    return claims(records, ROOT / "results", task, device.type), {}
+
+
 def main() -> None:
     """Runs the suites in order."""
     arguments = parse_arguments()
@@ -74,14 +99,9 @@ def main() -> None:
             if arguments.out:
                 write(arguments.out, label, suite, {**facts, "peak_memory": peak_memory(device)})
             continue
-        if name == "memory":
-            line, content = memory(task, device, arguments.updates)
-        elif name == "saving":
-            line, content = saving(task, device, arguments.transitions, arguments.steps)
-        else:
-            line, content = loop(task, device, arguments.steps, arguments.option)
+        line, content = long_run(name, arguments, device)
         print(f"\n{name}\n{line}", flush=True)
-        if arguments.out:
+        if arguments.out and content:
             write_record(arguments.out, label, content, facts)
         if content.get("leaks"):
             sys.exit("memory grows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import frame_stacks, make_env
 from alm_torchrl.training.runtime import choose_precision
 from benchmarks.environments import collection
+from benchmarks.mbpo import MBPO_SIZES, MBPOWork
 from benchmarks.measure import Case, copy_case, matmul_case
 from benchmarks.workloads import (
     QUICKSTART,
@@ -19,14 +21,30 @@ from benchmarks.workloads import (
     ALMWork,
     PeerWork,
     Sizes,
+    Task,
     flops,
     stable_baselines_sac,
+    windows,
 )
 
 REDQ_UPDATES_PER_STEP = 20
+#: Sizes of the replay buffer at which MBPO's model is trained.
+MBPO_TRANSITIONS = (5000, 20_000)
 NUM_ENVS = (1, 64, 1024)
 FRAMES = 1024
 SEEDS = 5
+
+#: Names of cases that `claims` reads.
+SAC, SAC_COMPILED = "SAC of TorchRL", "SAC of TorchRL, compiled"
+REDQ_DEFAULT = "REDQ of TorchRL, a step of 20 updates"
+REDQ_PUBLISHED = "REDQ, a step of 20 updates, one of the actor"
+MBPO_IMAGINE = "MBPO: imagined transitions of a model"
+ALM_SMALL, ALM_PAPER = "ALM, quickstart", "ALM, paper"
+
+
+def mbpo_epoch(transitions: int) -> str:
+    """Returns the name of the case for an epoch of MBPO's model."""
+    return f"MBPO: an epoch of its model, {transitions} transitions"
 
 
 @dataclass
@@ -81,35 +99,49 @@ def terms(task: str, device: torch.device, short: bool) -> Suite:
 
 
 def peers(task: str, device: torch.device, short: bool) -> Suite:
-    """Times the updates of one environment step of ALM, SAC and REDQ."""
+    """Times the updates of one environment step of ALM, SAC and REDQ, and the parts of MBPO's."""
     sizes = TASKS[task]
     if sizes.pixels:
         raise SystemExit("peers: SAC and REDQ are measured on vectors; choose another --task")
-    redq = PeerWork(REDQLoss, sizes, device)
-
-    def redq_step() -> None:
-        for _ in range(REDQ_UPDATES_PER_STEP):
-            redq()
-
+    sac = PeerWork(SACLoss, sizes, device)
     cases = [
-        Case("SAC of TorchRL", PeerWork(SACLoss, sizes, device)),
-        Case(f"REDQ of TorchRL, {REDQ_UPDATES_PER_STEP} updates", redq_step),
-        Case("ALM, quickstart", ALMWork(sizes, device, QUICKSTART)),
+        Case(SAC, sac),
+        Case(REDQ_DEFAULT, redq_step(sizes, device, actor_every=1)),
+        Case(REDQ_PUBLISHED, redq_step(sizes, device, actor_every=REDQ_UPDATES_PER_STEP)),
+        *mbpo_cases(task, sac, device),
+        Case(ALM_SMALL, ALMWork(sizes, device, QUICKSTART)),
     ]
     if not short:
         cases += [
-            Case("ALM, paper", ALMWork(sizes, device)),
+            Case(ALM_PAPER, ALMWork(sizes, device)),
             Case("ALM, paper, bf16", ALMWork(sizes, device, precision="bf16-mixed")),
+            Case(SAC_COMPILED, PeerWork(SACLoss, sizes, device, compiled=True), warmup=4),
         ]
-    note = (
-        f"{task}; eager; SAC and REDQ with widths and batch 256. TorchRL's REDQLoss updates the "
-        "actor with every update of the critics."
-    )
+    note = f"{task}; eager; SAC and REDQ with widths and batch 256"
     if (baseline := stable_baselines_sac(sizes, device)) is not None:
         cases.append(Case("SAC of Stable-Baselines3, draw included", baseline))
     else:
-        note += " For Stable-Baselines3: pip install 'alm-torchrl[bench]'"
+        note += ". For Stable-Baselines3: pip install 'alm-torchrl[bench]'"
     return Suite(cases, cases[0].name, note)
+
+
+def redq_step(task: Task, device: torch.device, actor_every: int) -> Callable[[], None]:
+    """Returns a function with REDQ's updates of one environment step."""
+    redq = PeerWork(REDQLoss, task, device, actor_every=actor_every)
+
+    def step() -> None:
+        for _ in range(REDQ_UPDATES_PER_STEP):
+            redq()
+
+    return step
+
+
+def mbpo_cases(task: str, sac: PeerWork, device: torch.device) -> list[Case]:
+    """Returns the parts of MBPO's step apart from the updates of SAC."""
+    transitions = windows(TASKS[task], (max(MBPO_TRANSITIONS),), device)
+    work = MBPOWork(sac.actor, transitions, MBPO_SIZES[task])
+    epochs = [Case(mbpo_epoch(count), work.epoch(count)) for count in MBPO_TRANSITIONS]
+    return [*epochs, Case(MBPO_IMAGINE, work.imagine)]
 
 
 def step(task: str, device: torch.device, short: bool) -> Suite:

@@ -14,19 +14,25 @@ import torch
 from torch import nn
 
 from benchmarks import __main__, long, suites
+from benchmarks.mbpo import MBPOSizes
 from benchmarks.measure import Case, alternate, ratios
 from benchmarks.report import table, write
 from benchmarks.suites import SUITES, Suite
 from benchmarks.workloads import TASKS, ALMWork, Sizes, flops
 
 TINY = Sizes(batch=4, hidden=8, dynamics=8)
+MBPO_TINY = {"halfcheetah": MBPOSizes(members=3, elites=2, width=8, batch=8, every=10, starts=20)}
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setattr(suites, "QUICKSTART", TINY)
     monkeypatch.setattr(long, "QUICKSTART", TINY)
-    monkeypatch.setattr(suites, "REDQ_UPDATES_PER_STEP", 1)
+    monkeypatch.setattr(suites, "REDQ_UPDATES_PER_STEP", 2)
+    monkeypatch.setattr(suites, "MBPO_TRANSITIONS", (60, 80))
+    monkeypatch.setattr(__main__, "MBPO_TRANSITIONS", (60, 80))
+    monkeypatch.setattr(suites, "MBPO_SIZES", MBPO_TINY)
+    monkeypatch.setattr(__main__, "MBPO_SIZES", MBPO_TINY)
     monkeypatch.setattr(suites, "NUM_ENVS", (1, 8))
     monkeypatch.setattr(suites, "FRAMES", 128)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -55,6 +61,19 @@ def test_every_suite_prints_a_table_and_leaves_its_samples(monkeypatch, tmp_path
         assert "pip install 'alm-torchrl[bench]'" in printed
     else:
         assert "SAC of Stable-Baselines3" in printed
+
+
+def test_claims_are_made_from_the_records(monkeypatch, tmp_path, capsys) -> None:
+    suites_ = ("peers", "epochs", "claims")
+    command(monkeypatch, *suites_, "--short", "--device", "cpu", "--out", str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "| ALM is 10 times faster than MBPO | MBPO, 40 updates of SAC a step" in printed
+    assert "| MBPO, 20 updates of SAC a step (Walker2d) | 60 |" in printed
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "epochs-halfcheetah-cpu.json", "peers-halfcheetah-cpu.json"
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="MBPO learns from vectors"):
+        command(monkeypatch, "claims", "--task", "pixels", "--device", "cpu")
 
 
 def test_every_number_of_environments_has_the_same_frames() -> None:

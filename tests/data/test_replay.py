@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 from collections import deque
 from itertools import pairwise
 
@@ -592,6 +594,18 @@ def test_memmap_writes_to_scratch_dir(tmp_path):
     buffer = make_replay_buffer(100, batch_size=5, storage="memmap", scratch_dir=tmp_path / "ring")
     buffer.extend(episodes([20]))
     assert (tmp_path / "ring" / "observation.memmap").stat().st_size == 100 * 8
+
+
+def test_memmap_without_a_folder_writes_to_the_disk(tmp_path, monkeypatch):
+    """Not to shared memory, which would take the memory that memmap is to save."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    buffer = make_replay_buffer(100, batch_size=5, storage="memmap", seed=0)
+    buffer.extend(episodes([20]))
+    (folder,) = tmp_path.glob("alm-replay-*")
+    assert (folder / "observation.memmap").stat().st_size == 100 * 8
+    del buffer
+    gc.collect()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("written", [12, 20, 33])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
@@ -19,6 +22,7 @@ from torchrl.data import (
     RandomSampler,
     ReplayBuffer,
     RoundRobinWriter,
+    Storage,
 )
 
 from alm_torchrl.data.frames import FrameStore
@@ -348,7 +352,8 @@ def make_replay_buffer(
         window_length: number ``T`` of transitions in a window.
         num_envs: number of environments, over all workers.
         storage: ``"memory"``, or ``"memmap"`` for files.
-        scratch_dir: folder of these files; a temporary folder by default.
+        scratch_dir: folder of these files; by default, a temporary folder (see ``TMPDIR``), which
+            is removed with the buffer.
         device: device of the samples, and of a memory storage.
         seed: seed of the sampling; by default, TorchRL's global generator is used.
         keys: entries to store, including ``("next", "done")``; by default, the observations, the
@@ -389,18 +394,19 @@ def make_replay_buffer(
     if scratch_dir is not None and storage != "memmap":
         raise ValueError("scratch_dir requires storage='memmap'")
     device, ndim = torch.device(device), 1 if num_envs == 1 else 2
+    folder = None
     if storage == "memmap":
-        store = LazyMemmapStorage(capacity, scratch_dir=scratch_dir, ndim=ndim)
+        # Without a folder, tensordict would map shared memory, which is no larger than the memory.
+        folder = Path(scratch_dir or tempfile.mkdtemp(prefix="alm-replay-"))
+        store = LazyMemmapStorage(capacity, scratch_dir=folder, ndim=ndim)
+        if scratch_dir is None:
+            weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     else:
         store = LazyTensorStorage(capacity, device=device, ndim=ndim)
-    frames: dict[Key, FrameStore] = {}
-    for name, stack in (frame_stacks or {}).items():
-        key = tuple_key(name)
-        empty: Callable[..., torch.Tensor] = torch.empty
-        if storage == "memmap":
-            file = scratch_dir and str(Path(scratch_dir) / f"{'-'.join(key)}.frames")
-            empty = partial(MemoryMappedTensor.empty, filename=file)
-        frames[key] = FrameStore(stack, capacity // num_envs, num_envs, store.device, empty)
+    frames = {
+        tuple_key(name): _frame_store(name, stack, capacity // num_envs, num_envs, store, folder)
+        for name, stack in (frame_stacks or {}).items()
+    }
     sampler = PerEnvSampler() if per_env and num_envs > 1 else RandomSampler()
     if prioritized not in (False, None):
         sampler = prioritized_sampler(prioritized, capacity, store.device, per_env)
@@ -421,6 +427,17 @@ def make_replay_buffer(
         frames=frames,
         sample_device=device,
     )
+
+
+def _frame_store(
+    name: NestedKey, stack: int, steps: int, num_envs: int, storage: Storage, folder: Path | None
+) -> FrameStore:
+    """Returns the storage of an observation's frames, in a file if there is a folder."""
+    empty: Callable[..., torch.Tensor] = torch.empty
+    if folder is not None:
+        file = str(folder / f"{'-'.join(tuple_key(name))}.frames")
+        empty = partial(MemoryMappedTensor.empty, filename=file)
+    return FrameStore(stack, steps, num_envs, storage.device, empty)
 
 
 def bytes_per_transition(

@@ -20,6 +20,15 @@ READS = {
 }
 
 
+def reads_on_the_host(func: Any, args: Any) -> bool:
+    """Returns whether an operator would make the host wait for the device."""
+    name = func._schema.name.removeprefix("aten::")
+    masked = name in ("index", "index_put", "index_put_") and any(
+        index is not None and index.dtype == torch_bool for index in args[1]
+    )
+    return name in READS or masked
+
+
 class HostReads(TorchDispatchMode):
     """Notes every operator of a block that would read from the device.
 
@@ -34,11 +43,7 @@ class HostReads(TorchDispatchMode):
         self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
         self.operators += 1
-        masked = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch_bool for index in args[1]
-        )
-        if name in READS or masked:
-            self.found.append(name)
+        if reads_on_the_host(func, args):
+            self.found.append(func._schema.name.removeprefix("aten::"))
         return func(*args, **(kwargs or {}))

@@ -227,14 +227,14 @@ class ALMLoss(LatentModelLoss):
         )
         self.horizon = check_whole("horizon", horizon, at_least=1)
         self.reduction, self.loss_function = reduction, loss_function
-        self.use_prioritized_weights = use_prioritized_weights
+        self.use_prioritized_weights, self.consistency = use_prioritized_weights, consistency
         self.bootstrap_terminated, self.short_windows = bootstrap_terminated, short_windows
         self.reward_term, self.value_term = reward_term, value_term
-        self.consistency, self.latent_target = consistency, latent_target
-        self.actor_objective, self.value_expansion = actor_objective, value_expansion
+        self.latent_target, self.actor_objective = latent_target, actor_objective
+        self.value_expansion, self.consistency_level = value_expansion, consistency_level
         self.start_steps = check_whole("start_steps", start_steps, at_least=0)
-        self.consistency_level = consistency_level
-        self.register_coeff_buffer("consistency_coeff", float(consistency_coeff))
+        coefficient, device = float(consistency_coeff), self._default_device
+        self.register_coeff_buffer("consistency_coeff", coefficient, device=device)
         if consistency_level is not None:
             check_level(consistency_level)
             self.log_multiplier = nn.Parameter(next(self.parameters()).new_zeros(()))

@@ -306,6 +306,8 @@ class LatentModelLoss(LatentNetworks):
         if "lmbda" in hyperparams:
             # TorchRL's vectorized form returns wrong values under torch.compile.
             hyperparams.setdefault("vectorized", False)
+        # A discount on the CPU would be copied to a GPU, or become a constant of a CUDA graph.
+        hyperparams.setdefault("device", self._default_device)
         dispatch_value_estimator(
             self,
             value_type,

@@ -88,6 +88,7 @@ def silence_library_warnings() -> None:
         ".*treespec.*is deprecated.*",  # Lightning on torch 2.13
         ".*inline_inbuilt_nn_modules is deprecated.*",  # tensordict on torch 2.13
         ".*does not have many workers.*",  # the experience is iterated in this process
+        ".*constructed with capturable=True.*",  # the updates before a CUDA graph
         ".*in eval mode at the start of training.*",  # no layer here differs in eval mode
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -155,7 +155,8 @@ class CapturedUpdate:
     """An update as one CUDA graph, which is launched as a whole instead of kernel by kernel.
 
     The first calls run eagerly on a side stream, as CUDA graphs require. Then the update is
-    captured. Batches are copied to the memory that the graph reads, so their shape must not change.
+    captured. All of them read a copy of the batch in the same memory, so the shape of the batches
+    must not change.
 
     Args:
         update: the update; its optimizer must be ``capturable``.
@@ -167,33 +168,49 @@ class CapturedUpdate:
         self.check = update.check
         self._warmup = warmup
         self._stream = torch.cuda.Stream(update.device)
+        self._batch: TensorDictBase | None = None
         self._graph: Any = None
         self._failed = False
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        """Makes one update; the next call overwrites the result."""
-        if self._warmup > 0:
-            self._warmup -= 1
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                metrics = self.update(batch)
-            current.wait_stream(self._stream)
-            return metrics
-        if self._graph is None:
-            self._capture(batch)
+        """Makes one update; the next call overwrites the result.
+
+        The priority that the loss may write is copied to the batch.
+        """
         if self._failed:
             return self.update(batch)
-        self._batch.update_(batch, non_blocking=True)
-        self._graph.replay()
-        return self._metrics
+        if self._batch is None:
+            self._batch = batch.clone()
+        else:
+            self._batch.update_(batch, non_blocking=True)
+        if self._warmup > 0:
+            self._warmup -= 1
+            metrics = self._warm_up(self._batch)
+        else:
+            if self._graph is None:
+                self._capture(self._batch)
+            if self._failed:
+                return self.update(batch)
+            self._graph.replay()
+            metrics = self._metrics
+        key = losses_of(self.update.loss)[0].tensor_keys.priority
+        if (priority := self._batch.get(key, None)) is not None:
+            batch.set(key, priority.clone())
+        return metrics
+
+    def _warm_up(self, batch: TensorDictBase) -> TensorDictBase:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            metrics = self.update(batch)
+        current.wait_stream(self._stream)
+        return metrics
 
     def _capture(self, batch: TensorDictBase) -> None:
-        self._batch = batch.clone()
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph):
-                self._metrics = self.update(self._batch)
+                self._metrics = self.update(batch)
         except RuntimeError as error:
             if self.update.strict:
                 raise

@@ -68,6 +68,7 @@ def alternate(cases: list[Case], rounds: int) -> None:
     """
     for case in cases:
         case.first = timed(case.work)
+    for case in cases:
         timed(case.work, case.warmup - 1)
     gc.collect()
     for _ in range(rounds):

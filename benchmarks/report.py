@@ -32,17 +32,20 @@ def table(suite: Suite) -> str:
             if peak and not case.name.startswith("peak:"):
                 line += f"  {rate / peak:6.0%}"
         lines.append(line)
-    if suite.parts:
-        lines.append(_shares(suite))
+    lines += [_shares(suite, whole) for whole in suite.parts]
     return "\n".join(lines)
 
 
-def _shares(suite: Suite) -> str:
+def _shares(suite: Suite, whole: str) -> str:
     """Formats the share of each part of a step, by medians."""
-    parts = {case.name: case.median for case in suite.cases if case.name in suite.parts}
-    whole = sum(parts.values())
-    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
-    return f"of a whole step ({1e3 * whole:.1f} ms, {1 / whole:.0f} a second): {shares}"
+    names = suite.parts[whole]
+    parts = {case.name: case.median for case in suite.cases if case.name in names}
+    total = sum(parts.values())
+    shares = ", ".join(
+        f"{name.removeprefix(f'{whole}: ')} {seconds / total:.0%}"
+        for name, seconds in parts.items()
+    )
+    return f"of {whole} ({1e3 * total:.1f} ms, {1 / total:.0f} a second): {shares}"
 
 
 def record(suite: Suite) -> dict[str, object]:

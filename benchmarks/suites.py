@@ -15,6 +15,7 @@ from alm_torchrl.training.runtime import choose_precision
 from benchmarks.environments import collection
 from benchmarks.mbpo import MBPO_SIZES, MBPOWork
 from benchmarks.measure import Case, copy_case, matmul_case
+from benchmarks.scale import PARTS, Kind, training_step, worker_cases
 from benchmarks.workloads import (
     QUICKSTART,
     TASKS,
@@ -33,6 +34,14 @@ MBPO_TRANSITIONS = (5000, 20_000)
 NUM_ENVS = (1, 64, 1024)
 FRAMES = 1024
 SEEDS = 5
+SCALES: dict[Kind, tuple[int, ...]] = {
+    "pendulums": (1, 4, 16, 64, 256, 1024),
+    "environments": (1, 4, 16, 64),
+    "seeds": (1, 2, 5, 10, 20),
+    "transitions": (10_000, 100_000, 1_000_000, 10_000_000),
+}
+WORKERS = {"multi": 2}
+WORKER_FRAMES = 1000
 
 #: Names of cases that `claims` reads.
 SAC, SAC_COMPILED = "SAC of TorchRL", "SAC of TorchRL, compiled"
@@ -55,13 +64,13 @@ class Suite:
         cases: the cases.
         reference: name of the case that ratios refer to.
         note: remark above the table.
-        parts: names of cases that make up a whole step; their shares are shown.
+        parts: names of the cases that make up each whole step; their shares are shown.
     """
 
     cases: list[Case]
     reference: str
     note: str = ""
-    parts: list[str] = field(default_factory=list)
+    parts: dict[str, list[str]] = field(default_factory=dict)
 
 
 def update(task: str, device: torch.device, short: bool) -> Suite:
@@ -182,7 +191,7 @@ def step(task: str, device: torch.device, short: bool) -> Suite:
         Case("draw", replay.sample, repeats=20),
         Case(parts[1], lambda: (replay.extend(following), replay.sample()), repeats=20),
     ]
-    return Suite(cases, "update", f"{task}, {sizes}", parts)
+    return Suite(cases, "update", f"{task}, {sizes}", {"a whole step": parts})
 
 
 def seeds(task: str, device: torch.device, short: bool) -> Suite:
@@ -230,6 +239,40 @@ def environments(task: str, device: torch.device, short: bool) -> Suite:
     return Suite(cases, cases[0].name, note)
 
 
+def scale(kinds: tuple[Kind, ...], task: str, device: torch.device, short: bool) -> Suite:
+    """Times a training step at the quickstart's sizes with increasing numbers of something."""
+    steps = {
+        f"{kind} {count:,}": training_step(kind, count, TASKS[task], device, QUICKSTART)
+        for kind in kinds
+        for count in (SCALES[kind][:2] if short else SCALES[kind])
+    }
+    parts = {name: [f"{name}: {part}" for part in PARTS] for name in steps}
+    cases = [
+        Case(case, getattr(step, part))
+        for (name, step) in steps.items()
+        for case, part in zip(parts[name], PARTS, strict=True)
+    ]
+    note = f"{task}, {QUICKSTART}, eager; a step of every environment, an update of every seed"
+    return Suite(cases, cases[PARTS.index("update")].name, note, parts)
+
+
+def scale_disk(task: str, device: torch.device, _: bool) -> Suite:
+    """Times draws from a replay buffer whose files are on the disk, but not in memory."""
+    count = SCALES["transitions"][-1]
+    step = training_step("transitions", count, TASKS[task], device, QUICKSTART)
+    cases = [
+        Case("removing the files from the memory, as preparation", step.evict),
+        Case(f"transitions {count:,}: draw from the disk", step.draw),
+    ]
+    return Suite(cases, cases[1].name, f"{task}, {QUICKSTART}")
+
+
+def workers(task: str, *_: object) -> Suite:
+    """Times collection in workers on the CPU, and sending weights to them."""
+    cases, note = worker_cases(TASKS[task], WORKER_FRAMES, QUICKSTART, WORKERS)
+    return Suite(cases, cases[0].name, note)
+
+
 SUITES = {
     "update": update,
     "terms": terms,
@@ -238,4 +281,9 @@ SUITES = {
     "seeds": seeds,
     "scaling": scaling,
     "environments": environments,
+    "scale_environments": partial(scale, ("pendulums", "environments")),
+    "scale_seeds": partial(scale, ("seeds",)),
+    "scale_replay": partial(scale, ("transitions",)),
+    "scale_disk": scale_disk,
+    "workers": workers,
 }

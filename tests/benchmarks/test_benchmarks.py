@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import __main__, long, suites
+from benchmarks import __main__, long, scale, suites
 from benchmarks.mbpo import MBPOSizes
 from benchmarks.measure import Case, alternate, ratios
 from benchmarks.report import table, write
@@ -35,6 +35,11 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(__main__, "MBPO_SIZES", MBPO_TINY)
     monkeypatch.setattr(suites, "NUM_ENVS", (1, 8))
     monkeypatch.setattr(suites, "FRAMES", 128)
+    scales = {"pendulums": (1, 8), "environments": (1, 2), "seeds": (1, 2), "transitions": (9, 90)}
+    monkeypatch.setattr(suites, "SCALES", scales)
+    monkeypatch.setattr(suites, "WORKERS", {})
+    monkeypatch.setattr(suites, "WORKER_FRAMES", 16)
+    monkeypatch.setattr(scale, "CAPACITY", 64)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
@@ -45,9 +50,10 @@ def command(monkeypatch, *arguments: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_every_suite_prints_a_table_and_leaves_its_samples(monkeypatch, tmp_path, capsys) -> None:
-    command(monkeypatch, *SUITES, "--short", "--device", "cpu", "--out", str(tmp_path))
+    suites_here = [name for name in SUITES if sys.platform == "linux" or name != "scale_disk"]
+    command(monkeypatch, *suites_here, "--short", "--device", "cpu", "--out", str(tmp_path))
     printed = capsys.readouterr().out
-    for name in SUITES:
+    for name in suites_here:
         content = json.loads((tmp_path / f"{name}-halfcheetah-cpu.json").read_text())
         assert (tmp_path / f"{name}-halfcheetah-cpu.png").stat().st_size > 0
         assert content["machine"]["torch"] == torch.__version__
@@ -90,6 +96,44 @@ def test_every_number_of_environments_has_the_same_frames() -> None:
     alternate(suite.cases, 2)
     collect = cases["collect, 8 environments"]
     assert f"{128 / collect.median:,.0f} frames/s" in table(suite)
+
+
+@pytest.mark.parametrize("kind", ["pendulums", "environments", "seeds", "transitions"])
+def test_a_training_step_scales(kind) -> None:
+    device = torch.device("cpu")
+    for count in (1, 8) if kind != "transitions" else (12, 120):
+        step = scale.training_step(kind, count, TASKS["halfcheetah"], device, TINY)
+        envs, seeds = {"transitions": (1, 1), "seeds": (count, count)}.get(kind, (count, 1))
+        assert len(step.replay) == step.replay.max_steps * envs  # full
+        assert step.replay.max_steps == (count if kind == "transitions" else 64 // envs * seeds)
+        for part in scale.PARTS * 2:
+            getattr(step, part)()
+        assert step._data.numel() == envs
+        batch = (TINY.batch, TINY.horizon)
+        assert step._batch.shape == (batch if seeds == 1 else (seeds, *batch))
+        assert step._batch["validity_mask"].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_draw_from_the_disk_is_the_same() -> None:
+    device = torch.device("cpu")
+    step = scale.training_step("transitions", 120, TASKS["halfcheetah"], device, TINY)
+    stored = step.replay.storage.get(slice(None))
+    before = stored.clone()
+    step.evict()
+    assert (stored == before).all()
+
+
+@pytest.mark.slow
+def test_workers_collect_and_receive_weights(monkeypatch) -> None:
+    monkeypatch.setattr(suites, "WORKERS", {"multi": 2})
+    suite = SUITES["workers"]("halfcheetah", torch.device("cpu"), True)
+    alternate(suite.cases, 2)
+    names = [case.name for case in suite.cases]
+    assert names[1:] == ["collect, 2 workers, multi", "send weights, 2 workers, multi"]
+    assert "frames/s" in table(suite)
+    assert suite.cases[1].work().shape == (2, 8)
+    suite.cases[1].work.collector.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
@@ -163,7 +207,7 @@ def test_cases_take_turns() -> None:
     turns: list[str] = []
     cases = [Case(name, lambda name=name: turns.append(name)) for name in "ab"]
     alternate(cases, rounds=3)
-    assert "".join(turns) == "aabb" + "ababab"
+    assert "".join(turns) == "abab" + "ababab"
 
 
 def test_ratios_rates_and_shares(tmp_path: Path) -> None:
@@ -172,7 +216,8 @@ def test_ratios_rates_and_shares(tmp_path: Path) -> None:
     peak = Case("peak: matmul float32", lambda: None, flops=10**9, seconds=[0.5, 0.5, 0.5])
     work = Case("update: eager 32-true", lambda: None, flops=10**9, seconds=[1.0, 1.0, 1.0])
     assert ratios(fast, slow) == (2.0, 2.0, 3.0)
-    suite = Suite([slow, fast, peak, work], "slow", "a note", parts=["slow", "fast"])
+    parts = {"a whole step": ["slow", "fast"]}
+    suite = Suite([slow, fast, peak, work], "slow", "a note", parts)
     printed = table(suite).splitlines()
     assert printed[0] == "a note"
     assert "2.00 (2.00-3.00)" in printed[3]

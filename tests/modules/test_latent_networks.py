@@ -22,6 +22,7 @@ from alm_torchrl.modules import (
     mlp,
     orthogonal_init,
 )
+from alm_torchrl.modules.networks import TensorModule
 
 PLAIN = ["Linear", "ELU", "Linear", "ELU", "Linear"]
 TRUNK = ["Linear", "LayerNorm", "Tanh", "Linear", "ELU", "Linear"]
@@ -251,3 +252,31 @@ def test_trunk_concatenates_its_inputs() -> None:
     a, b = torch.randn(3, 2), torch.randn(3, 3)
     torch.testing.assert_close(trunk(a, b), trunk(torch.cat([a, b], -1)))
     assert not torch.allclose(trunk(a, b), trunk(torch.cat([b, a], -1)))
+
+
+def test_a_network_writes_its_outputs() -> None:
+    module = TensorModule(lambda x: (x + 1, 2 * x), in_keys=["x"], out_keys=["y", ("next", "z")])
+    written = module(TensorDict(x=torch.ones(3), batch_size=[3]))
+    assert written["y"].tolist() == written["next", "z"].tolist() == [2.0] * 3
+    target = TensorDict()
+    assert module(written, tensordict_out=target) is target
+    assert {*target.keys(True, True)} == {"y", ("next", "z")}
+    assert [value.tolist() for value in module(x=torch.ones(1))] == [[2.0], [2.0]]
+    with pytest.raises(KeyError, match='"x" not found'):
+        module(TensorDict(y=torch.ones(3)))
+    with pytest.raises(ValueError, match="returned 1 outputs; expected .'y', 'z'"):
+        TensorModule(nn.Identity(), in_keys=["x"], out_keys=["y", "z"])(x=torch.ones(1))
+
+
+@pytest.mark.parametrize("norm_class", [None, nn.LayerNorm])
+def test_gradients_are_those_of_elu_out_of_place(norm_class: type[nn.Module] | None) -> None:
+    network = mlp(3, 2, 8, norm_class=norm_class).double()
+    found = []
+    for inplace in (None, False):
+        for layer in network.modules():
+            if isinstance(layer, nn.ELU) and inplace is not None:
+                layer.inplace = inplace
+        x = torch.linspace(-3, 3, 15, dtype=torch.float64).reshape(5, 3).requires_grad_()
+        found.append(torch.autograd.grad(network(x).square().sum(), [x, *network.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

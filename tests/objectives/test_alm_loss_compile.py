@@ -117,6 +117,17 @@ def test_compiled_forward(make_loss: Make, make_windows: Make) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
+def test_a_new_loss_compiles_once(make_loss: Make, make_windows: Make) -> None:
+    """The first call changes no state that the second one would be compiled for again."""
+    loss, td = make_loss(horizon=1), make_windows(steps=1)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(loss, backend=counter)
+    for _ in range(2):
+        compiled(td)
+    assert counter.frame_count == 1
+
+
 def cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     flat = [torch.cat([v.flatten().double() for v in d.values()]) for d in (a, b)]
     return torch.nn.functional.cosine_similarity(*flat, dim=0).item()

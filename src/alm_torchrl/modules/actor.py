@@ -10,14 +10,13 @@ import torch
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
-    TensorDictModule,
 )
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from alm_torchrl.distributions import ClampedNormal, full_precision
 from alm_torchrl.modules.latent import suffix_key
-from alm_torchrl.modules.networks import MLPKwargs, mlp
+from alm_torchrl.modules.networks import MLPKwargs, TensorModule, mlp
 from alm_torchrl.modules.rebuildable import Rebuildable
 
 
@@ -124,7 +123,7 @@ class Actor(Rebuildable, ProbabilisticTensorDictSequential):
         }
         params = [suffix_key(action_key, "_loc"), suffix_key(action_key, "_scale")]
         super().__init__(
-            TensorDictModule(network, in_keys=[latent_key], out_keys=params),
+            TensorModule(network, in_keys=[latent_key], out_keys=params),
             _ActionHead(action_key, limits, "random"),
         )
         self.action_key = action_key

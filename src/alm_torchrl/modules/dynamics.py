@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, cat, nn
 
 from alm_torchrl.data.transitions import next_key, tuple_key
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.latent import LatentModule
-from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, mlp
+from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, TensorModule, mlp
 from alm_torchrl.modules.rebuildable import Rebuildable
 from alm_torchrl.modules.two_hot import TwoHot, TwoHotNetwork
 
@@ -52,7 +51,7 @@ class LatentDynamics(LatentModule):
         self.action_dim = action_dim
 
 
-class _Prediction(Rebuildable, TensorDictModule):
+class _Prediction(Rebuildable, TensorModule):
     """Values ``[..., N]`` from a network, or from logits ``[..., N, bins]`` with ``two_hot``."""
 
     def __init__(
@@ -105,7 +104,7 @@ class RewardModel(_Prediction):
         super().__init__(network, [latent_key, action_key], out_key, two_hot)
 
 
-class ContinuationModel(Rebuildable, TensorDictModule):
+class ContinuationModel(Rebuildable, TensorModule):
     r"""The probability :math:`d_\psi(z_{t+1})` that the episode continues after a step.
 
     It reads the next latent, because a terminal state is easier to recognize than the step that
@@ -134,7 +133,7 @@ class ContinuationModel(Rebuildable, TensorDictModule):
         super().__init__(network, in_keys=[next_key(latent_key)], out_keys=[out_key])
 
 
-class TransitionClassifier(Rebuildable, TensorDictModule):
+class TransitionClassifier(Rebuildable, TensorModule):
     r"""The classifier that tells encoded transitions from imagined ones.
 
     It writes logits ``[..., 2]``. Class 1 is a next latent encoded from the real next observation,

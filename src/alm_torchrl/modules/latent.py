@@ -8,13 +8,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
-    TensorDictModule,
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from alm_torchrl.data.transitions import tuple_key
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
+from alm_torchrl.modules.networks import TensorModule
 from alm_torchrl.modules.rebuildable import Rebuildable
 
 
@@ -61,8 +61,8 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
         raw = suffix_key(latent_key, "_params")
         params = {name: suffix_key(latent_key, f"_{name}") for name in head.parameter_names}
         super().__init__(
-            TensorDictModule(network, in_keys=list(in_keys), out_keys=[raw, *memory_keys]),
-            TensorDictModule(head, in_keys=[raw], out_keys=list(params.values())),
+            TensorModule(network, in_keys=list(in_keys), out_keys=[raw, *memory_keys]),
+            TensorModule(head, in_keys=[raw], out_keys=list(params.values())),
             ProbabilisticTensorDictModule(
                 in_keys=params,
                 out_keys=[latent_key],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 
 from alm_torchrl.distributions import full_precision
@@ -31,6 +33,30 @@ def as_weights(value: Tensor, network: nn.Module) -> Tensor:
     # Not parameters(): the losses run networks with weights that are not parameters.
     weights = (getattr(layer, "weight", None) for layer in network.modules())
     return value.to(next((w.dtype for w in weights if w is not None), torch.float32))
+
+
+class TensorModule(TensorDictModule):
+    """A ``TensorDictModule`` for a network that returns tensors.
+
+    ``TensorDictModule`` also accepts other outputs. It searches the installed packages for pandas
+    at every output, which takes longer than a small layer.
+    """
+
+    @dispatch(auto_batch_size=False)
+    def forward(
+        self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None
+    ) -> TensorDictBase:
+        """Writes the outputs of the network, to ``tensordict`` by default."""
+        outputs = self.module(*[tensordict[key] for key in self.in_keys])
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        keys = self.out_keys_source
+        if len(outputs) != len(keys):
+            raise ValueError(f"the network returned {len(outputs)} outputs; expected {[*keys]}")
+        out = tensordict if tensordict_out is None else tensordict_out
+        for key, value in zip(keys, outputs, strict=True):
+            out.set(key, value)
+        return out
 
 
 class ConcatSequential(nn.Sequential):
@@ -137,7 +163,11 @@ def _hidden_layer(
     activation_class: type[nn.Module] | str,
 ) -> list[nn.Module]:
     norm = [] if norm_class is None else [_class(norm_class)(out_features)]
-    return [nn.Linear(in_features, out_features), *norm, _class(activation_class)()]
+    activation = _class(activation_class)()
+    if isinstance(activation, nn.ELU) and not norm:
+        # The gradient then needs only the output, which the next layer keeps anyway, and no exp.
+        activation.inplace = True
+    return [nn.Linear(in_features, out_features), *norm, activation]
 
 
 def _class(layer: type[nn.Module] | str) -> Any:

@@ -317,6 +317,8 @@ class LatentModelLoss(LatentNetworks):
         )
         if self.value_type is ValueEstimators.TD1:  # always vectorized there
             return self.make_value_estimator(ValueEstimators.TDLambda, lmbda=1.0, **hyperparams)
+        # Otherwise its first use sets the keys, and the second call of a compiled loss recompiles.
+        self.value_estimator.set_keys()
         return self
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from torchrl.objectives.utils import distance_loss
 
 from alm_torchrl.distributions import full_precision
 from alm_torchrl.objectives.checks import check_networks, explain_inputs
-from alm_torchrl.objectives.parameters import match_compiled, parametrized
+from alm_torchrl.objectives.parameters import Places, holding, match_compiled, places
 
 #: Parameters to run a network with; by default its own, without a gradient.
 Params: TypeAlias = TensorDictBase | None
@@ -87,6 +87,7 @@ class LatentNetworks(LossModule):
     def _share(self) -> None:
         """Takes the current parameters and buffers of the networks."""
         self._shared: list[tuple[dict[str, Any], str, Any]] = []
+        self._places: dict[str, Places] = {}
         for name in self._names:
             network = getattr(self, name)
             params = TensorDict.from_module(network, as_module=True)
@@ -99,11 +100,9 @@ class LatentNetworks(LossModule):
                 for key, value in params.items(True, True):
                     if not value.requires_grad:
                         target.get(key).data = value.data
+            self._places[name] = places(network)
             self._shared += [
-                (tensors, key, tensor)
-                for module in network.modules()
-                for tensors in (module._parameters, module._buffers)
-                for key, tensor in tensors.items()
+                (tensors, key, tensors[key]) for tensors, key in self._places[name].values()
             ]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -131,9 +130,13 @@ class LatentNetworks(LossModule):
         With ``all_entries``, it returns a TensorDict with all outputs.
         """
         network = getattr(self, name)
-        params = getattr(self, f"{name}_params").detach() if params is None else params
+        if params is None:
+            own = getattr(self, f"{name}_params").items(True, True)
+            tensors = {key: tensor.detach() for key, tensor in own}
+        else:
+            tensors = dict(params.items(True, True))
         try:
-            with parametrized(network, params):
+            with holding(self._places[name], tensors):
                 if isinstance(network, ProbabilisticTensorDictSequential):
                     written = network.get_dist_params(inputs.copy())
                     losses = self._encoder_losses.values() if name == "encoder" else ()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["check_shared", "match_compiled", "parametrized", "summary"]
+__all__ = ["check_shared", "holding", "match_compiled", "parametrized", "places", "summary"]
+
+#: The dictionaries and names under which a module holds its tensors, by their keys.
+Places: TypeAlias = dict[NestedKey, tuple[dict[str, Any], str]]
 
 
 def summary(name: str, network: nn.Module) -> str:
@@ -46,6 +50,34 @@ def check_shared(shared: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
             "a network no longer shares its tensors with the loss, because it was moved or changed "
             "after the loss was built; move networks with loss.to(device), or build the loss later"
         )
+
+
+def places(module: nn.Module) -> Places:
+    """Returns where a module holds its parameters and buffers, by their keys in a TensorDict."""
+    return {
+        unravel_key((*filter(None, path.split(".")), name)): (tensors, name)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for tensors in (owner._parameters, owner._buffers)
+        for name in tensors
+    }
+
+
+@contextmanager
+def holding(places: Places, tensors: dict[NestedKey, Tensor]) -> Iterator[None]:
+    """Runs a module with other tensors, like :func:`parametrized` in a fraction of the time.
+
+    The losses switch networks so often that ``TensorDict.to_module`` would take a third of the
+    time of compilation and of the Python code of an update.
+    """
+    chosen = [places[key] for key in tensors]
+    own = [holder[name] for holder, name in chosen]
+    for (holder, name), tensor in zip(chosen, tensors.values(), strict=True):
+        holder[name] = tensor
+    try:
+        yield
+    finally:
+        for (holder, name), tensor in zip(chosen, own, strict=True):
+            holder[name] = tensor
 
 
 @contextmanager

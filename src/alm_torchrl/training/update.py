@@ -92,8 +92,10 @@ class Update:
             self._clip = loss.clip_grad_norm_
         self._losses = self._eager
         if compiled:
-            # On a CPU, tanh by exp takes a third of the time and differs only by rounding.
-            self._losses = torch.compile(self._eager, options={"cpp.use_decompose_tanh": True})
+            # On a CPU, tanh by exp takes a third of the time and differs only by rounding. Random
+            # numbers drawn in a compiled loop prevent its vectorization.
+            options = {"cpp.use_decompose_tanh": True, "fallback_random": self.device.type == "cpu"}
+            self._losses = torch.compile(self._eager, options=options)
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         """Makes one update; returns detached losses, metrics and gradient norms.

@@ -84,9 +84,13 @@ class BatchedLinear(nn.Module):
 class DynamicsEnsemble(nn.Module):
     """Networks that predict reward and change of the observation as normal distributions."""
 
+    mean: Tensor
+    std: Tensor
+    elites: Tensor
+
     def __init__(self, observations: int, actions: int, sizes: MBPOSizes) -> None:
         super().__init__()
-        outputs = 1 + observations
+        self.members, outputs = sizes.members, 1 + observations
         widths = (observations + actions, *4 * (sizes.width,), 2 * outputs)
         pairs = pairwise(widths)
         self.layers = nn.ModuleList(BatchedLinear(sizes.members, *pair) for pair in pairs)
@@ -114,7 +118,7 @@ class DynamicsEnsemble(nn.Module):
     @torch.no_grad()
     def errors(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean squared error ``[members]`` of the networks on the same rows."""
-        loc, _ = self(inputs.expand(len(self.layers[0].weight), -1, -1))
+        loc, _ = self(inputs.expand(self.members, -1, -1))
         return (loc - targets).square().mean((1, 2))
 
     @torch.no_grad()

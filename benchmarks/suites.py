@@ -273,7 +273,7 @@ def workers(task: str, *_: object) -> Suite:
     return Suite(cases, cases[0].name, note)
 
 
-SUITES = {
+SUITES: dict[str, Callable[[str, torch.device, bool], Suite]] = {
     "update": update,
     "terms": terms,
     "peers": peers,

@@ -189,9 +189,7 @@ class CapturedUpdate:
             self._warmup -= 1
             metrics = self._warm_up(self._batch)
         else:
-            if self._graph is None:
-                self._capture(self._batch)
-            if self._failed:
+            if self._graph is None and not self._capture(self._batch):
                 return self.update(batch)
             self._graph.replay()
             metrics = self._metrics
@@ -208,7 +206,7 @@ class CapturedUpdate:
         current.wait_stream(self._stream)
         return metrics
 
-    def _capture(self, batch: TensorDictBase) -> None:
+    def _capture(self, batch: TensorDictBase) -> bool:
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self._graph):
@@ -223,3 +221,4 @@ class CapturedUpdate:
             )
             self._failed = True
             self.update.optimizer.zero_grad()
+        return not self._failed

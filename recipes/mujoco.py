@@ -19,6 +19,7 @@ from recipes.script import prepare_script
 prepare_script("gymnasium", "hydra", "lightning", "matplotlib", "mujoco", "tensorboard")
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,14 +29,16 @@ from recipes.config import Config
 from recipes.option_checks import check_options
 from recipes.option_help import CONF, help_text
 from recipes.run_name import register_names
+from recipes.saved_config import resumed_options
 
 
 def start(options: DictConfig) -> None:
     """Checks the options, and trains."""
-    config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
     try:
+        options = resumed_options(options, HydraConfig.get().overrides.task)
+        config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
         check_options(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{config.task.id}: loading PyTorch", flush=True)

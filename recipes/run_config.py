@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L  # noqa: N812 - Lightning's own convention
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from alm_torchrl.files import atomic_write
 from recipes.config import Config
+from recipes.saved_config import REMEDY, flatten, read_config
 from recipes.schema import declarations
-
-#: Remedy for damaged files of a run.
-REMEDY = "restore it from a copy, or start a new run with resume=never in another run.folder"
-#: Limits that bound the time to read a file; config.yaml has about 3,000 bytes.
-_MAX_BYTES = 50_000
-_MAX_DEPTH = 20
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -36,9 +28,9 @@ def find_changes(folder: Path, config: Config) -> list[dict[str, Any]]:
         ValueError: if a fixed option differs, or config.yaml is damaged.
         OSError: if config.yaml cannot be read.
     """
-    old = dict(_flatten(_read(folder / "config.yaml")))
+    old = flatten(read_config(folder / "config.yaml"))
     options: Any = OmegaConf.to_container(OmegaConf.create(vars(config)))
-    new = dict(_flatten(options))
+    new = flatten(options)
     changes = []
     for name, option in declarations(Config):
         kind, before = option.metadata["kind"], option.metadata["before"]
@@ -61,47 +53,6 @@ def _is_restored(name: str, values: tuple[Any, Any], config: Config) -> bool:
     """Returns whether a checkpoint restores the option with its schedule or parameter groups."""
     rate = name.startswith("learning_rates.")
     return rate and (bool(config.training.schedule) or None in values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Reads an untrusted config.yaml in bounded time, without resolving or calling anything."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {REMEDY}") from None
-    try:
-        text = content.decode()
-        if len(content) > _MAX_BYTES or not _is_plain(text):
-            raise ValueError
-        config: Any = OmegaConf.to_container(OmegaConf.create(text))
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
-        config = None
-    if not isinstance(config, dict) or not config:
-        raise ValueError(f"{path} is damaged or not a run's configuration: {REMEDY}")
-    return config
-
-
-def _is_plain(text: str) -> bool:
-    """Returns whether a YAML text has no aliases and few levels, so that parsing it is fast."""
-    depth = 0
-    for event in yaml.parse(text):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-            return False
-    return True
-
-
-def _flatten(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the name and value of every option in a configuration."""
-    for name, _ in declarations(Config):
-        *groups, last = name.split(".")
-        group: Any = config
-        for key in groups:
-            group = group.get(key) if isinstance(group, dict) else None
-        if isinstance(group, dict) and last in group:
-            yield name, group[last]
 
 
 class ConfigRecord(L.Callback):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alm_torchrl.training import Checkpoint, find_checkpoint
 from recipes.config import Config
-from recipes.run_config import REMEDY
+from recipes.saved_config import REMEDY
 
 #: Start time at the end of a folder's default name.
 TIMESTAMP = re.compile(r"\d{8}-\d{6}$")

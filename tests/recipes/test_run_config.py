@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from recipes.config import Config
 from recipes.run_config import ConfigRecord, find_changes, write_config
+from recipes.saved_config import resumed_options
 from recipes.schema import declarations
 
 
@@ -181,3 +182,52 @@ def test_interpolations_of_a_file_are_not_followed(config, tmp_path: Path) -> No
 def test_a_missing_config_is_refused(config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config.yaml is missing: restore it from a copy"):
         find_changes(tmp_path, config())
+
+
+def resumed(composed, folder: Path, *given: str) -> Config:
+    given = (*given, f"resume={folder}")
+    options = composed(*given)
+    with open_dict(options):
+        del options["hydra"]
+    return OmegaConf.to_object(resumed_options(options, given))
+
+
+def test_a_folder_alone_has_the_options_of_its_run(config, composed, tmp_path: Path) -> None:
+    options = (
+        *("preset=paper", "task=walker2d", "seed=14", "ablation=horizon_5", "encoder=identity"),
+        *("+agent.network_kwargs.dynamics.hidden_dim=7", "evaluation.every=500"),
+    )
+    started = config(*options, folder=tmp_path)
+    write_config(tmp_path, started)
+    same = resumed(composed, tmp_path)
+    assert same.resume == str(tmp_path)
+    same.resume = "never"
+    assert same == started
+    given = ("training.total_steps=7000", "+agent.network_kwargs.dynamics.hidden_dim=9")
+    more = resumed(composed, tmp_path, *given)
+    assert more.training.total_steps == 7000
+    assert more.agent.network_kwargs == {"dynamics": {"hidden_dim": 9}}
+    more.training.total_steps, more.resume = started.training.total_steps, "never"
+    more.agent.network_kwargs["dynamics"]["hidden_dim"] = 7
+    assert more == started
+
+
+@pytest.mark.parametrize("choice", ["preset=fast", "task=hopper", "encoder=mlp", "~task"])
+def test_a_choice_describes_the_whole_run(config, composed, tmp_path: Path, choice: str) -> None:
+    write_config(tmp_path, config("seed=14"))
+    options = composed(choice, f"resume={tmp_path}")
+    assert resumed_options(options, (choice, f"resume={tmp_path}")) is options
+
+
+def test_a_run_older_than_an_option_keeps_what_it_did(config, composed, tmp_path: Path) -> None:
+    write_config(tmp_path, config("seed=14"))
+    file = tmp_path / "config.yaml"
+    saved = OmegaConf.load(file)
+    del saved.objective.start_steps, saved.checkpoint
+    OmegaConf.save(saved, file)
+    assert resumed(composed, tmp_path).objective.start_steps == 0
+    file.write_text("- 1\n")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        resumed(composed, tmp_path)
+    file.unlink()
+    assert resumed(composed, tmp_path).seed == 0  # choose_folder tells what is missing

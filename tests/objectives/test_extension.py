@@ -79,7 +79,7 @@ class Quantized(nn.Module):
 
 def quantized_networks(make_networks: Make) -> dict[str, nn.Module]:
     head = FixedScaleHead(0.5)
-    encoder = LatentModule(Quantized(), ["observation"], head=head, memory_keys=["codebook_loss"])
+    encoder = LatentModule(Quantized(), ["observation"], head=head, extra_keys=["codebook_loss"])
     dynamics = LatentDynamics(4, 2, 8, head=head)
     return {**make_networks(), "encoder": encoder, "dynamics": dynamics}
 

@@ -123,7 +123,7 @@ class WithLoss(nn.Linear):
 
 def make_encoder_with_loss(spec: Any, *, latent_dim: int, hidden_dim: int) -> LatentModule:
     network = WithLoss(spec["observation"].shape[-1], 2 * latent_dim)
-    return LatentModule(network, ["observation"], memory_keys=["own_loss"])
+    return LatentModule(network, ["observation"], extra_keys=["own_loss"])
 
 
 def test_a_loss_of_the_encoder_is_named_in_the_options(config) -> None:

@@ -33,11 +33,11 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
 
     Args:
         network: maps the entries ``in_keys`` to ``[..., head.network_size(D)]`` (``[..., 2 * D]``
-            for the default head) and to the entries ``memory_keys``, if any.
+            for the default head) and to the entries ``extra_keys``, if any.
         in_keys: inputs of the network.
         head: the distribution of the latent.
         latent_key: entry of the latent.
-        memory_keys: entries of further outputs of the network. Entries under ``"next"`` are memory:
+        extra_keys: entries of further outputs of the network. Entries under ``"next"`` are memory:
             the policy writes them, and the environment passes them to the next step. Another entry
             may be a loss, which ``auxiliary_losses`` of
             :class:`~alm_torchrl.objectives.ALMLoss` names.
@@ -56,12 +56,12 @@ class LatentModule(Rebuildable, ProbabilisticTensorDictSequential):
         *,
         head: LatentHead = DEFAULT_HEAD,
         latent_key: NestedKey = "latent",
-        memory_keys: Sequence[NestedKey] = (),
+        extra_keys: Sequence[NestedKey] = (),
     ) -> None:
         raw = suffix_key(latent_key, "_params")
         params = {name: suffix_key(latent_key, f"_{name}") for name in head.parameter_names}
         super().__init__(
-            TensorModule(network, in_keys=list(in_keys), out_keys=[raw, *memory_keys]),
+            TensorModule(network, in_keys=list(in_keys), out_keys=[raw, *extra_keys]),
             TensorModule(head, in_keys=[raw], out_keys=list(params.values())),
             ProbabilisticTensorDictModule(
                 in_keys=params,

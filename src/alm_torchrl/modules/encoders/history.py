@@ -104,7 +104,7 @@ class RecurrentEncoder(Encoder):
             [*in_keys, state_key],
             head,
             latent_key=latent_key,
-            memory_keys=[next_key(state_key)],
+            extra_keys=[next_key(state_key)],
         )
         self.hidden_dim = hidden_dim
         self.state_key = unravel_key(state_key)

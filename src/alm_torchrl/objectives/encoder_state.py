@@ -59,7 +59,7 @@ def check_buffers(encoder: Any, spec: Composite) -> Iterator[str]:
     observations = random_observations(encoder, spec, 4, 3)
     with torch.no_grad():
         for weight in (p for p in encoder.parameters() if p.requires_grad):
-            weight += 0.1 * torch.randn_like(weight)  # buffers may have converged for the others
+            weight.add_(torch.randn_like(weight), alpha=0.1)  # buffers may have converged before
         changed = _changed_buffers(encoder, partial(encoder.get_dist_params, observations))
     if changed:
         yield (

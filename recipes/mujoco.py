@@ -7,9 +7,11 @@ agents. train.py trains; this file reads the command line before PyTorch is load
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 # Replace this folder by the project's root: this file would shadow the package mujoco.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -57,7 +59,9 @@ def launch(config_name: str) -> None:
         if {"-h", "--help"} & {*sys.argv}:
             print(help_text(config_name, [name for name in sys.argv[1:] if "=" in name]))
         else:
-            hydra.main(version_base="1.3", **options)(start)()
+            # Hydra 1.3.8 passes a help that is not a string, which argparse of Python 3.14 rejects.
+            with patch.object(argparse.ArgumentParser, "_check_help", MagicMock(), create=True):
+                hydra.main(version_base="1.3", **options)(start)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         sys.exit(one_line_with_cause(error))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import alm_torchrl
+from alm_torchrl.lazy import lazy_imports
 
 EXTRAS = ("gymnasium", "hydra", "lightning", "matplotlib")
 
@@ -24,6 +25,15 @@ def test_public_names_are_found(name: str) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="no attribute 'ALMLos'"):
         _ = alm_torchrl.ALMLos
+
+
+def test_a_name_whose_module_fails_is_not_said_to_be_missing(tmp_path: Path, monkeypatch) -> None:
+    """With MUJOCO_GL=egl and no EGL, importing MuJoCo raises an AttributeError."""
+    (tmp_path / "broken_module.py").write_text("None.eglQueryString")
+    monkeypatch.syspath_prepend(tmp_path)
+    get, _ = lazy_imports({"__name__": "package", "__all__": ["name"]}, {"name": "broken_module"})
+    with pytest.raises(ImportError, match="broken_module cannot be imported: .*'eglQueryString'"):
+        get("name")
 
 
 def test_the_import_needs_no_extra() -> None:

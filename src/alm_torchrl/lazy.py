@@ -28,6 +28,8 @@ def lazy_imports(
         except ModuleNotFoundError as error:
             remedy = "pip install 'alm-torchrl[recipes]'"
             raise ImportError(f"{name} needs {error.name}: {remedy}") from error
+        except AttributeError as error:  # Python would report that this package lacks the name
+            raise ImportError(f"{modules[name]} cannot be imported: {error}") from error
         namespace[name] = value
         return value
 

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from alm_torchrl.files import sha256
 from alm_torchrl.training import find_checkpoint
+from recipes.script import prepare_script
 from tests.patience import patience
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -339,6 +340,23 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, package: str) -> 
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(RECIPES / "mujoco.py"), run_name="__main__")
     assert stop.value.code == f"{package} not installed: pip install 'alm-torchrl[recipes]'"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="EGL is the renderer on Linux")
+@pytest.mark.parametrize("library", ["libEGL.so.1", None])
+def test_mujoco_renders_without_a_screen_if_it_can(monkeypatch, library: str | None) -> None:
+    """MuJoCo cannot be imported with the renderer egl if the library is missing."""
+
+    def load(name: str) -> None:
+        if name != library:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("recipes.script.ctypes.CDLL", load)
+    for name in ("DISPLAY", "MUJOCO_GL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    prepare_script()
+    assert os.environ.get("MUJOCO_GL") == (library and "egl")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

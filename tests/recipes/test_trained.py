@@ -21,6 +21,9 @@ from recipes.run_config import write_config
 from tests.patience import patience
 
 pytest.importorskip("safetensors")
+
+PRETRAINED = trained.PRETRAINED
+SHIPPED = sorted(file.parent.name for file in PRETRAINED.glob("*/config.json"))
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "InvertedPendulum-v5"  # whose episodes are short without training
 SIZES = {"latent_dim": 4, "hidden_dim": 8, "dynamics_hidden_dim": 8}
@@ -145,6 +148,17 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert "has no agent_best.pt, agent_last.pt or config.json" in line(run)
     shutil.rmtree(pretrained)
     assert "pretrained/ has no agents yet" in line("nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_agent_plays_as_its_card_says(name: str) -> None:
+    """Over new episodes, on the scale of the deviation over the episodes of the card."""
+    found = trained.find(str(PRETRAINED / name))
+    card = found.evaluation
+    assert (card["episodes"], found.path) == (100, PRETRAINED / name)
+    played = enjoy.evaluate(found, found.agent.policy(), 5, seed=7)
+    assert abs(played["mean"] - card["mean"]) < card["std"]
 
 
 def test_a_class_that_a_run_names_and_that_is_missing_is_reported(

@@ -41,7 +41,7 @@ def start(options: DictConfig) -> None:
         config: Config = OmegaConf.to_object(options)  # type: ignore[assignment]
         check_options(config)
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(one_line_with_cause(error))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{config.task.id}: loading PyTorch", flush=True)
     from recipes.train import train  # imports PyTorch, which takes seconds

@@ -81,7 +81,7 @@ def resumed_options(options: DictConfig, arguments: Sequence[str]) -> DictConfig
         arguments: overrides of the command line.
 
     Raises:
-        ValueError: if the folder's config.yaml is damaged.
+        ValueError: if the folder's config.yaml is damaged or has an invalid value.
         OSError: if it cannot be read.
     """
     file = Path(options.resume, "config.yaml")
@@ -92,8 +92,14 @@ def resumed_options(options: DictConfig, arguments: Sequence[str]) -> DictConfig
     saved, resumed = flatten(read_config(file)), options.copy()
     for name, option in declarations(Config):
         value = saved.get(name, option.metadata["before"])
-        if value != MISSING:
+        if value == MISSING:
+            continue
+        try:
+            if "${" in str(value):  # write_config resolves interpolations; others are not followed
+                raise ValueError
             OmegaConf.update(resumed, name, value, merge=False)
+        except ValueError:
+            raise ValueError(f"{file} has an invalid {name}={value}: {REMEDY}") from None
     for name in given:
         value = OmegaConf.select(options, name)
         OmegaConf.update(resumed, name, value, merge=False, force_add=True)

@@ -226,6 +226,11 @@ def test_a_run_older_than_an_option_keeps_what_it_did(config, composed, tmp_path
     del saved.objective.start_steps, saved.checkpoint
     OmegaConf.save(saved, file)
     assert resumed(composed, tmp_path).objective.start_steps == 0
+    for wrong in ("many", "${oc.env:HOME}"):
+        saved.training = OmegaConf.create({"batch_size": "?"})
+        file.write_text(OmegaConf.to_yaml(saved).replace("'?'", f"'{wrong}'").replace("?", wrong))
+        with pytest.raises(ValueError, match=r"has an invalid training.batch_size=.*: restore it"):
+            resumed(composed, tmp_path)
     file.write_text("- 1\n")
     with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
         resumed(composed, tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.util import find_spec
 
@@ -12,8 +11,9 @@ from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.envs import frame_stacks, make_env, random_states, set_random_states
+from recipes.script import prepare_script
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # dm_control chooses its renderer when it is imported
+prepare_script()  # dm_control chooses its renderer when it is imported
 needs_dm_control = pytest.mark.skipif(
     find_spec("dm_control") is None, reason="dm_control is not installed: pip install '.[dmc]'"
 )

@@ -181,6 +181,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_frames_for_videos():
     code = """
+from recipes.script import prepare_script
+prepare_script()  # MuJoCo chooses its renderer when it is imported
 import sys, torch
 from alm_torchrl.envs import make_env
 data = make_env("HalfCheetah-v5", seed=0, from_pixels=True, width=64, height=48).rollout(2)["next"]
@@ -192,7 +194,7 @@ assert data["pixels"].float().std() > 10
 assert data["observation"].shape == (2, 17)
 assert data["observation"].dtype == torch.float32
 """
-    done = run(code, MUJOCO_GL="egl")  # MuJoCo chooses its renderer when it is imported
+    done = run(code)
     if done.returncode == 77:
         pytest.skip("no off-screen rendering here")
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from torchrl.envs.utils import check_env_specs
 
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import Distractors, frame_stacks, make_env, random_states, set_random_states
+from recipes.script import prepare_script
 from tests.data.counting import CountingEnv
 
 pytest.importorskip("gymnasium")
@@ -31,10 +32,10 @@ def play(env, frames: int, seed: int = 0):
 def _renderer():
     """Chooses the renderer of MuJoCo before the first frame."""
     before = os.environ.get("MUJOCO_GL")
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    prepare_script()
     yield
     if before is None:
-        del os.environ["MUJOCO_GL"]
+        os.environ.pop("MUJOCO_GL", None)
 
 
 @pytest.fixture(scope="module")

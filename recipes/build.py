@@ -105,6 +105,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         schedule=instantiate(training.schedule, _partial_=True) if training.schedule else None,
         max_grad_norm=training.max_grad_norm,
         target_tau=training.target_tau,
+        imagined_steps=training.imagined_steps,
         eval_episodes=config.evaluation.episodes,
         eval_max_steps=config.evaluation.max_steps,
         ema_decay=config.evaluation.ema_decay,

@@ -48,6 +48,7 @@ class Training:
         "_target_ of a scheduler, stepped at every update; empty: constant rates", dict
     )
     max_grad_norm: float = noted("maximum gradient norm of each parameter group", 100.0, gt=0)
+    imagined_steps: int = fixed("steps of imagined episodes (ImaginedReplay); 0: none", 0, ge=0)
     target_tau: float = noted("rate of the moving average of target networks", 0.005, gt=0, le=1)
 
 

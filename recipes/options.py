@@ -94,8 +94,6 @@ class Objective:
         "lambda_returns",
         choices=("lambda_returns", "bound", "value"),
     )
-    value_expansion: bool = fixed("value targets from imagined returns", False)
-    start_steps: int = fixed("maximum imagined steps before the actor's rollout", 0, ge=0)
     auxiliary_losses: dict[str, Any] = fixed(
         "further losses by name, each a _target_ or the entry of the encoder's own loss", dict
     )

@@ -242,7 +242,7 @@ def test_a_loss_of_the_encoder_compiles(make_networks: Make, make_windows: Make)
 
 def test_the_deepest_call_chain_of_the_loss(make_networks: Make, make_windows: Make) -> None:
     networks = {**make_networks(), "continuation_model": ContinuationModel(4, 8)}
-    loss = ALMLoss(**networks, value_expansion=True, start_steps=2, consistency_level=1.0)
+    loss = ALMLoss(**networks, consistency_level=1.0)
     td, stack, deepest = make_windows(dtype=torch.float32), [], []
 
     def profile(frame: FrameType, event: str, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""Episodes that end in imagination: continuation model, expanded value targets, later starts."""
+"""Episodes that end in imagination: the continuation model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrl.objectives.utils import ValueEstimators
 
 from alm_torchrl.modules import ContinuationModel
 from alm_torchrl.objectives import ALMLoss
-from alm_torchrl.objectives.functional import k_step_bound, lambda_returns, survival
+from alm_torchrl.objectives.functional import k_step_bound, lambda_returns
 
 Make = Callable[..., Any]
 GAMMA, LMBDA, COEFF = torch.tensor([0.99, 0.95, 0.1]).tolist()  # as the loss rounds them
@@ -116,68 +116,8 @@ def test_the_actor_is_paid_for_steps_that_are_reached(make: Make, make_windows: 
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("with_model", [False, True])
-def test_expanded_targets_are_imagined_returns(
-    make: Make, make_loss: Make, make_windows: Make, with_model: bool
-) -> None:
-    loss = (make if with_model else make_loss)(horizon=3, value_expansion=True)
-    td = ended(make_windows())
-    rollout = loss.imagine(loss.encode(td["next"][:, 0]), values=loss.target_qvalue_network_params)
-    d = rollout.get("continuation", torch.ones_like(rollout["reward"])).squeeze(-1)
-    returns = hand_returns(rollout["reward"].squeeze(-1), rollout["next", "value"].squeeze(-1), d)
-    first = td[:, 0]
-    alive = (~first["next", "terminated"]).squeeze(-1)
-    target = first["next", "reward"].squeeze(-1) + GAMMA * alive * returns[:, 0]
-    values = loss.action_values(loss.encode(first), first["action"], loss.qvalue_network_params)
-    found, metrics = loss.value_loss(td)
-    torch.testing.assert_close(
-        found, (values - target.unsqueeze(-1)).square().mean(), rtol=1e-8, atol=0
-    )
-    torch.testing.assert_close(metrics["target_value"], target.mean())
-    grads = torch.autograd.grad(found, list(loss.parameters()), allow_unused=True)
-    own = {id(p) for p in loss.qvalue_network_params.parameters()}
-    for parameter, grad in zip(loss.parameters(), grads, strict=True):
-        assert (grad is not None) == (id(parameter) in own)
-
-
-def test_starts_are_moved_on_by_a_uniform_number_of_steps(make_loss: Make) -> None:
-    loss = make_loss(start_steps=3)
-    latent = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
-    reached = [latent.detach()]
-    for _ in range(3):  # without noise every row moves alike
-        reached.append(loss.next(reached[-1], loss.act(reached[-1]))[0].detach())
-    torch.manual_seed(0)
-    moved = loss.roll_on(latent.expand(4000, 4))
-    assert not moved.requires_grad
-    counts = [int(torch.isclose(moved, where).all(-1).sum()) for where in reached]
-    assert sum(counts) == 4000
-    assert all(880 < count < 1120 for count in counts)  # 1000 +- 4 deviations
-
-
-def test_a_start_that_terminates_stays(make: Make) -> None:
-    loss = make(start_steps=5)
-    last = list(loss.continuation_model_params.parameters())[-1]
-    latent = torch.randn(50, 4, dtype=torch.float64)
-    for logit, moves in ((50.0, True), (-50.0, False)):
-        last.data.fill_(logit)
-        moved = (loss.roll_on(latent) != latent).any(-1)
-        assert bool(moved.any()) == moves
-
-
-def test_the_actor_starts_where_it_was_moved(make: Make, make_windows: Make, monkeypatch) -> None:
-    loss, td = make(start_steps=2), make_windows()
-    elsewhere = torch.randn(6, 4, dtype=torch.float64)
-    monkeypatch.setattr(loss, "roll_on", lambda latent: elsewhere)
-    found, _ = loss.actor_loss(td)
-    rollout = loss.imagine(elsewhere)
-    weights = GAMMA ** torch.arange(3, dtype=torch.float64)[:, None]
-    weights = weights * survival(rollout["continuation"].detach())[:, :-1]
-    expected = -(weights * loss.lambda_return(rollout)).mean()
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
-
-
 def test_each_loss_trains_its_own_networks(make: Make, make_windows: Make) -> None:
-    loss = make(value_expansion=True, start_steps=2)
+    loss = make()
     owners = {
         "loss_world_model": {"encoder_params", "dynamics_params"},
         "loss_reward": {"reward_model_params"},
@@ -207,12 +147,6 @@ def test_no_step_of_td0_looks_past_the_first(make: Make, make_windows: Make) -> 
     torch.testing.assert_close(loss.lambda_return(rollout), expected)
 
 
-@pytest.mark.parametrize("start_steps", [-1, 1.5, "2"])
-def test_a_wrong_number_of_start_steps_is_refused(make_networks: Make, start_steps: Any) -> None:
-    with pytest.raises(ValueError, match="start_steps must be a whole number of at least 0"):
-        ALMLoss(**make_networks(), start_steps=start_steps)
-
-
 def test_without_a_continuation_model_there_is_none_to_train(
     make_loss: Make, make_windows: Make
 ) -> None:
@@ -225,10 +159,8 @@ def test_without_a_continuation_model_there_is_none_to_train(
 
 @pytest.mark.slow
 def test_compiled_terms_equal_eager_ones(make: Make, make_windows: Make) -> None:
-    loss = make(value_expansion=True, start_steps=1, dtype=torch.float64)
-    loss.roll_on = lambda latent: latent  # draws a number of steps
-    td = ended(make_windows())
-    for term in (loss.continuation_loss, loss.value_loss, loss.actor_loss):
+    loss, td = make(dtype=torch.float64), ended(make_windows())
+    for term in (loss.continuation_loss, loss.actor_loss):
         eager = term(td)[0]
         compiled = torch.compile(term, fullgraph=True, backend="aot_eager")(td)[0]
         torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=0)

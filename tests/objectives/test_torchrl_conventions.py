@@ -185,6 +185,7 @@ DEFAULTS = {
     "validity_mask": "validity_mask",
     "priority": "td_error",
     "priority_weight": "priority_weight",
+    "imagined": "imagined",
 }
 
 

@@ -69,8 +69,8 @@ def test_the_paper_preset_holds_the_published_hyperparameters(config) -> None:
     objective, training = paper.objective, paper.training
     assert (objective.horizon, objective.gamma, objective.lmbda) == (3, 0.99, 0.95)
     assert objective.consistency_coeff == 0.1
-    assert (objective.value_expansion, objective.start_steps) == (False, 0)
     assert (training.batch_size, training.warmup_steps, training.updates_per_step) == (512, 5000, 1)
+    assert training.imagined_steps == 0
     assert (training.target_tau, training.max_grad_norm) == (0.005, 100.0)
     assert (paper.evaluation.every, paper.evaluation.episodes) == (5000, 5)
 

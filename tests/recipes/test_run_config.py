@@ -223,9 +223,9 @@ def test_a_run_older_than_an_option_keeps_what_it_did(config, composed, tmp_path
     write_config(tmp_path, config("seed=14"))
     file = tmp_path / "config.yaml"
     saved = OmegaConf.load(file)
-    del saved.objective.start_steps, saved.checkpoint
+    del saved.training.imagined_steps, saved.checkpoint
     OmegaConf.save(saved, file)
-    assert resumed(composed, tmp_path).objective.start_steps == 0
+    assert resumed(composed, tmp_path).training.imagined_steps == 0
     for wrong in ("many", "${oc.env:HOME}"):
         saved.training = OmegaConf.create({"batch_size": "?"})
         file.write_text(OmegaConf.to_yaml(saved).replace("'?'", f"'{wrong}'").replace("?", wrong))

@@ -19,7 +19,7 @@ from torchrl.objectives import SoftUpdate
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.data import make_collector, make_replay_buffer
 from alm_torchrl.envs import make_env
-from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives import ALMLoss, ImaginedReplay
 from alm_torchrl.training import ALMTrainer, make_optimizer
 
 WARMUP = 24
@@ -68,6 +68,14 @@ def test_the_noise_follows_the_frames_after_the_random_ones(frames_per_batch: in
         if frames < 60:
             assert acted[frames + frames_per_batch] == scale
     assert trainer._optim_count == (60 - WARMUP) // frames_per_batch + 1
+
+
+def test_imagined_episodes_are_an_operation_of_the_trainer() -> None:
+    _, trainer = make_trainer()
+    imagined = ImaginedReplay(trainer.loss_module, 5)
+    trainer.register_op("process_optim_batch", imagined)
+    trainer.train()
+    assert imagined.get_extra_state()["calls"] == trainer._optim_count
 
 
 def test_the_numbers_are_those_of_a_hand_written_loop() -> None:

@@ -35,11 +35,7 @@ TWO_HOT = {name: {"two_hot": TwoHot(bins=11)} for name in ("reward_model", "qval
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "continuation": {"agent": {"continuation": True}},
-    "rollouts": {
-        "agent": {"continuation": True},
-        "objective": {"value_expansion": True, "start_steps": 2},
-    },
-    "start_steps": {"objective": {"start_steps": 2}},
+    "imagined": {"agent": {"continuation": True}, "imagined": True},
     "two_hot": {"agent": {"network_kwargs": TWO_HOT}},
     "multiplier": {"objective": {"consistency_level": 1.0, "consistency": "forward_kl"}},
     "classifier": {"objective": {"consistency": "classifier", "latent_target": "online"}},
@@ -47,9 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bound": {"objective": {"actor_objective": "bound", "loss_function": "smooth_l1"}},
     "value": {"objective": {"actor_objective": "value", "latent_target": "stop_gradient"}},
     "prioritized": {"weights": True},
-    "prioritized rollouts": {
+    "prioritized two_hot": {
         "agent": {"continuation": True, "network_kwargs": TWO_HOT},
-        "objective": {"value_expansion": True, "start_steps": 2},
         "weights": True,
     },
     "normalized": {"normalized": True},
@@ -67,6 +62,7 @@ class Setting:
         agent: dict[str, Any] | None = None,
         objective: dict[str, Any] | None = None,
         weights: bool = False,
+        imagined: bool = False,
         normalized: bool = False,
         precision: str = "32-true",
         seeds: int = 1,
@@ -87,7 +83,7 @@ class Setting:
         losses = [ALMLoss(**agent.networks(), **(objective or {})) for agent in agents]
         self.agent, self.loss = stack_seeds(agents, losses)
         self.shape = (6, 3) if seeds == 1 else (seeds, 6, 3)
-        self.weights = weights
+        self.weights, self.imagined = weights, imagined
         # The fused optimizers do not support the meta device.
         parameters = [torch.zeros(1)]
         optimizer = make_optimizer(self.loss, 1e-3) if device == "cpu" else Adam(parameters)
@@ -115,6 +111,12 @@ class Setting:
             },
             "validity_mask": mask,
         }
+        if self.imagined:
+            entries["imagined"] = {
+                "latent": torch.randn(*shape, 4),
+                "action": torch.rand(*shape, self.actions),
+                "value_target": torch.randn(*shape, 1),
+            }
         if self.weights:
             entries["priority_weight"] = torch.rand(shape[0], 1).expand(shape).clone()
         return TensorDict(entries, batch_size=shape)

@@ -114,15 +114,19 @@ def test_updates_of_the_warmup_are_counted_separately(make_module, tmp_path, sto
     assert int(module.agent.noise.step_count) == 11
 
 
-def test_losses_resume_bit_by_bit_with_the_same_experience(make_module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("imagined_steps", [0, 3])
+def test_losses_resume_bit_by_bit_with_the_same_experience(
+    make_module, tmp_path: Path, imagined_steps: int
+) -> None:
+    make = partial(make_module, 2, updates_per_step=20, imagined_steps=imagined_steps)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     uninterrupted, resumed = Losses(), Losses()
-    fit(make_module(2, updates_per_step=20), whole, uninterrupted)
-    fit(make_module(2, updates_per_step=20), parts, Losses(stop_after=5))
+    fit(make(), whole, uninterrupted)
+    fit(make(), parts, Losses(stop_after=5))
     torch.manual_seed(99)
-    fit(make_module(2, updates_per_step=20), parts, resumed, resume=True)
+    fit(make(), parts, resumed, resume=True)
     of_this_step = range(6, 21)  # later updates have other transitions
     assert [resumed.seen[n] for n in of_this_step] == [uninterrupted.seen[n] for n in of_this_step]
     assert len({uninterrupted.seen[n] for n in of_this_step}) == 15

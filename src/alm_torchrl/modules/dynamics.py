@@ -8,6 +8,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, cat, nn
 
 from alm_torchrl.data.transitions import next_key, tuple_key
+from alm_torchrl.distributions import full_precision
 from alm_torchrl.modules.heads import DEFAULT_HEAD, LatentHead
 from alm_torchrl.modules.latent import LatentModule
 from alm_torchrl.modules.networks import LayerNormMLP, MLPKwargs, TensorModule, mlp
@@ -21,6 +22,7 @@ class LatentDynamics(LatentModule):
     Args:
         head: the distribution of the latent. It needs a KL divergence with the distribution of
             the encoder, so pass ``encoder.head``.
+        residual: adds the latent to the predicted location, so that the network predicts a change.
         **mlp_kwargs: further arguments of :func:`mlp`.
 
     Examples:
@@ -37,18 +39,34 @@ class LatentDynamics(LatentModule):
         hidden_dim: int = 1024,
         *,
         head: LatentHead = DEFAULT_HEAD,
+        residual: bool = False,
         latent_key: NestedKey = "latent",
         action_key: NestedKey = "action",
         **mlp_kwargs: Unpack[MLPKwargs],
     ) -> None:
+        outputs = head.network_size(latent_dim)
+        network = mlp(latent_dim + action_dim, outputs, hidden_dim, **mlp_kwargs)
         super().__init__(
-            mlp(latent_dim + action_dim, head.network_size(latent_dim), hidden_dim, **mlp_kwargs),
+            _Residual(network) if residual else network,
             [latent_key, action_key],
             head=head,
             latent_key=next_key(latent_key),
         )
         self.latent_dim = latent_dim
         self.action_dim = action_dim
+
+
+class _Residual(nn.Module):
+    """Adds the latent to the first outputs of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, latent: Tensor, action: Tensor) -> Tensor:
+        raw = full_precision(self.network(latent, action))
+        loc, rest = raw.split([latent.shape[-1], raw.shape[-1] - latent.shape[-1]], -1)
+        return cat([latent + loc, rest], -1)
 
 
 class _Prediction(Rebuildable, TensorModule):

@@ -27,7 +27,6 @@ from alm_torchrl.objectives.functional import (
     log_ratio,
     masked_mean,
     survival,
-    td_target,
 )
 from alm_torchrl.objectives.latent_model import Batch, LatentModelLoss
 from alm_torchrl.objectives.options import (
@@ -114,10 +113,6 @@ class ALMLoss(LatentModelLoss):
             ``"online"``, with which the distance also trains the targets.
         actor_objective (str): ``"lambda_returns"`` of all imagined steps, the K-step ``"bound"``,
             or the model-free ``"value"`` of the first latent and action.
-        value_expansion (bool): uses the imagined return of the next latent over ``horizon`` steps
-            in the value targets, instead of its value.
-        start_steps (int): largest number of imagined steps before the actor's rollout; see
-            :meth:`roll_on`.
         auxiliary_losses (dict): further losses by name; they become ``loss_<name>``. Each is a
             module, which reads the windows ``[B, T]`` with ``"validity_mask"`` and the latents of
             encoder (first step) and dynamics (later steps) and returns a scalar or ``[B]``; or the
@@ -128,6 +123,9 @@ class ALMLoss(LatentModelLoss):
     the sum of the weights; metrics and scalar auxiliary losses have no weights. The value loss then
     writes the priority ``"td_error"`` in the same shape: the largest absolute error of the ensemble
     at the first transition, repeated over the window.
+
+    With the entry ``"imagined"`` of :class:`ImaginedReplay`, the losses of values and actor read
+    steps of imagined episodes instead of the first transitions, without weights and priorities.
 
     The options from ``reward_term`` to ``actor_objective`` are for ablations; the later ones and
     ``continuation_model`` are not in the paper. :meth:`make_value_estimator` sets discount and
@@ -165,8 +163,8 @@ class ALMLoss(LatentModelLoss):
         """The entries of the batch.
 
         ``reward`` and the flags are under ``"next"``. Each of the flags ends an episode.
-        ``truncated``, ``validity_mask`` ``[B, T]`` and ``priority_weight`` are optional.
-        ``priority`` is written.
+        ``truncated``, ``validity_mask`` ``[B, T]``, ``priority_weight`` and ``imagined`` are
+        optional. ``priority`` is written.
         """
 
         action: NestedKey = "action"
@@ -177,6 +175,7 @@ class ALMLoss(LatentModelLoss):
         validity_mask: NestedKey = "validity_mask"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
+        imagined: NestedKey = "imagined"
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
@@ -207,8 +206,6 @@ class ALMLoss(LatentModelLoss):
         consistency_level: float | None = None,
         latent_target: LatentTarget = "moving_average",
         actor_objective: ActorObjective = "lambda_returns",
-        value_expansion: bool = False,
-        start_steps: int = 0,
         auxiliary_losses: Mapping[str, nn.Module | NestedKey] | None = None,
         gamma: None = None,
         lmbda: None = None,
@@ -231,8 +228,7 @@ class ALMLoss(LatentModelLoss):
         self.bootstrap_terminated, self.short_windows = bootstrap_terminated, short_windows
         self.reward_term, self.value_term = reward_term, value_term
         self.latent_target, self.actor_objective = latent_target, actor_objective
-        self.value_expansion, self.consistency_level = value_expansion, consistency_level
-        self.start_steps = check_whole("start_steps", start_steps, at_least=0)
+        self.consistency_level = consistency_level
         coefficient, device = float(consistency_coeff), self._default_device
         self.register_coeff_buffer("consistency_coeff", coefficient, device=device)
         if consistency_level is not None:
@@ -447,35 +443,38 @@ class ALMLoss(LatentModelLoss):
         return torch.randperm(rows, device=tensordict.get(self._latent_key).device) < rows // 2
 
     def value_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        """The temporal-difference error of all action values, on the first transitions."""
-        batch = self.prepare(tensordict)
-        latent, action = self._first_transition(batch)
-        params = self.target_qvalue_network_params
-        with torch.no_grad():
-            following = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
-            if self.value_expansion:
-                rollout = self.imagine(following, values=params, with_log_ratio=False)
-                next_value = self.lambda_return(rollout)[:, 0]
-            else:
-                next_value = self.value(following, self.act(following), params)
-            reward, ended = self._outcome(batch, "reward"), self._outcome(batch, "terminated")
-            target = td_target(reward, ended, next_value, self.value_estimator.gamma)
+        """The error of all action values.
+
+        The targets are one-step targets of the first transitions, or the lambda-returns of the
+        steps of imagined episodes, if the batch has them.
+        """
+        batch = self.prepare(tensordict).on_imagined()
+        if batch.imagined is None:
+            latent, action = self._first_transition(batch)
+            target = self._td_target(batch)
+        else:
+            latent, action = batch.imagined["latent"], batch.imagined["action"]
+            target = batch.imagined["value_target"]
         values, loss = self.regress("qvalue_network", latent, action, target)
-        write_priority(batch.source, self.tensor_keys, values, target)
+        if batch.imagined is None:
+            write_priority(batch.source, self.tensor_keys, values, target)
         loss, mask = loss.mean(-1), batch.mask[:, 0]
         metrics = {"q_value": masked_mean(values, mask), "target_value": masked_mean(target, mask)}
         return self._reduce(loss, batch), detached(metrics)
 
     def actor_loss(self, tensordict: TensorDictBase | Batch) -> LossAndMetrics:
-        """The negated return of rollouts imagined from the first observation of each window."""
-        batch = self.prepare(tensordict)
-        latent = self._draw(self.encoder.build_dist_from_params(batch.current))
-        mask = batch.mask[:, 0]
+        """The negated return of imagined rollouts.
+
+        They start at the first observation of each window, or at the latents of imagined episodes,
+        if the batch has them.
+        """
+        batch = self.prepare(tensordict).on_imagined()
+        latent, mask = self._starts(batch), batch.mask[:, 0]
         if self.actor_objective == "value":
             value = self.value(latent, self.act(latent, self.actor_params))
             metrics = {"actor_value": masked_mean(value, mask)}
             return self._reduce(-value.squeeze(-1), batch), detached(metrics)
-        rollout = self.imagine(self.roll_on(latent) if self.start_steps else latent)
+        rollout = self.imagine(latent)
         returns = self.lambda_return(rollout)
         if self.actor_objective == "bound":
             loss = -self.bound(rollout).squeeze(-1)

@@ -18,6 +18,7 @@ from alm_torchrl.objectives.functional import (
     lambda_returns,
     log_ratio,
     squared_distance,
+    td_target,
 )
 from alm_torchrl.objectives.latent_networks import LatentNetworks
 from alm_torchrl.objectives.options import CHOICES
@@ -48,8 +49,16 @@ class Batch(NamedTuple):
     """The result of :meth:`LatentModelLoss.world_model_rollout`, if already computed."""
     weight: Tensor | None = None
     """Importance weights of the losses, ``[B]``, if any."""
+    imagined: TensorDictBase | None = None
+    """Steps of imagined episodes, ``[B]``, on which values and actor train, if any."""
     source: TensorDictBase | None = None
     """The TensorDict that was read."""
+
+    def on_imagined(self) -> Batch:
+        """Returns the batch without mask and weights, if it has imagined steps."""
+        if self.imagined is None:
+            return self
+        return self._replace(mask=torch.ones_like(self.mask), weight=None)
 
 
 class LatentModelLoss(LatentNetworks):
@@ -62,7 +71,6 @@ class LatentModelLoss(LatentNetworks):
     bootstrap_terminated: bool
     consistency: str
     consistency_coeff: Tensor
-    start_steps: int
     auxiliary_losses: nn.ModuleDict
     _order_checked = False
 
@@ -99,6 +107,12 @@ class LatentModelLoss(LatentNetworks):
         masks = TensorDict({self.tensor_keys.validity_mask: mask})
         return self._reduce_loss(loss, masks, weights=batch.weight)
 
+    def _starts(self, batch: Batch) -> Tensor:
+        """The latents of imagined episodes or of the first observations, ``[B, D]``."""
+        if batch.imagined is not None:
+            return batch.imagined["latent"]
+        return self._draw(self.encoder.build_dist_from_params(batch.current))
+
     def prepare(self, tensordict: TensorDictBase | Batch, steps: int = 1) -> Batch:
         """Checks a batch and encodes its observations with the target encoder.
 
@@ -122,7 +136,11 @@ class LatentModelLoss(LatentNetworks):
         windows = windows.apply(lambda value: mask_invalid(value, mask))
         entries = (windows[:, :1], windows.get("next"))
         encoded = self._encode(torch.cat([e.select(*self.encoder.in_keys) for e in entries], 1))
-        return Batch(windows, mask, encoded[:, 0], encoded[:, 1:], None, weight, tensordict)
+        imagined = tensordict.get(keys.imagined, None)
+        if imagined is not None:
+            imagined = imagined.reshape(len(windows), -1)[:, 0]
+        encodings = encoded[:, 0], encoded[:, 1:]
+        return Batch(windows, mask, *encodings, None, weight, imagined, tensordict)
 
     def world_model_rollout(self, tensordict: TensorDictBase | Batch) -> TensorDictBase:
         r"""Runs the latent dynamics along the recorded actions of each window.
@@ -186,23 +204,49 @@ class LatentModelLoss(LatentNetworks):
         return torch.where((ends & batch.mask).any(-1, keepdim=True), 0, value)
 
     @torch.no_grad()
-    def roll_on(self, latent: Tensor) -> Tensor:
-        r"""Advances latents ``[B, D]`` by up to ``start_steps`` steps of the actor.
+    def _td_target(self, batch: Batch) -> Tensor:
+        """Returns the one-step value target of the first transitions, ``[B, 1]``."""
+        following = self._draw(self.encoder.build_dist_from_params(batch.following[:, 0]))
+        params = self.target_qvalue_network_params
+        next_value = self.value(following, self.act(following), params)
+        reward, ended = self._outcome(batch, "reward"), self._outcome(batch, "terminated")
+        return td_target(reward, ended, next_value, self.value_estimator.gamma)
 
-        The number of steps is uniform in :math:`\{0, \dots, N\}` for each row. A row stops early
-        where the continuation model predicts a termination.
+    @torch.no_grad()
+    def imagine_episodes(self, tensordict: TensorDictBase | Batch, steps: int) -> TensorDictBase:
+        """Plays the actor in the latent dynamics, from the first observations of windows.
+
+        An imagined episode ends with the probability of the continuation model. Another one then
+        starts at the first observation of a random window.
+
+        Returns:
+            ``latent``, ``action`` and ``value_target``, the lambda-return with the target action
+            values, each ``[B, steps, ...]``.
         """
-        steps = torch.randint(self.start_steps + 1, latent.shape[:1], device=latent.device)
-        moving = torch.ones_like(steps, dtype=torch.bool)
-        for t in range(self.start_steps):
-            action = self.act(latent)
+        batch = self.prepare(tensordict)
+        starts = self._draw(self.encoder.build_dist_from_params(batch.current))
+        latent, action = starts, self.act(starts)
+        episodes = []
+        for _ in range(steps):
             following, _ = self.next(latent, action)
-            moving = moving & (steps > t)
+            after = {"latent": following, "action": self.act(following)}
+            step: dict[str, Any] = {"latent": latent, "action": action, "next": after}
+            latent, action = after["latent"], after["action"]
             if self.continuation_model is not None:
-                continues = self.continuation(latent, action, following).sigmoid() > 0.5
-                moving = moving & continues.squeeze(-1)
-            latent = torch.where(moving.unsqueeze(-1), following, latent)
-        return latent
+                logit = self.continuation(step["latent"], step["action"], following)
+                continues = torch.rand_like(logit) < logit.sigmoid()
+                step["continuation"] = continues.to(logit.dtype)
+                other = starts[torch.randint(len(starts), (len(starts),), device=starts.device)]
+                latent = torch.where(continues, latent, other)
+                action = torch.where(continues, action, self.act(other))
+            episodes.append(TensorDict(step, batch_size=starts.shape[:1]))
+        rollout = TensorDict.maybe_dense_stack(episodes, 1)
+        rollout["reward"] = self.reward(rollout["latent"], rollout["action"])
+        following, action = rollout["next", "latent"], rollout["next", "action"]
+        params = self.target_qvalue_network_params
+        rollout["next", "value"] = self.value(following, action, params)
+        rollout["value_target"] = self.lambda_return(rollout)
+        return rollout.select("latent", "action", "value_target")
 
     def imagine(
         self,

@@ -22,6 +22,7 @@ from alm_torchrl.evaluation import evaluate_policy
 from alm_torchrl.modules import plain_numbers
 from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
+from alm_torchrl.objectives.imagined import ImaginedReplay
 from alm_torchrl.training.experience import ExperienceStream
 from alm_torchrl.training.runtime import choose_precision, rank_seed, worth_compiling
 from alm_torchrl.training.seeds import StackedAgent, StackedLoss, TargetUpdate, agents_of, losses_of
@@ -47,6 +48,7 @@ class ALMModule(L.LightningModule):
             then keeps the rates of its checkpoint, and no CUDA graph is captured.
         max_grad_norm: largest gradient norm of a parameter group.
         target_tau: weight of the newest weights in the moving average of the targets.
+        imagined_steps: see :class:`~alm_torchrl.objectives.ImaginedReplay`; 0 for none.
         eval_episodes: episodes per evaluation and seed.
         eval_max_steps: see :func:`~alm_torchrl.evaluation.evaluate_policy`.
         ema_decay: decay of a moving average of the weights, which is evaluated and saved instead
@@ -70,6 +72,7 @@ class ALMModule(L.LightningModule):
         schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         max_grad_norm: float = 100.0,
         target_tau: float = 0.005,
+        imagined_steps: int = 0,
         eval_episodes: int = 5,
         eval_max_steps: int | None = None,
         ema_decay: float = 0.0,
@@ -91,6 +94,7 @@ class ALMModule(L.LightningModule):
         self.learning_rates: float | dict[str, float] = plain_numbers(rates)
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.max_grad_norm = max_grad_norm
+        self.imagined = ImaginedReplay(loss, imagined_steps) if imagined_steps else None
         self.eval_episodes, self.eval_max_steps = eval_episodes, eval_max_steps
         self.ema_decay = ema_decay
         self.average = copy.deepcopy(agent).requires_grad_(False) if ema_decay else None
@@ -160,6 +164,8 @@ class ALMModule(L.LightningModule):
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """Makes one update, and waits for a GPU only when a log entry is due."""
+        if self.imagined is not None:
+            batch = self.imagined(batch)
         metrics = TensorDict()
         # Lightning counts steps by calls of the optimizer. The closure leaves no gradients, so the
         # optimizer's own step does nothing.

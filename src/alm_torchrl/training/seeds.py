@@ -7,6 +7,7 @@ norms and curve.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -84,9 +85,20 @@ class StackedLoss(nn.Module):
         """Computes losses and metrics ``[S]`` from a batch for each seed, ``[S, B, T]``."""
         return torch.vmap(self._one, randomness="different")(self._stack, windows)
 
-    def _one(self, parameters: TensorDictBase, windows: TensorDictBase) -> TensorDictBase:
+    def imagine_episodes(self, windows: TensorDictBase, steps: int) -> TensorDictBase:
+        """Plays episodes for each seed, ``[S, B, steps]``."""
+        play = partial(self._one, method="imagine_episodes", steps=steps)
+        return torch.vmap(play, randomness="different")(self._stack, windows)
+
+    def _one(
+        self,
+        parameters: TensorDictBase,
+        windows: TensorDictBase,
+        method: str = "forward",
+        **options: Any,
+    ) -> TensorDictBase:
         with parametrized(self._first, parameters):
-            return self._first(windows)
+            return getattr(self._first, method)(windows, **options)
 
     def _share(self) -> None:
         """Makes the parameters of each seed views of the stacked ones."""

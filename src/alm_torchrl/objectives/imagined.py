@@ -18,9 +18,9 @@ _KEPT_REFILLS = 10
 class ImaginedReplay(nn.Module):
     """Adds steps of imagined episodes to batches, for the losses of the policy and values.
 
-    Recorded observations are those of older policies, and a few steps of imagination do not lead
-    far from them. In imagined episodes, the policy and values train where the current policy goes
-    (Kubo et al., 2025). The values learn lambda-returns of these episodes.
+    Recorded observations come from older policies. In imagined episodes, the policy and values
+    train on latents that the current policy reaches, similar to the distribution rollouts of Kubo
+    et al. (2025). The values learn the lambda-returns of these episodes.
 
     Every ``refill``-th batch plays new episodes with :meth:`ALMLoss.imagine_episodes`, with as many
     steps as ``refill`` batches have rows. The steps of the last ten refills are kept, also in a

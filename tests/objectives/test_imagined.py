@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from alm_torchrl.modules import ContinuationModel
+from alm_torchrl.modules import ContinuationModel, LatentDynamics
 from alm_torchrl.objectives import ALMLoss, ImaginedReplay
 from alm_torchrl.objectives.functional import lambda_returns, survival
 from alm_torchrl.training import StackedLoss
@@ -106,17 +106,38 @@ def test_policy_and_values_train_on_imagined_steps(make: Make, make_windows: Mak
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_imagined_steps_have_neither_mask_nor_weights(
+def test_the_mask_of_the_windows_does_not_apply(
     make: Make, make_windows: Make, reduction: str
 ) -> None:
     loss, td = make(1.0, reduction=reduction), with_imagined(make_windows())
     td["validity_mask"] = torch.zeros(6, 3, dtype=torch.bool)
-    td["priority_weight"] = torch.rand(6, 1, dtype=torch.float64).expand(6, 3)
     steps = td["imagined"][:, 0]
     values = loss.action_values(steps["latent"], steps["action"])
     errors = (values - steps["value_target"]).square().mean(-1)
     expected = errors if reduction == "none" else errors.sum()
     torch.testing.assert_close(loss.value_loss(td)[0], expected)
+
+
+def test_weights_are_refused(make: Make, make_windows: Make) -> None:
+    td = with_imagined(make_windows())
+    td["priority_weight"] = torch.ones(6, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no importance weights and priorities: sample uniformly"):
+        make()(td)
+    make(use_prioritized_weights=False)(td)
+
+
+def test_residual_dynamics_predict_a_change() -> None:
+    dynamics = LatentDynamics(4, 2, 8, residual=True)
+    plain = LatentDynamics(4, 2, 8)
+    plain.network.load_state_dict(dynamics.network.network.state_dict())
+    step = TensorDict({"latent": torch.randn(3, 4), "action": torch.rand(3, 2)}, batch_size=[3])
+    found, change = (model.get_dist(step.clone()) for model in (dynamics, plain))
+    raw = plain.network(step["latent"], step["action"])
+    loc, scale = plain.head(raw + torch.cat([step["latent"], torch.zeros(3, 4)], -1))
+    torch.testing.assert_close(found.mean, loc)
+    torch.testing.assert_close(found.stddev, scale)
+    torch.testing.assert_close(found.stddev, change.stddev)
+    torch.testing.assert_close(found.mean, step["latent"] + change.mean, rtol=0, atol=0.01)
 
 
 def test_each_loss_trains_its_own_networks(make: Make, make_windows: Make) -> None:

@@ -125,7 +125,7 @@ class ALMLoss(LatentModelLoss):
     at the first transition, repeated over the window.
 
     With the entry ``"imagined"`` of :class:`ImaginedReplay`, the losses of values and actor read
-    steps of imagined episodes instead of the first transitions, without weights and priorities.
+    steps of imagined episodes instead of the first transitions. These have no weights.
 
     The options from ``reward_term`` to ``actor_objective`` are for ablations; the later ones and
     ``continuation_model`` are not in the paper. :meth:`make_value_estimator` sets discount and

@@ -20,17 +20,22 @@ class ImaginedReplay(nn.Module):
 
     Recorded observations come from older policies. In imagined episodes, the policy and values
     train on latents that the current policy reaches, similar to the distribution rollouts of Kubo
-    et al. (2025). The values learn the lambda-returns of these episodes.
+    et al. (2025, "Double Horizon Model-Based Policy Optimization"). The values learn the
+    lambda-returns of these episodes.
 
     Every ``refill``-th batch plays new episodes with :meth:`ALMLoss.imagine_episodes`, with as many
-    steps as ``refill`` batches have rows. The steps of the last ten refills are kept, also in a
-    state dict. In :class:`~alm_torchrl.training.ALMTrainer`, register it as an operation:
+    steps as ``refill`` batches have rows, but at most one rollout from each window. The steps of
+    the last ten refills are kept, also in a state dict. In
+    :class:`~alm_torchrl.training.ALMTrainer`, register it as an operation:
     ``trainer.register_op("process_optim_batch", imagined)``.
 
     Args:
         loss: the objective, or a :class:`~alm_torchrl.training.StackedLoss`.
         steps: imagined steps after a recorded observation.
         refill: number of batches between refills.
+
+    Raises:
+        ValueError: if a number is not whole or below 1.
 
     Examples:
         >>> from alm_torchrl import ALMAgent, ALMLoss, make_env, make_replay_buffer

@@ -55,10 +55,10 @@ class Batch(NamedTuple):
     """The TensorDict that was read."""
 
     def on_imagined(self) -> Batch:
-        """Returns the batch without mask and weights, if it has imagined steps."""
+        """Returns the batch without mask, if it has imagined steps."""
         if self.imagined is None:
             return self
-        return self._replace(mask=torch.ones_like(self.mask), weight=None)
+        return self._replace(mask=torch.ones_like(self.mask))
 
 
 class LatentModelLoss(LatentNetworks):
@@ -138,6 +138,11 @@ class LatentModelLoss(LatentNetworks):
         encoded = self._encode(torch.cat([e.select(*self.encoder.in_keys) for e in entries], 1))
         imagined = tensordict.get(keys.imagined, None)
         if imagined is not None:
+            if weight is not None:
+                raise ValueError(
+                    "imagined steps have no importance weights and priorities: sample uniformly, "
+                    "or train without ImaginedReplay"
+                )
             imagined = imagined.reshape(len(windows), -1)[:, 0]
         encodings = encoded[:, 0], encoded[:, 1:]
         return Batch(windows, mask, *encodings, None, weight, imagined, tensordict)

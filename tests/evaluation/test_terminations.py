@@ -18,6 +18,10 @@ def test_an_exact_model_ends_where_the_task_ends() -> None:
     assert found.calibration_error.item() < 1e-6
     assert found.real_length == LENGTH
     assert found.imagined_length.item() == pytest.approx(LENGTH)
+    first = true_values()[0].item()
+    assert found.real_return.item() == pytest.approx(first)
+    assert found.imagined_return.item() == pytest.approx(first)
+    assert found.starting_value.item() == pytest.approx(first)
     ending = (REWARDS[-1] + REWARDS[-2] + GAMMA * REWARDS[-1]) / 2
     assert found.return_near_end.item() == pytest.approx(ending.item())
     assert found.value_near_end.item() == pytest.approx(ending.item())
@@ -37,6 +41,10 @@ def test_a_model_that_ends_too_early_or_too_late() -> None:
     assert found.precision.item() == pytest.approx(6 / 40)
     assert found.imagined_length.item() == pytest.approx(1 + 1 / 2 + 1 / 4 + 1 / 8)
     assert found.real_length == 4
+    weights = GAMMA ** torch.arange(4)
+    assert found.real_return.item() == pytest.approx((weights @ REWARDS[:4]).item())
+    expected = (weights * 0.5 ** torch.arange(4)) @ REWARDS[:4]
+    assert found.imagined_return.item() == pytest.approx(expected.item())
 
 
 def test_a_terminal_flag_without_done_ends_nothing() -> None:
@@ -45,6 +53,20 @@ def test_a_terminal_flag_without_done_ends_nothing() -> None:
     expected = terminations(loss, rollout, steps=20)
     rollout["next", "terminated"] = torch.ones_like(rollout["next", "terminated"])
     assert terminations(loss, rollout, steps=20)._asdict() == expected._asdict()
+
+
+def test_a_wrong_model_and_wrong_values_are_told_apart() -> None:
+    rollout = rollout_for_bias(exact_loss(true_values(), REWARDS), Line(), 40)
+    first = true_values()[0].item()
+    values = exact_loss(true_values(), REWARDS, offset=3.0, continuation=SURE)
+    found = terminations(values, rollout, steps=20)
+    assert found.imagined_return.item() == pytest.approx(found.real_return.item())
+    assert found.starting_value.item() == pytest.approx(first + 3)
+    model = exact_loss(true_values(), REWARDS, wrong=1.0, continuation=SURE)
+    found = terminations(model, rollout, steps=20)
+    assert found.real_return.item() == pytest.approx(first)
+    too_high = sum(GAMMA**t for t in range(LENGTH))
+    assert found.imagined_return.item() == pytest.approx(first + too_high)
 
 
 def test_values_that_do_not_see_the_end() -> None:

@@ -31,6 +31,12 @@ class Terminations(NamedTuple):
     """Mean steps of an imagined episode, counted up to ``steps``."""
     real_length: Tensor
     """Mean steps of a real episode, counted up to ``steps``."""
+    imagined_return: Tensor
+    """Mean discounted return of an imagined episode over at most ``steps`` steps."""
+    real_return: Tensor
+    """Mean discounted return of a real episode over at most ``steps`` steps."""
+    starting_value: Tensor
+    """Mean value of the first step of these episodes, which no number of steps limits."""
     value_near_end: Tensor
     """Mean value of the last ``near`` steps before a termination."""
     return_near_end: Tensor
@@ -41,9 +47,11 @@ class Terminations(NamedTuple):
 def terminations(
     loss: ALMLoss, rollout: TensorDictBase, *, steps: int = 200, near: int = 15
 ) -> Terminations:
-    """Compares terminations in imagination, and values before them, with those of a rollout.
+    """Compares imagined episodes, and values before terminations, with those of a rollout.
 
-    Without a continuation model, imagined episodes do not terminate.
+    If real and imagined return agree but the value is far above them, the values are too high where
+    the policy goes. If only the imagined return is too high, the model is wrong there. Without a
+    continuation model, imagined episodes do not terminate.
 
     Args:
         loss: the loss with its networks.
@@ -69,27 +77,39 @@ def terminations(
     starts[:, max(rollout.shape[1] - steps + 1, 0) :] = False
     starts &= known | (left >= steps)
     close = known & (left <= near)
-    returns = reward2go(reward, done, float(loss.value_estimator.gamma))
+    gamma = float(loss.value_estimator.gamma)
+    returns = reward2go(reward, done, gamma)
+    later = torch.zeros_like(returns)  # the return after `steps` steps of the same episode
+    later[:, :-steps] = torch.where(left[:, :-steps] > steps, returns[:, steps:], 0)
+    rows = starts.squeeze(-1)
+    length, imagined_return = _imagine(loss, latent[rows], steps)
     return Terminations(
         hits / predicted.sum(),
         hits / real.sum(),
         calibration(ends.flatten(), real.flatten()).error,
-        _imagined_length(loss, latent[starts.squeeze(-1)], steps),
+        length,
         left[starts].clamp_max(steps).mean(),
+        imagined_return,
+        (returns - gamma**steps * later)[starts].mean(),
+        loss.value(latent[rows], action[rows]).mean(),
         loss.value(latent, action)[close].mean(),
         returns[close].mean(),
     )
 
 
-def _imagined_length(loss: ALMLoss, latent: Tensor, steps: int) -> Tensor:
-    """Returns the mean of ``sum_t prod_{i<t} d_i`` over ``steps`` steps from latents ``[B, D]``."""
+def _imagine(loss: ALMLoss, latent: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Returns the mean length and discounted return of imagined episodes from latents ``[B, D]``.
+
+    Both weight step ``t`` by the probability that the episode goes on to it.
+    """
     alive = torch.ones_like(latent[:, :1])
-    if loss.continuation_model is None:
-        return steps * alive.mean()
-    length = alive
-    for _ in range(steps - 1):
+    length, returns = torch.zeros_like(alive), torch.zeros_like(alive)
+    gamma = float(loss.value_estimator.gamma)
+    for t in range(steps):
         action = loss.act(latent)
+        length, returns = length + alive, returns + gamma**t * alive * loss.reward(latent, action)
         following, _ = loss.next(latent, action)
-        alive = alive * loss.continuation(latent, action, following).sigmoid()
-        latent, length = following, length + alive
-    return length.mean()
+        if loss.continuation_model is not None:
+            alive = alive * loss.continuation(latent, action, following).sigmoid()
+        latent = following
+    return length.mean(), returns.mean()

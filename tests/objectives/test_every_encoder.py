@@ -94,6 +94,7 @@ CASES = {
     "normalized": Case(MLPEncoder.from_spec, options={"normalize": True}),
     "linear": Case(LinearEncoder.from_spec),
     "identity": Case(IdentityEncoder.from_spec, options={"normalize": True, "scale": 0.3}),
+    "without_tensors": Case(IdentityEncoder.from_spec, options={"scale": 0.3}),
     "pixels": Case(PixelEncoder.from_spec, drawn, CONV, lr=3e-4),
     "plain_pixels": Case(PixelEncoder.from_spec, drawn, {**CONV, "normalize": False}, lr=3e-4),
     "pixels_and_vector": Case(MultiInputEncoder.from_spec, drawn, CONV, lr=3e-4),

@@ -91,6 +91,8 @@ class LatentNetworks(LossModule):
         for name in self._names:
             network = getattr(self, name)
             params = TensorDict.from_module(network, as_module=True)
+            if not isinstance(params, TensorDictParams):  # a network without any tensor
+                params = TensorDictParams(params)
             setattr(self, f"{name}_params", params)
             # Attribute access would warn that no target updater is registered yet.
             target: Any = self._modules.get(f"target_{name}_params")

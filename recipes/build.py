@@ -89,7 +89,7 @@ def make_module(config: Config, device: torch.device, rank: int = 0) -> ALMModul
         **pick(training, "total_steps", "warmup_steps", "warmup_updates", "updates_per_step"),
         noise=agent.noise,
         policy=policy,
-        on_batch=agent.update_statistics if isinstance(agent, ALMAgent) else None,
+        on_batch=agent.update_statistics,
         num_seeds=num_seeds,
         num_processes=processes,
     )

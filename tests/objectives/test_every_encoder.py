@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,7 +297,7 @@ def test_the_world_model_loss_compiles_as_one_graph(name: str, backend: str) -> 
     assert_compiles(world, lambda batch: world.loss.world_model_loss(batch)[0], backend)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NORMALISED])
+@pytest.mark.parametrize("name", CASES)
 def test_seeds_trained_at_once_have_the_losses_that_they_have_alone(name: str) -> None:
     worlds = [build(name, frames=70) for _ in range(2)]
     losses, batches = [world.loss for world in worlds], [world.batch for world in worlds]
@@ -314,9 +315,26 @@ def test_seeds_trained_at_once_have_the_losses_that_they_have_alone(name: str) -
 
 
 @pytest.mark.parametrize("name", NORMALISED)
-def test_running_statistics_are_not_stacked(name: str) -> None:
-    with pytest.raises(ValueError, match="one seed at a time"):
-        StackedLoss([build(name, frames=70).loss])
+def test_seeds_have_statistics_of_their_own(name: str) -> None:
+    alone, together = ([build(name, frames=70) for _ in range(2)] for _ in range(2))
+    stacked = StackedLoss([world.loss for world in together])
+    data = torch.stack([world.data[20 * i : 20 * i + 10] for i, world in enumerate(alone)])
+    StackedAgent([world.agent for world in together]).update_statistics(data)
+    for i, world in enumerate(alone):
+        world.agent.update_statistics(data[i])
+    wanted, found = ([dict(w.agent.named_buffers()) for w in ws] for ws in (alone, together))
+    assert not all(torch.equal(value, wanted[1][key]) for key, value in wanted[0].items())
+    torch.testing.assert_close(found, wanted)
+    batches = torch.stack([world.batch for world in alone])
+    for loss in (world.loss for world in (*alone, *together)):
+        loss.deterministic_sampling_mode = ExplorationType.DETERMINISTIC
+    losses = torch.stack([world.loss(world.batch) for world in alone])
+    assert_close = torch.testing.assert_close
+    assert_close(stacked(batches)["loss_world_model"], losses["loss_world_model"])
+    moved = copy.deepcopy(stacked)
+    moved.losses[0].encoder.update_statistics(data[1])
+    assert not torch.equal(moved(batches)["loss_world_model"][0], losses["loss_world_model"][0])
+    assert_close(stacked(batches)["loss_world_model"], losses["loss_world_model"])
 
 
 @pytest.mark.parametrize("name", CASES)

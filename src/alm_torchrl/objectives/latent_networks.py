@@ -8,7 +8,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType
@@ -106,6 +106,11 @@ class LatentNetworks(LossModule):
             self._shared += [
                 (tensors, key, tensors[key]) for tensors, key in self._places[name].values()
             ]
+
+    def own_tensor(self, name: str, key: NestedKey) -> Tensor:
+        """The parameter or buffer of a network, by its key in the network's TensorDict."""
+        holder, entry = self._places[name][unravel_key(key)]
+        return holder[entry]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         match_compiled(self, state_dict, prefix)

@@ -18,7 +18,6 @@ from torchrl.objectives import SoftUpdate
 
 from alm_torchrl.agent import ALMAgent
 from alm_torchrl.modules import NoiseSchedule
-from alm_torchrl.modules.latent import keeps_statistics
 from alm_torchrl.objectives import ALMLoss
 from alm_torchrl.objectives.parameters import parametrized
 
@@ -30,8 +29,8 @@ class StackedLoss(nn.Module):
     agents always have the newest weights.
 
     Args:
-        losses: one for each seed, on one device, of the same sizes, and without running statistics.
-            The settings of the first loss (horizon, estimator, coefficient, noise) apply to all.
+        losses: one for each seed, on one device, of the same sizes. The settings of the first loss
+            (horizon, estimator, coefficient, noise) apply to all.
     """
 
     def __init__(self, losses: Sequence[ALMLoss]) -> None:
@@ -41,16 +40,14 @@ class StackedLoss(nn.Module):
         shapes = [{key: leaf.shape for key, leaf in n.items(True, True)} for n in networks]
         if not losses or any(shape != shapes[0] for shape in shapes):
             raise ValueError("expected one or more losses of the same sizes")
-        if keeps_statistics(losses[0].encoder):
-            raise ValueError(
-                "an encoder with running statistics trains one seed at a time: set num_seeds=1, "
-                "or build it with normalize=False"
-            )
         self._stack: TensorDictBase = TensorDict(batch_size=[len(losses)])
         for key in shapes[0]:
             leaves = [network[key] for network in networks]
             stacked = torch.stack([leaf.detach() for leaf in leaves])
             self._stack[key] = stacked.requires_grad_(leaves[0].requires_grad)
+        for key in shapes[0]:  # the target encoder shares the buffers of the encoder
+            if key[0] == "target_encoder_params" and not self._stack[_trained(key)].requires_grad:
+                self._stack[key] = self._stack[_trained(key)]
         self._share()
 
     @property
@@ -102,10 +99,15 @@ class StackedLoss(nn.Module):
 
     def _share(self) -> None:
         """Makes the parameters of each seed views of the stacked ones."""
-        networks = [_networks(loss) for loss in losses_of(self)]
+        losses = losses_of(self)
+        networks = [_networks(loss) for loss in losses]
         for key, stacked in self._stack.items(True, True):
-            for network, view in zip(networks, stacked.detach().unbind(), strict=True):
+            for loss, network, view in zip(
+                losses, networks, stacked.detach().unbind(), strict=True
+            ):
                 network[key].data = view
+                if key[0] == "encoder_params":  # TensorDictParams wraps buffers in other tensors
+                    loss.own_tensor("encoder", key[1:]).data = view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLoss:
         """Also moves the stacked parameters, in place, because an optimizer refers to them."""
@@ -145,6 +147,12 @@ class StackedAgent(nn.Module):
     def noise(self) -> StackedNoise:
         """The noise schedules of all seeds."""
         return StackedNoise([agent.noise for agent in agents_of(self)])
+
+    def update_statistics(self, data: TensorDictBase) -> None:
+        """Updates the statistics of each seed with its share of the data ``[S * E, ...]``."""
+        shares = data.reshape(len(self.agents), -1)
+        for agent, share in zip(agents_of(self), shares, strict=True):
+            agent.update_statistics(share)
 
     def policy(self) -> TensorDictModuleBase:
         """Returns a policy for environments ``[S * E]``, ``E`` consecutive ones for each seed."""
@@ -208,11 +216,16 @@ def agents_of(agent: ALMAgent | StackedAgent) -> list[ALMAgent]:
 
 
 def _networks(loss: ALMLoss) -> TensorDictBase:
-    """Returns parameters and target parameters by their names in the loss."""
+    """Returns parameters, target parameters and the encoder's buffers by their names."""
     everything = TensorDict.from_module(loss)
     keys = [
         key
         for key, leaf in everything.items(True, True)
-        if isinstance(leaf, nn.Parameter) or key[0].startswith("target_")
+        if isinstance(leaf, nn.Parameter) or key[0].startswith(("target_", "encoder_params"))
     ]
     return everything.select(*keys)
+
+
+def _trained(key: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the key of what a target follows."""
+    return (key[0].removeprefix("target_"), *key[1:])

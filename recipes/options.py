@@ -89,6 +89,9 @@ class Objective:
         "moving_average",
         choices=("moving_average", "stop_gradient", "online"),
     )
+    teacher_forcing: bool = fixed(
+        "predict each step from a recorded observation, not from the previous sample", False
+    )
     actor_objective: str = fixed(
         "what the actor maximizes; value: without the model",
         "lambda_returns",

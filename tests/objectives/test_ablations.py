@@ -47,6 +47,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "classifier": {"consistency": "classifier"},
     "stop-gradient target": {"latent_target": "stop_gradient"},
     "online target": {"latent_target": "online"},
+    "teacher forcing": {"teacher_forcing": True},
     "bound": {"actor_objective": "bound"},
     "value": {"actor_objective": "value"},
     "multiplier": {"consistency_level": 2.0},
@@ -127,7 +128,9 @@ class Reference:
             "classifier": lambda: -self.log_ratio(z, a, m.loc),
         }[kind]()
 
-    def along(self, td: TensorDict, kind: str = "reverse_kl") -> tuple[Tensor, Tensor, Tensor]:
+    def along(
+        self, td: TensorDict, kind: str = "reverse_kl", forced: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Consistency and reward of every step, ``[B, T]``, and the value at the end, ``[B]``."""
         z = normal(plain(td["observation"][:, 0], self.weights["encoder"])).loc
         consistency, reward = [], []
@@ -135,8 +138,10 @@ class Reference:
             a = td["action"][:, t]
             consistency.append(self.consistency(kind, z, a, td["next", "observation"][:, t]))
             reward.append(self.reward(z, a))
-            z = self.model(z, a).loc
-        value = self.value(z, self.act(z).detach())
+            sample = z = self.model(z, a).loc
+            if forced:
+                z = self.target(td["next", "observation"][:, t]).loc.detach()
+        value = self.value(sample, self.act(sample).detach())
         return torch.stack(consistency, 1), torch.stack(reward, 1), value
 
     def imagined(self, observation: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,6 +283,30 @@ def test_consistency_and_its_target(kind: str, target: str) -> None:
     assert_exact(metrics["kl"], reference.along(WINDOWS)[0].mean())
     if kind != "reverse_kl":
         assert_exact(metrics["consistency"], reference.along(WINDOWS, kind)[0].mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["moving_average", "online"])
+def test_teacher_forcing(kind: str, target: str) -> None:
+    options = {"consistency": kind, "latent_target": target, "teacher_forcing": True}
+    loss, reference = build(**options), Reference(target)
+    found, _ = loss.world_model_loss(WINDOWS)
+    consistency, reward, value = reference.along(WINDOWS, kind, forced=True)
+    wanted = ((consistency - reward).sum(1) - value).mean()
+    assert_same_loss(found, loss, wanted, reference, "encoder", "model")
+    assert not torch.isclose(
+        found, build(**options | {"teacher_forcing": False})(WINDOWS)["loss_world_model"]
+    )
+
+
+def test_teacher_forcing_in_windows_that_an_episode_ends() -> None:
+    loss, reference, td = build(teacher_forcing=True), Reference(), WINDOWS.clone()
+    consistency, reward, value = reference.along(td[:, :2], forced=True)
+    wanted = ((consistency - reward).sum(1) - value).mean()
+    td["next", "done"][:, 1] = True
+    td["next", "observation"][:, 2] = float("nan")
+    found, _ = loss.world_model_loss(td)
+    assert_same_loss(found, loss, wanted, reference, "encoder", "model")
 
 
 @pytest.mark.parametrize("target", ["stop_gradient", "online"])

@@ -119,6 +119,7 @@ ABLATIONS = {
     "squared_distance": {"consistency": "squared_distance"},
     "stop_gradient_target": {"latent_target": "stop_gradient"},
     "online_target": {"latent_target": "online"},
+    "teacher_forcing": {"teacher_forcing": True},
     "no_model": {"actor_objective": "value"},
     "self_prediction": {"actor_objective": "value", "reward_term": False, "value_term": False},
     "learned_weight": {"consistency_level": 1.0},

@@ -111,6 +111,8 @@ class ALMLoss(LatentModelLoss):
         latent_target (str): encoder of the dynamics' targets and of the other losses' latents:
             ``"moving_average"`` of its weights, ``"stop_gradient"`` for the encoder itself, or
             ``"online"``, with which the distance also trains the targets.
+        teacher_forcing (bool): predicts each step of a window from the target latent of its
+            observation, without a gradient, instead of the latent sampled at the previous step.
         actor_objective (str): ``"lambda_returns"`` of all imagined steps, the K-step ``"bound"``,
             or the model-free ``"value"`` of the first latent and action.
         auxiliary_losses (dict): further losses by name; they become ``loss_<name>``. Each is a
@@ -205,6 +207,7 @@ class ALMLoss(LatentModelLoss):
         consistency: Consistency = "reverse_kl",
         consistency_level: float | None = None,
         latent_target: LatentTarget = "moving_average",
+        teacher_forcing: bool = False,
         actor_objective: ActorObjective = "lambda_returns",
         auxiliary_losses: Mapping[str, nn.Module | NestedKey] | None = None,
         gamma: None = None,
@@ -228,7 +231,7 @@ class ALMLoss(LatentModelLoss):
         self.bootstrap_terminated, self.short_windows = bootstrap_terminated, short_windows
         self.reward_term, self.value_term = reward_term, value_term
         self.latent_target, self.actor_objective = latent_target, actor_objective
-        self.consistency_level = consistency_level
+        self.consistency_level, self.teacher_forcing = consistency_level, bool(teacher_forcing)
         coefficient, device = float(consistency_coeff), self._default_device
         self.register_coeff_buffer("consistency_coeff", coefficient, device=device)
         if consistency_level is not None:

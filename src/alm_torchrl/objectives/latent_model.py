@@ -70,6 +70,7 @@ class LatentModelLoss(LatentNetworks):
     horizon: int
     bootstrap_terminated: bool
     consistency: str
+    teacher_forcing: bool
     consistency_coeff: Tensor
     auxiliary_losses: nn.ModuleDict
     _order_checked = False
@@ -151,7 +152,8 @@ class LatentModelLoss(LatentNetworks):
         r"""Runs the latent dynamics along the recorded actions of each window.
 
         From :math:`z_0 \sim e(s_0)`, every step samples :math:`z_{t+1} \sim m(z_t, a_t)` and
-        compares the dynamics with the target encoder's distribution.
+        compares the dynamics with the target encoder's distribution. With ``teacher_forcing``, the
+        following step starts at a target latent of the recorded observation instead.
 
         Returns:
             ``kl`` (:math:`KL(m \| e)`), ``consistency`` (the distance in the loss) and ``reward``,
@@ -165,9 +167,14 @@ class LatentModelLoss(LatentNetworks):
         actions = batch.windows.get(self.tensor_keys.action)
         encoded = self._run("encoder", batch.windows[:, 0], self.encoder_params)
         posterior = self.encoder.build_dist_from_params(encoded)
-        latents, priors = [self._draw(posterior)], []
+        latents, starts, priors = [self._draw(posterior)], [], []
         for t in range(actions.shape[1]):
-            following, prior = self.next(latents[-1], actions[:, t], self.dynamics_params)
+            start = latents[-1]
+            if self.teacher_forcing and t > 0:
+                recorded = batch.following[:, t - 1]
+                start = self._draw(self.encoder.build_dist_from_params(recorded))
+            starts.append(start)
+            following, prior = self.next(start, actions[:, t], self.dynamics_params)
             priors.append(prior)
             latents.append(torch.where(batch.mask[:, t, None], following, latents[-1]))
         prior = self.dynamics.build_dist_from_params(torch.stack(priors, 1))
@@ -177,7 +184,7 @@ class LatentModelLoss(LatentNetworks):
             parameters = self._run("encoder", observations, self.encoder_params)
         target = self.encoder.build_dist_from_params(parameters)
         check_latents(prior, target)
-        latent, following = torch.stack(latents[:-1], 1), torch.stack(latents[1:], 1)
+        latent, following = torch.stack(starts, 1), torch.stack(latents[1:], 1)
         kl = kl_divergence(prior, target).unsqueeze(-1)
         consistency = kl
         if self.consistency == "forward_kl":

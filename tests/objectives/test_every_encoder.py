@@ -331,8 +331,11 @@ def test_seeds_have_statistics_of_their_own(name: str) -> None:
     losses = torch.stack([world.loss(world.batch) for world in alone])
     assert_close = torch.testing.assert_close
     assert_close(stacked(batches)["loss_world_model"], losses["loss_world_model"])
-    moved = copy.deepcopy(stacked)
+    moved = copy.deepcopy(stacked).double().float()
     moved.losses[0].encoder.update_statistics(data[1])
+    for key, value in moved.losses[0].target_encoder_params.items(True, True):
+        if not moved.losses[0].encoder_params[key].requires_grad:
+            assert torch.equal(value, moved.losses[0].encoder_params[key])
     assert not torch.equal(moved(batches)["loss_world_model"][0], losses["loss_world_model"][0])
     assert_close(stacked(batches)["loss_world_model"], losses["loss_world_model"])
 

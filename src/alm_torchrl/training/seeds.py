@@ -45,9 +45,6 @@ class StackedLoss(nn.Module):
             leaves = [network[key] for network in networks]
             stacked = torch.stack([leaf.detach() for leaf in leaves])
             self._stack[key] = stacked.requires_grad_(leaves[0].requires_grad)
-        for key in shapes[0]:  # the target encoder shares the buffers of the encoder
-            if key[0] == "target_encoder_params" and not self._stack[_trained(key)].requires_grad:
-                self._stack[key] = self._stack[_trained(key)]
         self._share()
 
     @property
@@ -99,6 +96,10 @@ class StackedLoss(nn.Module):
 
     def _share(self) -> None:
         """Makes the parameters of each seed views of the stacked ones."""
+        for key in list(self._stack.keys(True, True)):
+            # The target encoder has the buffers of the encoder, also after copying and moving.
+            if key[0] == "target_encoder_params" and not self._stack[_trained(key)].requires_grad:
+                self._stack[key] = self._stack[_trained(key)]
         losses = losses_of(self)
         networks = [_networks(loss) for loss in losses]
         for key, stacked in self._stack.items(True, True):

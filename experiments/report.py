@@ -95,11 +95,11 @@ the velocities, and `inverted_pendulum` is observed as 32x32 images (random acti
 trials on seeds 14 and 15, which the sweep `fast_warmup` repeats. On tasks whose episodes terminate,
 the sweep `fast_terminations` tries a discount of 0.995, alone and with 1,000 updates after every
 1,000 steps. With one seed each, neither walks or hops within 23,000 frames. The sweep
-`fast_identity` takes the normalized observation as the latent, without the log-ratio and with deeper
-networks; its runs were stopped when they had answered the question. It learns HalfCheetah as fast as
-`fast`, and Hopper hops. Values and policy that train on imagined episodes of 100 steps learn
-HalfCheetah more slowly, because the policy then exploits the model. The other sweeps used the earlier
-preset.
+`fast_identity` takes the normalized observation as the latent, without the log-ratio and with
+deeper networks; its runs were stopped when they had answered the question. It learns HalfCheetah
+as fast as `fast`, and Hopper hops. Values and policy that train on imagined episodes of 100 steps
+learn HalfCheetah more slowly, because the policy then exploits the model. The other sweeps used the
+earlier preset.
 """
 REACHING = (
     "Frames until a return is first reached (median over seeds), and minutes (median over the "

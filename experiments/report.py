@@ -98,8 +98,7 @@ the sweep `fast_terminations` tries a discount of 0.995, alone and with 1,000 up
 `fast_identity` takes the normalized observation as the latent, without the log-ratio and with
 deeper networks; its runs were stopped when they had answered the question. It learns HalfCheetah
 as fast as `fast`, and Hopper hops. Values and policy that train on imagined episodes of 100 steps
-learn HalfCheetah more slowly, because the policy then exploits the model. The other sweeps used the
-earlier preset.
+learn HalfCheetah more slowly. The other sweeps used the earlier preset.
 """
 REACHING = (
     "Frames until a return is first reached (median over seeds), and minutes (median over the "
